@@ -1,0 +1,123 @@
+"""The backbone of the library, the command line and training: diffusers' UNet2DConditionModel and AutoencoderKL."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from .backbone import BackboneDescriptor
+from .base_folder import BaseFolder, open_base
+from .embedded import embedded_base
+from .errors import IcmsrError
+from .generator_file import Generator, PartWeights, load_generator, merged_tensors
+
+log = logging.getLogger(__name__)
+
+
+class DiffusersBackbone:
+    """`Backbone` over diffusers modules, in one precision on one device."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        descriptor: BackboneDescriptor,
+        prompt_embedding: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        if dtype not in descriptor.dtypes:
+            names = ", ".join(str(entry) for entry in descriptor.dtypes)
+            raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype}")
+        self._descriptor = descriptor
+        self.device, self.dtype = device, dtype
+        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
+        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
+        self._context = prompt_embedding.to(device, dtype)[None]
+
+    @property
+    def descriptor(self) -> BackboneDescriptor:
+        """See `Backbone`."""
+        return self._descriptor
+
+    def encode(self, image: Tensor) -> Tensor:
+        """See `Backbone`."""
+        posterior = self.vae.encode(image.to(self.device, self.dtype)).latent_dist
+        return posterior.mode().float() * self.vae.config.scaling_factor
+
+    def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
+        """See `Backbone`."""
+        # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
+        # run unconditioned without a word.
+        residuals = None if features is None else [entry.to(self.device, self.dtype) for entry in features]
+        output = self.unet(
+            latent.to(self.device, self.dtype),
+            torch.tensor(timestep, device=self.device),
+            encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
+            down_intrablock_additional_residuals=residuals,
+        )
+        return output.sample.float()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """See `Backbone`."""
+        return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
+
+
+def build_networks(base: BaseFolder) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE of `base` in float32 on the CPU, strictly loaded. Raises `IcmsrError` when a tensor does not fit."""
+    networks = []
+    for part, kind, config, state in (
+        ("unet", UNet2DConditionModel, base.unet_config, base.unet_state()),
+        ("vae", AutoencoderKL, base.vae_config, base.vae_state()),
+    ):
+        network = kind.from_config(dict(config))
+        try:
+            network.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
+        except RuntimeError as error:
+            first_lines = " ".join(str(error).split()[:40])
+            raise IcmsrError(f"{base.path}/{part}: the weights do not fit the configuration: {first_lines}") from error
+        networks.append(network)
+    return networks[0], networks[1]
+
+
+def merge_into(name: str, network: torch.nn.Module, weights: PartWeights, alpha: float, strength: float = 1.0) -> None:
+    """Merges a generator's weights into `network`'s parameters, in float32; see `merged_tensors` for the errors."""
+    state = network.state_dict()
+    merged = merged_tensors(name, weights, state, alpha, strength)
+    network.load_state_dict({**state, **merged}, strict=True)
+
+
+def load_backbone(
+    base: Path | None = None,
+    generator: Path | Generator | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusersBackbone:
+    """A base folder with a generator merged into it, ready to run.
+
+    `base` defaults to the embedded nano; without `generator` the bare prior is loaded. Raises `IcmsrError` for files
+    that are missing, damaged or of another family.
+    """
+    folder = open_base(base or embedded_base())
+    name = str(generator) if isinstance(generator, Path) else "generator"
+    if isinstance(generator, Path):
+        generator = load_generator(generator)
+    descriptor = folder.descriptor(generator)
+    embedding = generator.prompt_embedding if generator is not None else None
+    if embedding is None:
+        embedding = folder.prompt_embedding()
+    if embedding is None:
+        raise IcmsrError(f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding")
+    unet, vae = build_networks(folder)
+    if generator is not None:
+        if generator.info.base_hash and generator.info.base_hash != folder.hash():
+            log.warning("%s was trained on other base weights than %s", name, folder.path)
+        merge_into(name, unet, generator.unet, generator.info.alpha)
+        merge_into(name, vae, generator.vae, generator.info.alpha)
+    return DiffusersBackbone(unet, vae, descriptor, embedding, torch.device(device), dtype)

@@ -1,0 +1,22 @@
+"""The small default model ("nano") that ships with the pack: where its files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+def embedded_base() -> Path:
+    """Folder of nano's base: VAE and diffusion prior."""
+    return ASSETS / "nano"
+
+
+def embedded_generator() -> Path:
+    """nano's one-step generator file."""
+    return ASSETS / "nano" / "generator.safetensors"
+
+
+def demo_picture() -> Path:
+    """The bundled photograph of `icmsr demo` (source and licence in `assets/README.md`)."""
+    return ASSETS / "demo.png"

@@ -1,0 +1,177 @@
+"""What a picture file holds besides pixels: colour profile, EXIF, XMP, resolution, text. Read from and given to Pillow.
+
+Not carried: thumbnails, MakerNote offsets (the bytes stay, their inner addresses do not), IPTC, JPEG comments.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+logger = logging.getLogger(__name__)
+
+ORIENTATION = 0x0112
+_EXIF_IFD = 0x8769
+_GPS_IFD = 0x8825
+_XMP = 700
+_X_RESOLUTION = 282
+# Tags of EXIF's first directory that describe the picture. The others there describe a file's layout (TIFF strips,
+# thumbnails) or are carried apart (resolution, profile, XMP): they would be false in the file that is written.
+_DESCRIPTIVE_TAGS = frozenset(
+    # ImageDescription, Make, Model, Orientation, Software, DateTime, Artist, HostComputer, ratings, Copyright,
+    # the two sub-directories, and the XP* fields of Windows
+    {270, 271, 272, ORIENTATION, 305, 306, 315, 316, 18246, 18249, 33432, _EXIF_IFD, _GPS_IFD, *range(40091, 40096)}
+)
+_SIZE_TAGS = (40962, 40963)  # PixelXDimension, PixelYDimension: the size before upscaling
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation="[0-9]"|<tiff:Orientation>[0-9]</tiff:Orientation>')
+_JPEG_SEGMENT = 65533  # bytes that one marker segment of a JPEG file can hold
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What goes from the input file to the output file beside the pixels."""
+
+    icc_profile: bytes | None = None
+    """ICC profile of the RGB or grey samples; never a CMYK one. None: sRGB is assumed by everyone."""
+    exif: bytes | None = None
+    """EXIF block that begins with `Exif\\0\\0`. Its orientation is 1: the pixels are already turned."""
+    xmp: bytes | None = None
+    """XMP packet (XML), without its orientation."""
+    dpi: tuple[float, float] | None = None
+    """Horizontal and vertical resolution in pixels per inch, both positive."""
+    text: dict[str, str] = field(default_factory=dict)
+    """Text chunks of a PNG file, by keyword."""
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1..8, by which the pixels of `image` still have to be turned; 1 where absent or nonsense."""
+    value = _exif_of(image).get(ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def read_metadata(image: Image.Image) -> Metadata:
+    """The metadata of a loaded Pillow image. Damaged parts are left out with a logged warning; nothing is raised."""
+    return Metadata(
+        icc_profile=_icc_profile(image),
+        exif=_exif_bytes(image),
+        xmp=_xmp(image),
+        dpi=_dpi(image),
+        text=_text(image),
+    )
+
+
+def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[str, Any]:
+    """Arguments of `PIL.Image.Image.save` that write `metadata` into a "PNG", "JPEG", "WEBP" or "TIFF" file.
+
+    What the format cannot hold is left out: text exists in PNG only, resolution in all but WebP. A profile whose
+    colour space is not that of the samples (`grey` or RGB) is left out too, and so is EXIF or XMP that is too long
+    for JPEG; both with a logged warning.
+    """
+    arguments: dict[str, Any] = {}
+    if metadata.icc_profile is not None:
+        space = metadata.icc_profile[16:20]
+        # WebP has no grey samples: its profile is an RGB one.
+        if space == (b"GRAY" if grey and file_format != "WEBP" else b"RGB "):
+            arguments["icc_profile"] = metadata.icc_profile
+        else:
+            logger.warning("the colour profile is left out: it is for %r samples", space.decode("latin-1").strip())
+    blocks = {"exif": metadata.exif, "xmp": metadata.xmp}
+    for name, block in blocks.items():
+        if block is not None and file_format == "JPEG" and len(block) > _JPEG_SEGMENT - 64:
+            logger.warning("%s is left out: its %d bytes are too many for JPEG", name.upper(), len(block))
+            blocks[name] = None
+    exif, xmp = blocks["exif"], blocks["xmp"]
+    if file_format == "TIFF":
+        tags = Image.Exif()
+        if exif is not None:
+            tags.load(exif)
+        if xmp is not None:
+            tags[_XMP] = xmp
+        if len(tags):
+            arguments["exif"] = tags
+    else:
+        if exif is not None:
+            arguments["exif"] = exif
+        if xmp is not None and file_format != "PNG":
+            arguments["xmp"] = xmp
+    if metadata.dpi is not None and file_format != "WEBP":
+        arguments["dpi"] = metadata.dpi
+    if file_format == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for keyword, value in metadata.text.items():
+            chunks.add_text(keyword, value, zip=len(value) > 1024)
+        if xmp is not None:
+            chunks.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+        arguments["pnginfo"] = chunks
+    return arguments
+
+
+def _exif_of(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception as error:  # a damaged block raises whatever its parser stumbles over
+        logger.warning("EXIF is left out, it cannot be read: %s", error)
+        return Image.Exif()
+
+
+def _exif_bytes(image: Image.Image) -> bytes | None:
+    exif = _exif_of(image)
+    try:
+        for tag in [tag for tag in exif if tag not in _DESCRIPTIVE_TAGS]:
+            del exif[tag]
+        if _EXIF_IFD in exif:
+            details = exif.get_ifd(_EXIF_IFD)
+            for tag in _SIZE_TAGS:
+                details.pop(tag, None)
+        if not len(exif):
+            return None
+        exif[ORIENTATION] = 1
+        block = exif.tobytes()
+    except Exception as error:
+        logger.warning("EXIF is left out, it cannot be read: %s", error)
+        return None
+    return block if block.startswith(b"Exif\0\0") else b"Exif\0\0" + block
+
+
+def _icc_profile(image: Image.Image) -> bytes | None:
+    profile = image.info.get("icc_profile")
+    # 128 bytes is the header, which names the colour space. CMYK is converted by the reader.
+    if not isinstance(profile, bytes) or len(profile) < 128 or profile[16:20] not in (b"RGB ", b"GRAY"):
+        return None
+    return profile
+
+
+def _xmp(image: Image.Image) -> bytes | None:
+    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    if packet is None:
+        packet = getattr(image, "tag_v2", {}).get(_XMP)
+    if isinstance(packet, str):
+        packet = packet.encode("utf-8")
+    return _XMP_ORIENTATION.sub(b"", packet) if isinstance(packet, bytes) and packet else None
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None and _X_RESOLUTION not in tags:
+        return None  # Pillow says 1 dpi for a TIFF file that says nothing
+    try:
+        horizontal, vertical = (float(value) for value in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    if not all(math.isfinite(value) and 0 < value < 1e6 for value in (horizontal, vertical)):
+        return None
+    return horizontal, vertical
+
+
+def _text(image: Image.Image) -> dict[str, str]:
+    # ImageMagick's "Raw profile type exif" is EXIF in disguise, with the old orientation in it.
+    return {
+        str(keyword): str(value)
+        for keyword, value in getattr(image, "text", {}).items()
+        if not keyword.startswith("Raw profile type") and keyword != "XML:com.adobe.xmp"
+    }

@@ -1,0 +1,1 @@
+"""Training: data, losses, loop and checkpoints. Imported by the scripts in `train/` only."""

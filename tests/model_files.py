@@ -1,0 +1,57 @@
+"""Small model files of the real formats with random weights, for tests."""
+
+from pathlib import Path
+
+import torch
+
+from icmsr_core.base_folder import BaseInfo, default_prompt_embedding, open_base
+from icmsr_core.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights, save_generator
+from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae, save_base
+
+
+def write_base(folder: Path, config: NetworkConfig | None = None, family: str = "nano", seed: int = 0) -> Path:
+    """A base folder of nano's architecture with random weights whose biases and norms are not left at 0 and 1."""
+    config = config or NetworkConfig()
+    torch.manual_seed(seed)
+    unet, vae = make_unet(config), make_vae(config)
+    with torch.no_grad():
+        for network in (unet, vae):
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    vae.register_to_config(scaling_factor=0.7)
+    embedding = default_prompt_embedding(config.context_tokens, config.context_width)
+    save_base(folder, unet, vae, embedding, BaseInfo("random", family, licence="CC0-1.0"), torch.float32)
+    return folder
+
+
+def random_generator(base: Path, *, prediction: str = "residual", timestep: int = 200, seed: int = 1) -> Generator:
+    """A generator for `base`: LoRA on some UNet modules and the VAE encoder's convolutions, two tensors whole."""
+    folder = open_base(base)
+    random = torch.Generator().manual_seed(seed)
+
+    def pair(weight: torch.Tensor, rank: int = 4) -> LoraPair:
+        down = torch.randn(rank, *weight.shape[1:], generator=random) * 0.05
+        up = torch.randn(weight.shape[0], rank, *([1] * (weight.ndim - 2)), generator=random) * 0.05
+        return LoraPair(down, up)
+
+    def modules(state: dict[str, torch.Tensor], *marks: str) -> dict[str, LoraPair]:
+        chosen = [key for key in state if key.endswith(".weight") and any(mark in key for mark in marks)]
+        return {key[: -len(".weight")]: pair(state[key].float()) for key in chosen if state[key].ndim in (2, 4)}
+
+    unet, vae = folder.unet_state(), folder.vae_state()
+    whole = {
+        key: unet[key].float() + 0.05 * torch.randn(unet[key].shape, generator=random)
+        for key in ("conv_in.weight", "conv_in.bias")
+    }
+    lora = modules(unet, "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "ff.net", "proj_")
+    info = GeneratorInfo("nano", timestep, prediction, "random", folder.hash(), rank=4, alpha=4.0, licence="CC0-1.0")
+    embedding = folder.prompt_embedding()
+    return Generator(
+        info, PartWeights(lora, whole), PartWeights(modules(vae, "encoder.", "quant_conv")), embedding
+    )
+
+
+def write_generator(path: Path, base: Path, **options) -> Path:
+    """`random_generator` as a file, in float32 so that parity tests see no rounding."""
+    save_generator(path, random_generator(base, **options), torch.float32)
+    return path

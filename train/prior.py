@@ -1,0 +1,73 @@
+"""Trains a small base model from photographs: an autoencoder, then a diffusion prior in its latent.
+
+    python train/prior.py --config train/configs/nano_prior.yaml
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from icmsr_core.base_folder import BaseInfo, default_prompt_embedding
+from icmsr_core.noise_schedule import NoiseSchedule
+from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
+from icmsr_core.train.data import DataConfig, TrainingPairs
+from icmsr_core.train.diffusion_prior import PriorTask
+from icmsr_core.train.loop import LoopConfig, train
+from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
+from icmsr_core.train.script import parse_config, pick_device, run_script, settings_of
+
+
+@dataclass(frozen=True)
+class Config:
+    """A base model from scratch: RUN/autoencoder, then RUN/prior, whose `base` folder is the result."""
+
+    run: str
+    """Run folder; the same command resumes it."""
+    name: str = "nano"
+    """Name of the base."""
+    family: str = "nano"
+    """Family that generator files will refer to."""
+    licence: str = "Apache-2.0"
+    """Licence of the weights (SPDX)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training pictures."""
+    networks: NetworkConfig = field(default_factory=NetworkConfig)
+    """Shape of the networks."""
+    autoencoder: LoopConfig = field(default_factory=LoopConfig)
+    """Training of the autoencoder."""
+    autoencoder_losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    """Its losses."""
+    prior: LoopConfig = field(default_factory=LoopConfig)
+    """Training of the UNet."""
+
+
+def main() -> None:
+    """Both halves, one after the other; a finished half is not repeated."""
+    config = parse_config(Config)
+    device, settings, run = pick_device(config.device), settings_of(config), Path(config.run)
+    torch.manual_seed(config.autoencoder.seed)
+    vae, unet = make_vae(config.networks).to(device), make_unet(config.networks).to(device)
+    pairs = TrainingPairs(config.data, config.autoencoder.seed, degraded=False)
+    logging.info("%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s", len(pairs.photographs),
+                 *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)), device)
+    task = AutoencoderTask(vae, config.autoencoder_losses)
+    # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
+    train(task, pairs, config.autoencoder, run / "autoencoder", settings, device, keep_average=True)
+    sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
+    vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
+    context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width).to(device)
+    info = BaseInfo(config.name, config.family, licence=config.licence)
+    prior = PriorTask(unet, vae, context, NoiseSchedule(info.beta_start, info.beta_end, info.steps), info)
+    for path in train(prior, pairs, config.prior, run / "prior", settings, device):
+        logging.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
