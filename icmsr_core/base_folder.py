@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backbone import BackboneDescriptor
 from .errors import IcmsrError
-from .generator_file import Generator, read_tensors
+from .generator_file import Generator, info_from_json, read_tensors
 from .noise_schedule import NoiseSchedule, Prediction, check_prediction
 
 INFO_FILE = "icmsr_base.json"
@@ -74,11 +74,20 @@ class BaseFolder:
     def prompt_embedding(self) -> Tensor | None:
         """The prior's constant context [tokens, width], or None when the folder has none."""
         path = self.path / PROMPT_FILE
-        return read_tensors(path)[0]["prompt_embedding"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        tensors = read_tensors(path)[0]
+        if "prompt_embedding" not in tensors or tensors["prompt_embedding"].ndim != 2:
+            raise IcmsrError(f"{path}: must hold the tensor prompt_embedding [tokens, width]: write the base again")
+        return tensors["prompt_embedding"]
 
     def hash(self) -> str:
         """SHA-256 of the UNet's weights file, as generator files record it."""
-        return hashlib.sha256(self.unet_weights_path().read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with open(self.unet_weights_path(), "rb") as file:
+            while block := file.read(1 << 20):  # the large families' weights are gigabytes
+                digest.update(block)
+        return digest.hexdigest()
 
     def descriptor(self, generator: Generator | None = None) -> BackboneDescriptor:
         """The backbone that this base gives, with `generator`'s timestep and prediction, or the prior's own at t = 0.
@@ -111,14 +120,17 @@ def open_base(path: Path) -> BaseFolder:
     for needed in (INFO_FILE, "unet/config.json", "vae/config.json", f"unet/{WEIGHTS_FILE}", f"vae/{WEIGHTS_FILE}"):
         if not (path / needed).is_file():
             raise IcmsrError(f"{path}: not a base folder of ICM-SR, {needed} is missing")
-    values = _read_json(path / INFO_FILE)
-    known = {entry.name for entry in fields(BaseInfo)}
-    try:
-        info = BaseInfo(**{key: value for key, value in values.items() if key in known})
-    except TypeError as error:
-        raise IcmsrError(f"{path / INFO_FILE}: {error}") from error
+    info = info_from_json(str(path / INFO_FILE), BaseInfo, _read_json(path / INFO_FILE))
     check_prediction(info.prediction)
-    return BaseFolder(path, info, _read_json(path / "unet" / "config.json"), _read_json(path / "vae" / "config.json"))
+    configs = {}
+    for part, needed_keys in (
+        ("unet", ("block_out_channels", "cross_attention_dim")), ("vae", ("block_out_channels", "latent_channels"))
+    ):
+        configs[part] = _read_json(path / part / "config.json")
+        missing = [key for key in needed_keys if key not in configs[part]]
+        if missing:
+            raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")
+    return BaseFolder(path, info, configs["unet"], configs["vae"])
 
 
 def write_base_info(path: Path, info: BaseInfo) -> None:

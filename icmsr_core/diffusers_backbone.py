@@ -36,8 +36,10 @@ class DiffusersBackbone:
             raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype}")
         self._descriptor = descriptor
         self.device, self.dtype = device, dtype
-        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
-        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
+        self.unet, self.vae = unet, vae
+        for network in (unet, vae):
+            # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
+            torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)
         self._context = prompt_embedding.to(device, dtype)[None]
 
     @property
@@ -114,6 +116,12 @@ def load_backbone(
         embedding = folder.prompt_embedding()
     if embedding is None:
         raise IcmsrError(f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding")
+    width = folder.unet_config["cross_attention_dim"]
+    if embedding.shape[-1] != width:
+        raise IcmsrError(
+            f"{name}: its prompt embedding has width {embedding.shape[-1]}, the base {folder.path} takes {width}: "
+            "choose files that belong together"
+        )
     unet, vae = build_networks(folder)
     if generator is not None:
         if generator.info.base_hash and generator.info.base_hash != folder.hash():

@@ -13,12 +13,13 @@ The metadata entry ``icmsr`` is JSON (see `GeneratorInfo`); ``format`` is ``icms
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,7 @@ from .noise_schedule import Prediction, check_prediction
 FORMAT = "icmsr-generator"
 FORMAT_VERSION = 1
 PARTS = ("unet", "vae")
+Info = TypeVar("Info")
 
 
 class LoraPair(NamedTuple):
@@ -148,7 +150,7 @@ def load_generator(path: Path) -> Generator:
     embedding = tensors.pop("prompt_embedding", None)
     if embedding is not None and embedding.ndim != 2:
         raise IcmsrError(f"{path}: prompt_embedding must be [tokens, width], got {tuple(embedding.shape)}")
-    strange = sorted(key for key in tensors if key.split(".", 1)[0] not in PARTS)
+    strange = sorted(key for key in tensors if not key.startswith(tuple(f"{part}." for part in PARTS)))
     if strange:
         raise IcmsrError(f"{path}: surplus tensors {_names(strange)}: keys begin with unet. or vae.")
     parts = {part: _split_part(str(path), part, tensors) for part in PARTS}
@@ -168,16 +170,44 @@ def parse_info(name: str, metadata: Mapping[str, str]) -> GeneratorInfo:
         )
     try:
         values = json.loads(metadata["icmsr"])
-        known = {entry.name for entry in fields(GeneratorInfo)}
-        info = GeneratorInfo(**{key: value for key, value in values.items() if key in known})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IcmsrError(f"{name}: its description cannot be read ({error})") from error
-    if info.format_version != FORMAT_VERSION:
-        raise IcmsrError(
-            f"{name}: format version {info.format_version}, this version of ICM-SR reads {FORMAT_VERSION}: update it"
-        )
+    except (KeyError, ValueError) as error:
+        raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
+    version = values.get("format_version", FORMAT_VERSION) if isinstance(values, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:  # before the rest, which another version may lay out differently
+        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {FORMAT_VERSION}: update it")
+    info = info_from_json(name, GeneratorInfo, values)
     check_prediction(info.prediction)
     return info
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "Prediction": (str,),
+    "Mapping[str, Any]": (dict,),
+}
+
+
+def info_from_json(name: str, kind: type[Info], values: Any) -> Info:
+    """The dataclass `kind` from a JSON object; keys that it does not know are left out.
+
+    Raises `IcmsrError`, which says `name`, when a key is missing, of another type or not finite.
+    """
+    if not isinstance(values, dict):
+        raise IcmsrError(f"{name}: its description must be a JSON object, got {type(values).__name__}")
+    known = {}
+    for entry in fields(kind):  # type: ignore[arg-type]
+        if entry.name not in values:
+            continue
+        value = known[entry.name] = values[entry.name]
+        fits = isinstance(value, _JSON_TYPES[str(entry.type)]) and not isinstance(value, bool)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            raise IcmsrError(f"{name}: {entry.name} in its description must be a {entry.type}, got {value!r}")
+    try:
+        return kind(**known)
+    except TypeError as error:
+        raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
 
 
 def merged_tensors(
@@ -201,8 +231,8 @@ def merged_tensors(
         parameter = f"{module}.weight"
         base = state.get(parameter)
         rank = pair.down.shape[0]
-        if base is None or base.shape[0] != pair.up.shape[0] or base.shape[1] != pair.down.shape[1]:
-            shape = (pair.up.shape[0], *pair.down.shape[1:])
+        shape = (pair.up.shape[0], *pair.down.shape[1:])
+        if base is None or tuple(base.shape) != shape:
             wrong.append(_misfit(parameter, shape, base))
             continue
         start = merged.get(parameter, base.float())
@@ -231,7 +261,8 @@ def _split_part(name: str, part: str, tensors: Mapping[str, Tensor]) -> PartWeig
             if down is None or up is None:
                 missing = "lora_A" if down is None else "lora_B"
                 raise IcmsrError(f"{name}: missing tensor {part}.{module}.{missing}.weight")
-            if down.ndim not in (2, 4) or up.ndim != down.ndim or down.shape[0] != up.shape[1]:
+            fits = down.ndim in (2, 4) and up.ndim == down.ndim and down.shape[0] == up.shape[1] > 0
+            if not fits or any(side != 1 for side in up.shape[2:]):
                 raise IcmsrError(
                     f"{name}: {part}.{module}: LoRA matrices {list(down.shape)} and {list(up.shape)} do not multiply"
                 )

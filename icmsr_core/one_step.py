@@ -81,10 +81,14 @@ Progress = Callable[[int, int], None]
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """`image` [N, C, H, W] at height x width: bicubic (a = -0.5) with antialiasing, as Pillow's; clamped to [0, 1]."""
+    """`image` [N, C, H, W] at height x width: bicubic (a = -0.5) with antialiasing, as Pillow's.
+
+    Float32, clamped to [0, 1]; never `image` itself.
+    """
+    image = image.float()
     if image.shape[-2:] == (height, width):
         return image.clamp(0, 1)
-    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -101,10 +105,18 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def make_plan(backbone: Backbone, height: int, width: int, settings: UpscaleSettings) -> TilePlan:
-    """The tiles, in latent cells, for a padded picture of `height` x `width` pixels."""
+    """The tiles, in latent cells, for a padded picture of `height` x `width` pixels.
+
+    Raises `IcmsrError` when the overlap leaves this family's tiles no step.
+    """
     descriptor = backbone.descriptor
     factor = descriptor.latent_factor
     multiple = descriptor.multiple_of // factor
+    if max(height, width) > settings.tile > 0 and settings.overlap > settings.tile - descriptor.multiple_of:
+        raise IcmsrError(
+            f"with the family {descriptor.family} a tile of {settings.tile} takes an overlap of at most "
+            f"{settings.tile - descriptor.multiple_of}, got {settings.overlap}: try a tile of {2 * settings.tile}"
+        )
     if settings.tile == 0:
         return plan_tiles(height // factor, width // factor, max(height, width) // factor, 0, multiple)
     return plan_tiles(
@@ -138,8 +150,10 @@ def upscale(
     settings = settings or UpscaleSettings()
     if image.ndim != 4 or image.shape[1] != 3 or min(image.shape) < 1:
         raise IcmsrError(f"expected pictures [N, 3, H, W] of at least 1 x 1 pixel, got {tuple(image.shape)}")
-    if not image.is_floating_point() or not bool(image.isfinite().all()):
-        raise IcmsrError(f"expected finite floating-point pictures in [0, 1], got {image.dtype} or NaN in it")
+    if not image.is_floating_point():
+        raise IcmsrError(f"expected floating-point pictures in [0, 1], got {image.dtype}: convert it, 8-bit by / 255")
+    if not bool(image.isfinite().all()):
+        raise IcmsrError("expected finite pictures in [0, 1], got NaN or infinite values: mend the step that made them")
     height, width = settings.target_size(*image.shape[-2:])
     total = image.shape[0] * count_tiles(backbone, image.shape[-2], image.shape[-1], settings)
     done = 0

@@ -18,7 +18,7 @@ from ..noise_schedule import check_prediction
 from ..one_step import resize
 from .autoencoder import stack_rows
 from .loop import Batch
-from .reconstruction import charbonnier, fourier_l1, gradient_l1
+from .reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class LossWeights:
     """L1 of image gradients."""
     fourier: float = 0.05
     """L1 of Fourier magnitudes."""
+    tone: float = 0.1
+    """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
     icm: float = 0.0
     """ICM regulariser; 0 trains with reconstruction alone."""
 
@@ -55,6 +57,9 @@ class GeneratorConfig:
     """Train the decoder too. For small text-free bases only: the paper's way, for large ones, is a frozen decoder."""
     zero_output: bool = True
     """Start from an output of zero: with residual prediction the generator then begins as the plain autoencoder."""
+    color_fix: bool = True
+    """Measure the losses after the wavelet colour correction, as inference applies it (ours): a small network then
+    spends its capacity on detail and leaves the low frequencies to the input."""
     licence: str = "Apache-2.0"
     """Licence of the exported weights (SPDX)."""
     losses: LossWeights = field(default_factory=LossWeights)
@@ -88,20 +93,26 @@ class GeneratorTask:
     def losses(self, batch: Batch, random: torch.Generator) -> dict[str, Tensor]:
         """See `Task`."""
         truth = batch["sharp"].float() / 127.5 - 1
-        result = self._generate(batch)
+        raw = self._generate(batch)
+        result = with_low_frequencies(raw, self._input(batch)) if self.config.color_fix else raw
         weights = self.config.losses
+        tone = charbonnier(raw, truth)
         pixel, gradient = charbonnier(result, truth), gradient_l1(result, truth)
         fourier = fourier_l1(result, truth)
         loss = weights.pixel * pixel + weights.gradient * gradient + weights.fourier * fourier
+        if self.config.color_fix:
+            loss = loss + weights.tone * tone
         mse = (result.clamp(-1, 1) - truth).square().mean().detach() / 4
-        return {"loss": loss, "pixel": pixel, "gradient": gradient, "fourier": fourier, "psnr": -10 * mse.log10()}
+        return {"loss": loss, "pixel": pixel, "gradient": gradient, "fourier": fourier, "tone": tone,
+                "psnr": -10 * mse.log10()}
 
     @torch.no_grad()
     def grid(self, batch: Batch) -> Tensor:
         """Input, result, truth, row by row."""
         few = {name: value[:6] for name, value in batch.items()}
         truth = few["sharp"].float() / 127.5 - 1
-        return stack_rows(self._input(few), self._generate(few), truth)
+        result, given = self._generate(few), self._input(few)
+        return stack_rows(given, with_low_frequencies(result, given) if self.config.color_fix else result, truth)
 
     def export(self, run: Path) -> list[Path]:
         """The generator file in the run folder: every trained tensor, whole."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base_folder import PROMPT_FILE, WEIGHTS_FILE, BaseInfo, write_base_info
@@ -96,5 +95,6 @@ def save_base(
         network.save_config(folder / part)
         state = {key: value.detach().to("cpu", dtype) for key, value in network.state_dict().items()}
         write_atomically(folder / part / WEIGHTS_FILE, state, {"format": "pt"})
-    save_file({"prompt_embedding": prompt_embedding.detach().cpu().float()}, folder / PROMPT_FILE)
+    embedding = {"prompt_embedding": prompt_embedding.detach().cpu().float()}
+    write_atomically(folder / PROMPT_FILE, embedding, {"format": "pt"})
     write_base_info(folder, info)

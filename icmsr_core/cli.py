@@ -1,0 +1,277 @@
+"""The command `icmsr`: demo, upscale, conditions, evaluate, inspect.
+
+Exit codes: 0 done; 1 something failed, said in one line on stderr; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from . import __version__
+from .embedded import embedded_base, embedded_generator
+from .errors import IcmsrError
+from .one_step import Progress, UpscaleSettings
+
+if TYPE_CHECKING:
+    from .diffusers_backbone import DiffusersBackbone
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def run() -> None:
+    """Entry point of the console script: runs `main` and leaves with its exit code."""
+    code = main(sys.argv[1:])
+    # Threads of the libraries must not turn an interrupt into a second traceback on the way out.
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code. Wrong usage leaves through argparse with code 2."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return int(options.function(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (IcmsrError, OSError, MemoryError, RuntimeError) as error:
+        if options.debug:
+            raise
+        message = " ".join((str(error) or type(error).__name__).split())
+        print(f"icmsr: error: {message}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(prog="icmsr", description="One-step diffusion super-resolution (ICM-SR).")
+    parser.add_argument("--version", action="version", version=f"icmsr {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        added.set_defaults(function=function, parser=added)
+        return added
+
+    demo = command("demo", run_demo_command, "Upscale the bundled photograph with the embedded model.")
+    demo.add_argument("--out", type=Path, default=Path("icmsr-demo"), metavar="DIR", help="folder for the pictures")
+    add_device(demo)
+
+    upscale = command("upscale", run_upscale, "Upscale a picture or a folder of pictures.")
+    upscale.add_argument("input", type=Path, help="a picture, or a folder of them")
+    upscale.add_argument("output", type=Path, help="the file to write, or a folder")
+    size = upscale.add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, default=4.0, help="1 to 8 (default 4)")
+    size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
+    upscale.add_argument("--model", default="nano", metavar="nano|PATH", help="generator file (default: the embedded)")
+    upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH", help="base folder the generator belongs to")
+    upscale.add_argument("--tile", type=int, default=512, help="tile in output pixels, a multiple of 64; 0: whole")
+    upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
+    upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
+    upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
+                         help="0 faithful, 1 realistic, beyond: more; for generators that hold both")
+    upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
+    upscale.add_argument("--seed", type=int, default=0,
+                         help="for generators that draw noise; the embedded one draws none, its result is fixed")
+    add_device(upscale)
+
+    conditions = command("conditions", run_conditions, "Write a picture's colormap, edges and hint.")
+    conditions.add_argument("input", type=Path)
+    conditions.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
+    conditions.add_argument("--low", type=float, default=100, help="lower threshold of the Canny edges")
+    conditions.add_argument("--high", type=float, default=200, help="upper threshold of the Canny edges")
+
+    evaluate = command("evaluate", run_evaluate, "Measure results against the truth; pairs are matched by file name.")
+    evaluate.add_argument("--sr", type=Path, required=True, metavar="DIR", help="results")
+    evaluate.add_argument("--hr", type=Path, required=True, metavar="DIR", help="truth")
+    evaluate.add_argument("--lq", type=Path, metavar="DIR", help="inputs, to measure the change of the mean colour")
+    evaluate.add_argument("--metrics", default="psnr,ssim,hf", metavar="NAME,...",
+                          help="psnr, ssim, hf; fsim, dss, srsim (extra eval); lpips, dists, ... (needs pyiqa)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every picture's values")
+
+    inspect = command("inspect", run_inspect, "Say what a generator or base holds.")
+    inspect.add_argument("file", type=Path, help="a generator file or a base folder")
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on the CPU, bf16 elsewhere")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``WxH`` as (width, height)."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1920x1080, got {text!r}") from None
+    return width, height
+
+
+def parse_fidelity(text: str) -> float:
+    """A number from 0 to 2."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2, got {text!r}")
+    return value
+
+
+def run_demo_command(options: argparse.Namespace) -> int:
+    """``icmsr demo``."""
+    from .demo import run_demo
+
+    loaded: list[DiffusersBackbone] = []
+
+    def load() -> DiffusersBackbone:
+        loaded.append(load_model("nano", "nano", options.device, options.dtype))
+        return loaded[0]
+
+    with tqdm(desc="upscaling", unit="tile", disable=None) as bar:
+        result = run_demo(load, options.out, bar_progress(bar))
+    backbone = loaded[0]
+    print(f"model    nano (embedded), family {backbone.descriptor.family}")
+    print(f"device   {backbone.device}, {str(backbone.dtype).removeprefix('torch.')}")
+    print("size     {}x{} -> {}x{}".format(*result.input_size, *result.result_size))
+    print(f"seconds  {result.seconds:.2f}")
+    for path in result.files:
+        print(f"wrote    {path}")
+    return 0
+
+
+def run_upscale(options: argparse.Namespace) -> int:
+    """``icmsr upscale``."""
+    from .picture_jobs import Job, plan_jobs, run_jobs
+
+    try:
+        settings = UpscaleSettings(
+            scale=options.scale, size=options.size, tile=options.tile, overlap=options.overlap, batch=options.batch,
+            color_fix=options.color_fix,
+        )
+    except IcmsrError as error:
+        options.parser.error(str(error))
+    jobs = plan_jobs(options.input, options.output)
+    if options.fidelity is not None:
+        raise IcmsrError(
+            "--fidelity needs a generator with a faithful and a realistic set of weights, this one holds a single "
+            "set: leave --fidelity out"
+        )
+    started = time.perf_counter()
+    backbone = load_model(options.model, options.base, options.device, options.dtype)
+    with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
+        unit="tile", leave=False, disable=None
+    ) as tiles:
+
+        def progress(job: Job) -> Progress:
+            files.update(min(1, files.n + 1) if job is not jobs[0] else 0)
+            tiles.set_description(job.source.name)
+            tiles.reset()
+            return bar_progress(tiles)
+
+        failed = run_jobs(
+            backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
+            progress=progress,
+        )
+    done = len(jobs) - failed
+    where = jobs[0].target if len(jobs) == 1 else jobs[0].target.parent
+    if done:
+        print(f"{done} of {len(jobs)} written to {where} in {time.perf_counter() - started:.1f} s")
+    return 1 if failed else 0
+
+
+def run_conditions(options: argparse.Namespace) -> int:
+    """``icmsr conditions``."""
+    from .conditions import canny_edges, colormap
+    from .image_io import Picture, from_tensor, read_picture, to_tensor, write_picture
+    from .picture_jobs import check_writable
+
+    image = to_tensor(read_picture(options.input).rgb)
+    edges = canny_edges(image, options.low, options.high)
+    colors = from_tensor(colormap(image))
+    check_writable(options.out)
+    pictures = {
+        "colormap": Picture(rgb=colors),
+        "edges": Picture(rgb=from_tensor(edges.expand(-1, 3, -1, -1)), grey=True),
+        # Four channels as one file: the edges are the alpha channel.
+        "hint": Picture(rgb=colors, alpha=from_tensor(edges)),
+    }
+    for name, picture in pictures.items():
+        path = options.out / f"{options.input.stem}_{name}.png"
+        write_picture(path, picture)
+        print(f"wrote {path}")
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """``icmsr evaluate``."""
+    from .evaluation import evaluate_folders
+
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    with tqdm(unit="picture", leave=False, disable=None) as bar:
+        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_progress(bar))
+    print(evaluation.table())
+    if options.json is not None:
+        options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n")
+    return 0
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """``icmsr inspect``."""
+    from .inspection import describe
+
+    print(describe(options.file))
+    return 0
+
+
+def bar_progress(bar: Any) -> Progress:
+    """A `Progress` that drives a tqdm bar."""
+
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return advance
+
+
+def load_model(model: str, base: str, device: str, dtype: str) -> DiffusersBackbone:
+    """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise IcmsrError(f"--device {device} cannot be used here ({reason}): try auto or cpu") from error
+    if dtype == "auto":
+        dtype = "fp32" if chosen.type == "cpu" else "bf16"
+    generator = embedded_generator() if model == "nano" else Path(model)
+    folder = embedded_base() if base == "nano" else Path(base)
+
+    from diffusers.utils import logging as diffusers_logging
+
+    from .diffusers_backbone import load_backbone
+
+    diffusers_logging.set_verbosity_error()
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return load_backbone(folder, generator, device=chosen, dtype=types[dtype])

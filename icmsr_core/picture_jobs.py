@@ -1,0 +1,114 @@
+"""Upscaling of picture files: what `icmsr upscale` and `icmsr demo` do with a loaded backbone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .backbone import Backbone
+from .errors import IcmsrError
+from .image_io import WRITE_EXTENSIONS, Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
+from .one_step import Progress, UpscaleSettings, resize, upscale
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to upscale."""
+
+    source: Path
+    """The file to read."""
+    target: Path
+    """The file to write."""
+
+
+def plan_jobs(source: Path, target: Path) -> list[Job]:
+    """The files that ``upscale SOURCE TARGET`` reads and writes, checked before any model is loaded.
+
+    A folder's pictures keep their names; a format that cannot be written (BMP) becomes PNG. For a single picture the
+    target may be a file or an existing folder. The target folder is made if it is missing. Raises `IcmsrError` when
+    something is missing, cannot be written, or would overwrite an input.
+    """
+    if source.is_dir():
+        pictures = find_pictures(source)
+        if not pictures:
+            raise IcmsrError(f"{source}: no pictures in this folder")
+        if target.is_file():
+            raise IcmsrError(f"{target}: is a file; a folder of pictures needs a folder for its results")
+        jobs = [Job(path, target / _writable_name(path)) for path in pictures]
+    elif source.is_file():
+        if target.is_dir():
+            target = target / _writable_name(source)
+        if target.suffix.lower() not in WRITE_EXTENSIONS:
+            raise IcmsrError(f"{target}: cannot write this kind of file: use one of {', '.join(WRITE_EXTENSIONS)}")
+        jobs = [Job(source, target)]
+    else:
+        raise IcmsrError(f"{source}: no such file or folder")
+    taken: dict[Path, Path] = {}
+    sources = {job.source.resolve() for job in jobs}
+    for job in jobs:
+        if job.target.resolve() in sources:
+            raise IcmsrError(f"{job.target}: would overwrite an input: choose another output")
+        other = taken.setdefault(job.target, job.source)
+        if other is not job.source:
+            raise IcmsrError(f"{other.name} and {job.source.name} would both be written to {job.target}: rename one")
+    check_writable(jobs[0].target.parent)
+    return jobs
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `folder` if need be and proves that a file can be written there; raises `IcmsrError` when it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise IcmsrError(f"{folder}: cannot write to this folder ({error.strerror or error})") from error
+
+
+def _writable_name(path: Path) -> str:
+    return path.name if path.suffix.lower() in WRITE_EXTENSIONS else f"{path.stem}.png"
+
+
+def upscale_picture(
+    backbone: Backbone, picture: Picture, settings: UpscaleSettings, progress: Progress | None = None
+) -> Picture:
+    """`picture` at its new size: colours through the model, alpha by bicubic resizing, all else kept."""
+    result = from_tensor(upscale(backbone, to_tensor(picture.rgb), settings, progress=progress))
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = from_tensor(resize(to_tensor(alpha), *result.shape[:2]))
+    return replace(picture, rgb=result, alpha=alpha)
+
+
+def run_job(backbone: Backbone, job: Job, settings: UpscaleSettings, progress: Progress | None = None) -> Picture:
+    """Reads, upscales and writes one picture; the result appears whole or not at all."""
+    result = upscale_picture(backbone, read_picture(job.source), settings, progress)
+    write_picture(job.target, result)
+    return result
+
+
+def run_jobs(
+    backbone: Backbone,
+    jobs: list[Job],
+    settings: UpscaleSettings,
+    *,
+    report: Callable[[str], None],
+    progress: Callable[[Job], Progress | None] = lambda _: None,
+) -> int:
+    """All of `jobs`, going on past pictures that fail; returns how many did.
+
+    `report` gets one line with the file's name for each that failed. A full disk or a lack of memory for one picture
+    is such a failure; an interrupt is not and ends the run.
+    """
+    failed = 0
+    for job in jobs:
+        try:
+            run_job(backbone, job, settings, progress(job))
+        except (IcmsrError, OSError, MemoryError) as error:
+            failed += 1
+            message = str(error) or type(error).__name__
+            report(message if os.fspath(job.source) in message else f"{job.source}: {message}")
+    return failed

@@ -1,0 +1,156 @@
+"""Nodes that bring weights: the embedded model, generator files, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..icmsr_core.base_folder import open_base
+from ..icmsr_core.embedded import embedded_base, embedded_generator
+from ..icmsr_core.generator_file import load_generator
+from .adapter_features import load_adapter
+from .generator_patches import apply_generator
+from .model_description import ATTACHMENT, ModelDescription
+from .model_folders import FOLDER, file_stamp, find_file, list_files
+from .native_models import load_unet, load_vae
+
+CATEGORY = "image/upscaling/ICM-SR"
+EMBEDDED = "nano (embedded)"
+GENERATOR_FOLDERS = (FOLDER, "loras")
+ADAPTER_FOLDERS = (FOLDER, "controlnet")
+
+
+class LoadEmbedded(io.ComfyNode):
+    """nano, the small model that ships with the pack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ICMSR_LoadEmbedded",
+            display_name="ICM-SR Load Embedded",
+            category=CATEGORY,
+            description="Loads nano, the small super-resolution model that ships with the pack. No download.",
+            search_aliases=["super resolution", "upscale model", "nano"],
+            inputs=[
+                io.Combo.Input(
+                    "generator",
+                    options=["embedded", "none"],
+                    default="embedded",
+                    tooltip=(
+                        "embedded: ready for ICM-SR Upscale. none: the bare base, for a generator of your own through "
+                        "ICM-SR Apply Generator."
+                    ),
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="nano's UNet, with its generator unless that is none."),
+                io.Vae.Output(display_name="VAE", tooltip="nano's VAE. It belongs to this MODEL."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, generator: str = "embedded") -> io.NodeOutput:
+        base = open_base(embedded_base())
+        # Read first: nothing is built when the file is damaged.
+        weights = load_generator(embedded_generator()) if generator == "embedded" else None
+        model, vae = load_unet(base), load_vae(base)
+        description = ModelDescription(
+            base.descriptor(), base.info.name, base.hash(), prompt_embedding=base.prompt_embedding()
+        )
+        model.set_attachments(ATTACHMENT, description)
+        if weights is not None:
+            model, vae = apply_generator(model, vae, weights, EMBEDDED)
+        return io.NodeOutput(model, vae)
+
+
+class ApplyGenerator(io.ComfyNode):
+    """A generator file over a base model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ICMSR_ApplyGenerator",
+            display_name="ICM-SR Apply Generator",
+            category=CATEGORY,
+            description=(
+                "Turns a base model into a one-step super-resolution generator, with a file of models/icmsr or "
+                "models/loras. One generator per model; LoRAs of your own may stand before or after it."
+            ),
+            search_aliases=["super resolution", "one step", "lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The bare base that the generator was trained on."),
+                io.Vae.Input("vae", tooltip="The VAE of the same base. Most generators change it too."),
+                io.Combo.Input(
+                    "generator",
+                    options=[EMBEDDED, *list_files(*GENERATOR_FOLDERS)],
+                    default=EMBEDDED,
+                    tooltip="Generator files (.safetensors) in models/icmsr and models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the generator is applied. It was trained for 1.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="A copy of the MODEL with the generator."),
+                io.Vae.Output(display_name="VAE", tooltip="A copy of the VAE with the generator, for this MODEL."),
+            ],
+        )
+
+    @classmethod
+    def _path(cls, generator: str) -> Path:
+        return embedded_generator() if generator == EMBEDDED else find_file(generator, *GENERATOR_FOLDERS)
+
+    @classmethod
+    def fingerprint_inputs(cls, generator: str, **others) -> str:
+        return file_stamp(cls._path(generator))
+
+    @classmethod
+    def execute(cls, model, vae, generator: str, strength: float = 1.0) -> io.NodeOutput:
+        weights = load_generator(cls._path(generator))
+        return io.NodeOutput(*apply_generator(model, vae, weights, generator, strength))
+
+
+class LoadAdapter(io.ComfyNode):
+    """A 4-channel T2I-Adapter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ICMSR_LoadAdapter",
+            display_name="ICM-SR Load Adapter",
+            category=CATEGORY,
+            description=(
+                "Loads a T2I-Adapter for ICM-SR's 4-channel condition (colours and edges). Core's Load ControlNet "
+                "Model would misread these files."
+            ),
+            search_aliases=["t2i adapter", "controlnet", "icm"],
+            inputs=[
+                io.Combo.Input(
+                    "adapter",
+                    options=list_files(*ADAPTER_FOLDERS),
+                    tooltip="Adapter files (.safetensors, diffusers T2IAdapter) in models/icmsr and models/controlnet.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    display_name="CONTROL_NET",
+                    tooltip="An ordinary CONTROL_NET, for ICM-SR Upscale or for core's Apply ControlNet.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str) -> str:
+        return file_stamp(find_file(adapter, *ADAPTER_FOLDERS))
+
+    @classmethod
+    def execute(cls, adapter: str) -> io.NodeOutput:
+        return io.NodeOutput(load_adapter(find_file(adapter, *ADAPTER_FOLDERS)))

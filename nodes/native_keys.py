@@ -1,0 +1,50 @@
+"""Diffusers' parameter names in ComfyUI's native networks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import comfy.utils
+
+_VAE_RULES = (
+    (re.compile(r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\."), r"encoder.down.\1.block.\2."),
+    (re.compile(r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\."), r"encoder.down.\1.downsample."),
+    (re.compile(r"\.mid_block\.attentions\.0\.group_norm\."), ".mid.attn_1.norm."),
+    (re.compile(r"\.mid_block\.attentions\.0\.(?:to_q|query)\."), ".mid.attn_1.q."),
+    (re.compile(r"\.mid_block\.attentions\.0\.(?:to_k|key)\."), ".mid.attn_1.k."),
+    (re.compile(r"\.mid_block\.attentions\.0\.(?:to_v|value)\."), ".mid.attn_1.v."),
+    (re.compile(r"\.mid_block\.attentions\.0\.(?:to_out\.0|proj_attn)\."), ".mid.attn_1.proj_out."),
+    (re.compile(r"\.mid_block\.resnets\.0\."), ".mid.block_1."),
+    (re.compile(r"\.mid_block\.resnets\.1\."), ".mid.block_2."),
+    (re.compile(r"\.conv_shortcut\."), ".nin_shortcut."),
+    (re.compile(r"\.conv_norm_out\."), ".norm_out."),
+)
+_UP = re.compile(r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.")
+
+
+def native_vae_key(key: str, levels: int) -> str:
+    """The native name of an AutoencoderKL parameter; `levels` is the number of the VAE's resolutions.
+
+    A name that no rule knows comes back as it is. Core's own map takes four levels for granted, this one does not.
+    """
+
+    def up(match: re.Match[str]) -> str:
+        level = levels - 1 - int(match[1])  # diffusers counts the decoder from the small end
+        return f"decoder.up.{level}." + ("upsample." if match[2] is None else f"block.{match[2]}.")
+
+    key = _UP.sub(up, key)
+    for pattern, replacement in _VAE_RULES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def vae_levels(state: Mapping[str, object]) -> int:
+    """Number of resolutions of the native VAE with the parameter names `state`; 0 when it is no AutoencoderKL."""
+    found = [re.match(r"encoder\.down\.(\d+)\.block\.", key) for key in state]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def native_unet_keys(unet_config: Mapping) -> dict[str, str]:
+    """Native name of every UNet parameter, by its diffusers name; some of them no given network has."""
+    return comfy.utils.unet_to_diffusers(dict(unet_config))

@@ -1,0 +1,210 @@
+"""The node that upscales."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..icmsr_core.color import COLOR_FIXES
+from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.one_step import MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, UpscaleSettings, count_tiles, upscale
+from .adapter_features import AdapterFeatures, check_hint
+from .comfy_backbone import ComfyBackbone
+from .image_sockets import to_image, to_pictures
+from .loaders import CATEGORY
+
+log = logging.getLogger(__name__)
+
+SMALLEST_TILE = 128
+LARGEST_TILE_AFTER_NONE = 1024
+"""Tile to try when the whole picture at once does not fit."""
+
+
+class Upscale(io.ComfyNode):
+    """One-step super-resolution."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ICMSR_Upscale",
+            display_name="ICM-SR Upscale",
+            category=CATEGORY,
+            description=(
+                "Upscales pictures in one diffusion step, in tiles that blend without seams. The same picture and "
+                "settings always give the same result."
+            ),
+            search_aliases=["super resolution", "upscale", "restore", "real-isr", "enhance"],
+            inputs=[
+                io.Model.Input("model", tooltip="From ICM-SR Load Embedded or ICM-SR Apply Generator."),
+                io.Vae.Input("vae", tooltip="The VAE from the same node as the MODEL."),
+                io.Image.Input("image", tooltip="Pictures of any size. A batch runs one after another."),
+                io.Float.Input(
+                    "scale",
+                    default=4.0,
+                    min=MIN_SCALE,
+                    max=MAX_SCALE,
+                    step=0.25,
+                    tooltip="Size of the result over size of the image. The models are trained for 4.",
+                ),
+                io.Int.Input(
+                    "tile",
+                    default=512,
+                    min=0,
+                    max=4096,
+                    step=TILE_MULTIPLE,
+                    tooltip=(
+                        "Largest tile in pixels of the result, a multiple of 64. Smaller needs less memory; 0 takes "
+                        "the whole picture at once. Halved on its own when memory runs out."
+                    ),
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=128,
+                    min=0,
+                    max=2048,
+                    step=16,
+                    tooltip="Least overlap of neighbouring tiles in pixels of the result, at most half a tile.",
+                ),
+                io.Combo.Input(
+                    "color_fix",
+                    options=list(COLOR_FIXES),
+                    default="wavelet",
+                    tooltip=(
+                        "Colours after the image: wavelet takes its low frequencies, adain its mean and contrast, none "
+                        "leaves the model's."
+                    ),
+                ),
+                io.Int.Input(
+                    "tile_batch",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Tiles that run together: faster on a large graphics card, for more memory.",
+                    advanced=True,
+                ),
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
+                ),
+                io.Image.Input(
+                    "hint",
+                    optional=True,
+                    tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For control_net: how strongly the condition acts. 0 switches it off.",
+                    advanced=True,
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Optional: replaces the constant prompt embedding of the generator.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The upscaled pictures.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        image: torch.Tensor,
+        scale: float = 4.0,
+        tile: int = 512,
+        overlap: int = 128,
+        color_fix: str = "wavelet",
+        tile_batch: int = 1,
+        control_net=None,
+        hint: torch.Tensor | None = None,
+        strength: float = 1.0,
+        conditioning=None,
+    ) -> io.NodeOutput:
+        settings: UpscaleSettings | None = UpscaleSettings(
+            scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix
+        )
+        pictures = to_pictures(image)
+        if (control_net is None) != (hint is None):
+            given, missing = ("hint", "control_net") if control_net is None else ("control_net", "hint")
+            raise IcmsrError(f"{given} is connected without {missing}: connect both or neither")
+        if control_net is not None:
+            check_hint(control_net, hint, pictures.shape[0])
+            if strength == 0:
+                control_net = hint = None
+        backbone = ComfyBackbone(model, vae, conditioning)
+        with backbone:
+            while True:
+                try:
+                    result = _upscale_batch(backbone, pictures, settings, control_net, hint, strength)
+                    break
+                except Exception as error:
+                    comfy.model_management.raise_non_oom(error)
+                    smaller = _smaller(settings)
+                    if smaller is None:
+                        raise
+                # Out of the except block, where the error no longer holds the tensors that did not fit.
+                log.warning("out of memory with %s: trying again with %s", _words(settings), _words(smaller))
+                settings = smaller
+                comfy.model_management.soft_empty_cache()
+        return io.NodeOutput(to_image(result))
+
+
+def _upscale_batch(
+    backbone: ComfyBackbone,
+    pictures: torch.Tensor,
+    settings: UpscaleSettings,
+    control_net,
+    hint: torch.Tensor | None,
+    strength: float,
+) -> torch.Tensor:
+    """Every picture of [N, 3, H, W] on its own, with one progress bar over all their tiles."""
+    count, _, height, width = pictures.shape
+    tiles = count_tiles(backbone, height, width, settings)
+    bar = comfy.utils.ProgressBar(count * tiles)
+    results, features = [], None
+    for index in range(count):
+        if control_net is not None and (features is None or hint.shape[0] > 1):
+            features = AdapterFeatures(
+                control_net,
+                hint[index : index + 1].movedim(-1, 1),
+                settings.target_size(height, width),
+                backbone.descriptor.multiple_of,
+                strength=strength,
+                dtype=backbone.dtype,
+                keep=hint.shape[0] == 1 and count > 1,
+            )
+
+        def progress(done: int, _total: int, before: int = index * tiles) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(before + done)
+
+        results.append(
+            upscale(backbone, pictures[index : index + 1], settings, progress=progress, features=features)
+        )
+    return torch.cat(results)
+
+
+def _smaller(settings: UpscaleSettings) -> UpscaleSettings | None:
+    """Settings that need less memory: first one tile at a time, then half the tile; None when there is no less."""
+    if settings.batch > 1:
+        return replace(settings, batch=1)
+    tile = settings.tile // 2 // TILE_MULTIPLE * TILE_MULTIPLE if settings.tile else LARGEST_TILE_AFTER_NONE
+    if tile < SMALLEST_TILE:
+        return None
+    return replace(settings, tile=tile, overlap=min(settings.overlap, tile // 4))
+
+
+def _words(settings: UpscaleSettings) -> str:
+    return f"tile {settings.tile}, {settings.batch} at a time"

@@ -1,0 +1,61 @@
+"""The committed workflows in ComfyUI's real frontend, in a headless browser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.comfy_harness import ROOT, to_prompt
+
+pytestmark = pytest.mark.comfy
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+READY = "window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+# Serialised in the page: the objects there are proxies that the driver cannot copy.
+LOAD = """async (workflow) => {
+    await app.loadGraphData(workflow);
+    const nodes = app.graph.nodes.map((node) => [node.type, node.has_errors ?? false]);
+    return JSON.stringify({nodes, prompt: (await app.graphToPrompt()).output, saved: app.graph.serialize()});
+}"""
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_opens_in_the_frontend(comfy_server, path: Path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("no chromium on the PATH")
+    workflow = json.loads(path.read_text())
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": 1600, "height": 900})
+            errors: list[str] = []
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(comfy_server.url)
+            page.wait_for_function(READY, timeout=60_000)
+            page.wait_for_timeout(1000)
+            loaded = json.loads(page.evaluate(LOAD, workflow))
+        finally:
+            browser.close()
+    assert errors == []
+    assert loaded["nodes"] == [[node["type"], False] for node in workflow["nodes"]]
+    assert loaded["saved"]["links"] == workflow["links"]
+    assert [node["widgets_values"] for node in loaded["saved"]["nodes"]] == [
+        node["widgets_values"] for node in workflow["nodes"]
+    ]
+    prompt = {
+        key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in loaded["prompt"].items()
+    }
+    assert prompt == to_prompt(workflow, comfy_server.get("/object_info"))
