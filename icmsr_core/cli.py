@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (IcmsrError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # one line for a user; --debug for the rest
         if options.debug:
             raise
         message = " ".join((str(error) or type(error).__name__).split())
@@ -268,10 +268,8 @@ def load_model(model: str, base: str, device: str, dtype: str) -> DiffusersBackb
     generator = embedded_generator() if model == "nano" else Path(model)
     folder = embedded_base() if base == "nano" else Path(base)
 
-    from diffusers.utils import logging as diffusers_logging
+    from .diffusers_backbone import load_backbone, silence_diffusers
 
-    from .diffusers_backbone import load_backbone
-
-    diffusers_logging.set_verbosity_error()
+    silence_diffusers()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return load_backbone(folder, generator, device=chosen, dtype=types[dtype])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from .backbone import BackboneDescriptor
@@ -68,6 +69,11 @@ class DiffusersBackbone:
     def decode(self, latent: Tensor) -> Tensor:
         """See `Backbone`."""
         return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
+
+
+def silence_diffusers() -> None:
+    """Keeps diffusers' advice to programmers (on `.to(dtype)`, say) out of a program's output; errors still show."""
+    diffusers_logging.set_verbosity_error()
 
 
 def build_networks(base: BaseFolder) -> tuple[UNet2DConditionModel, AutoencoderKL]:

@@ -100,14 +100,14 @@ def run_jobs(
 ) -> int:
     """All of `jobs`, going on past pictures that fail; returns how many did.
 
-    `report` gets one line with the file's name for each that failed. A full disk or a lack of memory for one picture
-    is such a failure; an interrupt is not and ends the run.
+    `report` gets one line with the file's name for each that failed, whatever the reason (a lack of memory for one
+    picture, say); an interrupt is no such failure and ends the run.
     """
     failed = 0
     for job in jobs:
         try:
             run_job(backbone, job, settings, progress(job))
-        except (IcmsrError, OSError, MemoryError) as error:
+        except Exception as error:
             failed += 1
             message = str(error) or type(error).__name__
             report(message if os.fspath(job.source) in message else f"{job.source}: {message}")
