@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.comfy_harness import ROOT, to_prompt
 
@@ -37,6 +38,9 @@ def test_workflow_opens_in_the_frontend(comfy_server, path: Path):
     if browser_path is None:
         pytest.skip("no chromium on the PATH")
     workflow = json.loads(path.read_text())
+    for node in workflow["nodes"]:
+        if node["type"] == "LoadImage":  # as on a user's machine: the picture that the workflow names is there
+            comfy_server.upload(Image.new("RGB", (8, 8)), node["widgets_values"][0])
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=FLAGS)
         try:
