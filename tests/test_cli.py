@@ -25,7 +25,7 @@ from icmsr_core.train.networks import NetworkConfig
 from tests.model_files import write_base, write_generator
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
+TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(64, 64), vae_groups=4)
 
 
 @pytest.fixture(scope="module")
