@@ -54,7 +54,8 @@ def side_by_side(panels: dict[str, FloatArray], gap: int = 8) -> FloatArray:
     height = next(iter(panels.values())).shape[0]
     columns: list[FloatArray] = []
     for label, picture in panels.items():
-        strip = np.ones((32, picture.shape[1], 3), np.float32)
-        cv2.putText(strip, label, (6, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0.1, 0.1, 0.1), 1, cv2.LINE_AA)
-        columns += [np.ones((height + 32, gap, 3), np.float32), np.vstack([strip, picture])]
+        strip = np.full((32, picture.shape[1], 3), 255, np.uint8)
+        cv2.putText(strip, label, (6, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (25, 25, 25), 1, cv2.LINE_AA)
+        labelled = np.vstack([strip.astype(np.float32) / 255, picture])
+        columns += [np.ones((height + 32, gap, 3), np.float32), labelled]
     return np.ascontiguousarray(np.hstack(columns[1:]).astype(np.float32))

@@ -7,6 +7,7 @@ stopped and taken up again.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +163,14 @@ def make_loader(
         drop_last=True,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    # A scheduler, `timeout` or Ctrl-C signals the whole process group. The loop decides when to stop: a worker that
+    # died of the signal would take the loop down before the state is saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

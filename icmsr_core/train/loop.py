@@ -66,8 +66,14 @@ class LoopConfig:
                 raise IcmsrError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("bf16", "fp32"):
             raise IcmsrError(f"precision must be bf16 or fp32, got {self.precision!r}")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise IcmsrError("learning_rate and clip must be above 0")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise IcmsrError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_images", "weight_decay", "workers"):
+            if not getattr(self, name) >= 0:
+                raise IcmsrError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise IcmsrError(f"betas must be at least 0 and below 1, got {self.betas}")
 
 
 class Task(Protocol):

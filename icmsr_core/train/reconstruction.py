@@ -30,11 +30,12 @@ def with_low_frequencies(result: Tensor, reference: Tensor, levels: int = 5) -> 
     """`icmsr_core.color.wavelet_color_fix` in a form that gradients pass through (a test holds the two equal)."""
     low = (reference - result).float()
     channels = low.shape[1]
-    for level in range(levels):
-        step = 2**level
-        for shape, padding in (((3, 1), (0, 0, step, step)), ((1, 3), (step, step, 0, 0))):
-            kernel = low.new_tensor([0.25, 0.5, 0.25]).view(1, 1, *shape).expand(channels, -1, -1, -1)
-            low = F.conv2d(F.pad(low, padding, mode="replicate"), kernel, dilation=step, groups=channels)
+    with torch.autocast(low.device.type, enabled=False):  # the convolutions would run in bfloat16
+        for level in range(levels):
+            step = 2**level
+            for shape, padding in (((3, 1), (0, 0, step, step)), ((1, 3), (step, step, 0, 0))):
+                kernel = low.new_tensor([0.25, 0.5, 0.25]).view(1, 1, *shape).expand(channels, -1, -1, -1)
+                low = F.conv2d(F.pad(low, padding, mode="replicate"), kernel, dilation=step, groups=channels)
     return result + low
 
 

@@ -25,7 +25,9 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
     parser.add_class_arguments(kind, None)
     values = parser.parse_args(arguments)
     values.pop("config", None)
-    config: Config = kind(**vars(parser.instantiate_classes(values)))
+    # Named instantiate_classes before jsonargparse 4.49.
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    config: Config = kind(**vars(instantiate(values)))
     return config
 
 
@@ -35,19 +37,28 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU."""
+    """``auto`` is CUDA where there is one, else the CPU. Raises `IcmsrError` for a device that cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise IcmsrError(f"device {name} cannot be used here ({reason}): try auto or cpu") from error
+    return device
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted with the state saved."""
+    """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted (the loop saves its state first)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main()
     except Interrupted as stop:
         logging.info("%s", stop)
+        return 130
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
         return 130
     except (IcmsrError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
