@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted (the loop saves its state first)."""
+    """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted (the loop saves its state)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main()
