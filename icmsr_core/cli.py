@@ -255,14 +255,9 @@ def load_model(model: str, base: str, device: str, dtype: str) -> DiffusersBackb
     """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise IcmsrError(f"--device {device} cannot be used here ({reason}): try auto or cpu") from error
+    from .device import pick_device
+
+    chosen = pick_device(device)
     if dtype == "auto":
         dtype = "fp32" if chosen.type == "cpu" else "bf16"
     generator = embedded_generator() if model == "nano" else Path(model)

@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.base_folder import open_base
+from icmsr_core.device import pick_device
 from icmsr_core.diffusers_backbone import build_networks
 from icmsr_core.embedded import embedded_base
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.generator import GeneratorConfig, GeneratorTask
 from icmsr_core.train.loop import LoopConfig, train
-from icmsr_core.train.script import parse_config, pick_device, run_script, settings_of
+from icmsr_core.train.script import parse_config, run_script, settings_of
 
 
 @dataclass(frozen=True)

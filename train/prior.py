@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.base_folder import BaseInfo, default_prompt_embedding
+from icmsr_core.device import pick_device
 from icmsr_core.noise_schedule import NoiseSchedule
 from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.diffusion_prior import PriorTask
 from icmsr_core.train.loop import LoopConfig, train
 from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
-from icmsr_core.train.script import parse_config, pick_device, run_script, settings_of
+from icmsr_core.train.script import parse_config, run_script, settings_of
 
 
 @dataclass(frozen=True)

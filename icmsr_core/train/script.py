@@ -1,4 +1,4 @@
-"""What the scripts in `train/` share: configuration from YAML and flags, the device, exit codes."""
+"""What the scripts in `train/` share: configuration from YAML and flags, exit codes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
-
-import torch
 
 from ..errors import IcmsrError
 from .loop import Interrupted
@@ -34,19 +32,6 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
 def settings_of(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain values, for JSON."""
     return asdict(config)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU. Raises `IcmsrError` for a device that cannot be used here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise IcmsrError(f"device {name} cannot be used here ({reason}): try auto or cpu") from error
-    return device
 
 
 def run_script(main: Callable[[], None]) -> int:
