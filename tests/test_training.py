@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +30,7 @@ from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
 from icmsr_core.train.script import run_script
 from tests.model_files import write_base
+from tests.script_process import ScriptProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
@@ -45,16 +46,10 @@ def loop_flags(name: str, images: int, **more: object) -> list[str]:
     return [f"--{name}.{key}={value}" for key, value in values.items()]
 
 
-def script(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "train" / name), *map(str, arguments)]
-
-
-def run(name: str, *arguments: object, code: int = 0) -> str:
-    done = subprocess.run(
-        script(name, *arguments), capture_output=True, text=True, timeout=240, check=False, cwd=ROOT.parent
-    )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr
+def run(name: str, *arguments: object, folder: Path, code: int = 0) -> str:
+    process = ScriptProcess(name, *arguments, folder=folder)
+    assert process.wait() == code, process.output()
+    return process.output()
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +57,20 @@ def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
-def distill(base: Path, folder: Path, images: int = 24, **more: object) -> list[object]:
+def distill(base: Path, folder: Path | str, images: int = 24, **more: object) -> list[object]:
     return ["--run", folder, "--base", base, *DATA, *loop_flags("loop", images, **more)]
 
 
 def test_prior_then_distill_then_upscale(tmp_path):
-    run("prior.py", "--run", tmp_path / "prior", *DATA, *TINY_FLAGS, *loop_flags("autoencoder", 8),
-        *loop_flags("prior", 8))
+    # The one run with a Python of its own, from another folder, as a user types it.
+    prior = [sys.executable, ROOT / "train" / "prior.py", "--run", tmp_path / "prior", *DATA, *TINY_FLAGS,
+             *loop_flags("autoencoder", 8), *loop_flags("prior", 8)]
+    done = subprocess.run(list(map(str, prior)), capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     base = tmp_path / "prior" / "prior" / "base"
     latents = load_backbone(base).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
     assert latents.shape == (8, 4, 4, 4)
-    run("distill.py", *distill(base, tmp_path / "run", 8))
+    run("distill.py", *distill(base, tmp_path / "run", 8), folder=tmp_path)
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert generator.info.base_hash == open_base(base).hash()
     assert generator.info.training["loop"]["images"] == 8
@@ -86,30 +84,66 @@ def test_prior_then_distill_then_upscale(tmp_path):
     assert Image.open(tmp_path / "run" / "grids" / "00000008.png").size == (64, 96)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, kill):
-    run("distill.py", *distill(base, tmp_path / "whole"))
+def assert_same_tensors(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, base) -> Path:
+    """The run folder of a distillation that nobody stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run("distill.py", *distill(base, "run"), folder=folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("kill", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGKILL, 0)])
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, uninterrupted, kill, workers):
     # The folder's name is part of the configuration, so the stopped run has the same one inside another folder.
-    arguments = distill(base, "whole")
-    folder = tmp_path / "other"
-    folder.mkdir()
-    command = script("distill.py", *arguments)
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-    state, deadline = folder / "whole" / "state.safetensors", time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(kill)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if kill == signal.SIGTERM else -signal.SIGKILL), errors[-2000:]
-    assert not (folder / "whole" / "generator.safetensors").exists()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one = load_file(tmp_path / "whole" / "generator.safetensors")
-    other = load_file(folder / "whole" / "generator.safetensors")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    positions = [json.loads(line)["images"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    arguments = distill(base, "run", workers=workers)
+    process = ScriptProcess("distill.py", *arguments, folder=tmp_path)
+    process.wait_for(tmp_path / "run" / "state.safetensors")
+    os.kill(process.pid, kill)
+    assert process.wait() == (-kill if kill == signal.SIGKILL else 130), process.output()
+    assert not (tmp_path / "run" / "generator.safetensors").exists()
+    run("distill.py", *arguments, folder=tmp_path)
+    assert_same_tensors(uninterrupted / "generator.safetensors", tmp_path / "run" / "generator.safetensors")
+    positions = [json.loads(line)["images"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert positions[-1] == 24
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill):
+    """As `timeout`, a scheduler or Ctrl-C sends it: the data workers get it as well and must outlive the loop."""
+    process = ScriptProcess("distill.py", *distill(base, "run", 4000, workers=2), folder=tmp_path)
+    state = tmp_path / "run" / "state.safetensors"
+    process.wait_for(state)
+    os.killpg(process.pid, kill)
+    assert process.wait() == 130, process.output()
+    assert "the same command goes on from here" in process.output()
+    assert "Traceback" not in process.output()
+    with safe_open(str(state), framework="pt") as file:
+        saved = int(file.metadata()["images"])
+    assert f"stopped at {saved} images" in process.output()
+
+
+def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
+    arguments = ["--run", "run", *DATA, *TINY_FLAGS, *loop_flags("autoencoder", 24), *loop_flags("prior", 24)]
+    run("prior.py", *arguments, folder=tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    for half, kill, code in (("autoencoder", signal.SIGTERM, 130), ("prior", signal.SIGKILL, -signal.SIGKILL)):
+        process = ScriptProcess("prior.py", *arguments, folder=folder)
+        process.wait_for(folder / "run" / half / "state.safetensors")
+        os.kill(process.pid, kill)
+        assert process.wait() == code, process.output()
+        assert not (folder / "run" / "prior" / "base").exists()
+    run("prior.py", *arguments, folder=folder)
+    for part in ("unet", "vae"):
+        name = f"run/prior/base/{part}/diffusion_pytorch_model.safetensors"
+        assert_same_tensors(tmp_path / "whole" / name, folder / name)
+    for name in ("run/prior/base/vae/config.json", "run/prior/base/icmsr_base.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
@@ -124,6 +158,11 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, kill):
         (["--generator.timestep=1000"], 1, ["1000", "999"]),
         (["--base=/none/base"], 1, ["/none/base"]),
         (["--data.crop=33"], 1, ["multiple of 32", "33"]),
+        (["--device=toaster"], 1, ["device toaster cannot be used here", "try auto or cpu"]),
+        (["--loop.workers=-1"], 1, ["workers must be at least 0, got -1"]),
+        (["--loop.betas=[0.9,1.0]"], 1, ["betas must be at least 0 and below 1"]),
+        (["--loop.learning_rate=.nan"], 1, ["learning_rate must be above 0, got nan"]),
+        (["--loop.batch=0"], 1, ["batch must be at least 1, got 0"]),
     ],
 )
 def test_wrong_configurations(tmp_path, base, flags, code, words, monkeypatch, capsys):
@@ -145,9 +184,9 @@ def test_wrong_configurations(tmp_path, base, flags, code, words, monkeypatch, c
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path, base):
-    run("distill.py", *distill(base, tmp_path / "run", 4))
+    run("distill.py", *distill(base, "run", 4), folder=tmp_path)
     before = (tmp_path / "run" / "state.safetensors").read_bytes()
-    errors = run("distill.py", *distill(base, tmp_path / "run", 4, learning_rate=0.5), code=1)
+    errors = run("distill.py", *distill(base, "run", 4, learning_rate=0.5), folder=tmp_path, code=1)
     assert "another configuration" in errors
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
 
@@ -268,6 +307,8 @@ def test_the_loss_sees_the_colour_correction_of_inference():
     assert (corrected - wavelet_color_fix(result, reference)).abs().max() < 1e-6
     corrected.square().sum().backward()
     assert float(leaf.grad.abs().sum()) > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(with_low_frequencies(result, reference), corrected), "float32 whatever the networks run in"
 
 
 def test_averaged_puts_the_live_weights_back():

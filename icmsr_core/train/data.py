@@ -7,7 +7,7 @@ stopped and taken up again.
 from __future__ import annotations
 
 import logging
-import signal
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,9 +168,10 @@ def make_loader(
 
 
 def _start_worker(_: int) -> None:
-    # A scheduler, `timeout` or Ctrl-C signals the whole process group. The loop decides when to stop: a worker that
-    # died of the signal would take the loop down before the state is saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # A scheduler, `timeout` or Ctrl-C signals the whole process group, and a worker that died of it would take the loop
+    # down before the state is saved. A group of its own, rather than ignoring the signals: the loop ends its workers
+    # with SIGTERM.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
