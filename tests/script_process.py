@@ -5,6 +5,7 @@ is as from a shell: own process group, own arguments, working folder and streams
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
@@ -26,6 +27,11 @@ CONTEXT.set_forkserver_preload(
         "tqdm",
     ]
 )
+
+
+def start_server() -> None:
+    """Lets the server begin its imports now, beside whatever comes next; the first `ScriptProcess` does it otherwise."""
+    multiprocessing.forkserver.ensure_running()
 
 
 def _run(script: str, arguments: list[str], folder: str, log: str) -> None:

@@ -30,7 +30,7 @@ from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
 from icmsr_core.train.script import run_script
 from tests.model_files import write_base
-from tests.script_process import ScriptProcess
+from tests.script_process import ScriptProcess, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
@@ -62,6 +62,7 @@ def distill(base: Path, folder: Path | str, images: int = 24, **more: object) ->
 
 
 def test_prior_then_distill_then_upscale(tmp_path):
+    start_server()
     # The one run with a Python of its own, from another folder, as a user types it.
     prior = [sys.executable, ROOT / "train" / "prior.py", "--run", tmp_path / "prior", *DATA, *TINY_FLAGS,
              *loop_flags("autoencoder", 8), *loop_flags("prior", 8)]
