@@ -2,11 +2,12 @@
 
 The second-order model of Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833, section 3): blur, resize, noise and JPEG,
 twice, with ringing from a sinc filter. Numbers are Real-ESRGAN's where a field's text does not say otherwise.
-Pictures here are numpy float32 arrays [H, W, 3], RGB in [0, 1].
+The same steps at scale 1, with motion blur and masked regions beside them, make the inputs of other restoration tasks
+(`PRESETS`). Pictures here are numpy float32 arrays [H, W, 3], RGB in [0, 1].
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cv2
@@ -56,6 +57,9 @@ class StageConfig:
     """Probabilities of the kernel's shapes: iso, aniso, generalised iso / aniso, plateau iso / aniso."""
     sinc_prob: float = 0.1
     """Probability that the blur is a sinc low-pass (which rings) in place of one of the six shapes."""
+    motion_prob: float = 0.0
+    """Probability that a blur that is no sinc is the trace of a moving camera (`motion_kernel`) in place of one of the
+    six shapes (ours; Real-ESRGAN has none)."""
     sigma: Range = (0.2, 3.0)
     """Standard deviation of the blur in pixels."""
     beta_generalised: Range = (0.5, 4.0)
@@ -84,7 +88,9 @@ class StageConfig:
     """Lowest and highest JPEG quality."""
 
     def __post_init__(self) -> None:
-        for name in ("blur_prob", "sinc_prob", "noise_prob", "gaussian_prob", "gray_prob", "jpeg_prob"):
+        for name in (
+            "blur_prob", "sinc_prob", "motion_prob", "noise_prob", "gaussian_prob", "gray_prob", "jpeg_prob",
+        ):
             _check_prob(name, getattr(self, name))
         _check_sizes("kernel_size", self.kernel_size)
         _check_probs("kernel_probs", self.kernel_probs, KERNEL_KINDS)
@@ -130,6 +136,9 @@ class DegradationConfig:
     """Probability of a sinc filter after the final resize."""
     final_sinc_size: tuple[int, int] = (7, 21)
     """Smallest and largest side of the final sinc kernel in pixels, both odd."""
+    mask_share: Range = (0.0, 0.0)
+    """Smallest and largest share of the output's area that is covered, last of all, by mid-grey rectangles and thick
+    strokes (ours). 0.9 is the most: random shapes take too long to cover the rest."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.scale <= 64:
@@ -137,6 +146,16 @@ class DegradationConfig:
         _check_prob("second_stage_prob", self.second_stage_prob)
         _check_prob("final_sinc_prob", self.final_sinc_prob)
         _check_sizes("final_sinc_size", self.final_sinc_size)
+        _check_range("mask_share", self.mask_share, 0.0, 0.9)
+
+_UNTOUCHED = StageConfig(
+    blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", noise_prob=0.0, gray_prob=0.0, jpeg_prob=0.0
+)
+
+
+def _one_round(**stage: Any) -> DegradationConfig:
+    """Scale 1 and one round, of which only what `stage` sets is done."""
+    return DegradationConfig(1, replace(_UNTOUCHED, **stage), second_stage_prob=0.0, final_sinc_prob=0.0)
 
 
 PRESETS: dict[str, DegradationConfig] = {
@@ -157,9 +176,28 @@ PRESETS: dict[str, DegradationConfig] = {
         second_stage_prob=0.0,
         final_sinc_prob=0.0,
     ),
+    "jpeg": _one_round(jpeg_prob=1.0, jpeg_quality=(5, 40)),
+    "denoise": _one_round(noise_prob=1.0, gaussian_sigma=(10.0, 50.0), poisson_scale=(0.9, 3.1)),
+    "deblur": _one_round(
+        blur_prob=1.0,
+        kernel_size=(11, 31),
+        kernel_probs=(0.4, 0.6, 0.0, 0.0, 0.0, 0.0),
+        sinc_prob=0.0,
+        motion_prob=0.4,
+        sigma=(0.8, 4.0),
+        noise_prob=1.0,
+        gaussian_prob=1.0,
+        gaussian_sigma=(0.0, 4.0),
+    ),
+    "inpaint": replace(_one_round(), mask_share=(0.05, 0.4)),
 }
-"""`realesrgan` is the published degradation. `light` (ours) is one mild round for pictures from real cameras: blur,
-x1/scale with a random filter, a little noise on two thirds, JPEG on three quarters."""
+"""Super-resolution at x4: `realesrgan` is the published degradation; `light` (ours) is one mild round for pictures from
+real cameras: blur, x1/scale with a random filter, a little noise on two thirds, JPEG on three quarters.
+
+Other tasks at the same size (ours): `jpeg` compresses at quality 5 to 40. `denoise` adds Gaussian noise of 10 to 50 in
+1/255, or Poisson noise of 10 to 35 at mid-grey (up to twice that in a picture of few grey levels). `deblur` blurs with
+a Gaussian (round or not) or a motion kernel, and adds noise of at most 4 in 1/255. `inpaint` covers 5 to 40% of the
+area with mid-grey and leaves the rest as it is."""
 
 
 def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, angle: float, beta: float = 1.0) -> Kernel:
@@ -188,6 +226,29 @@ def sinc_kernel(size: int, cutoff: float) -> Kernel:
     radius[size // 2, size // 2] = 1.0  # the limit at r = 0 is set below
     kernel = torch.special.bessel_j1(torch.from_numpy(cutoff * radius)).numpy() * cutoff / (2 * math.pi * radius)
     kernel[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
+    return np.asarray(kernel / kernel.sum())
+
+
+def motion_kernel(size: int, length: float, angle: float, bend: float) -> Kernel:
+    """Trace of a point under a moving camera: an arc of a circle about the kernel's middle. [size, size], sums to 1.
+
+    `length` in pixels, above 0 and at most size - 1; `angle` is the direction at half way, `bend` the turn from end to
+    end, both in radians (bend 0 is a straight line). The centre of mass lies in the middle, no value is below 0.
+    Raises IcmsrError for another length. Ours.
+    """
+    if not 0 < length <= size - 1:
+        raise IcmsrError(f"length must be above 0 and at most {size - 1} for a kernel of {size} pixels, got {length:g}")
+    count = 8 * size
+    heading = angle + bend * ((np.arange(count) + 0.5) / count - 0.5)
+    path = np.cumsum(np.stack([np.sin(heading), np.cos(heading)]), axis=1) * (length / count)
+    path += size // 2 - path.mean(axis=1, keepdims=True)
+    y, x = path.astype(np.int64)
+    down, right = path - (y, x)
+    kernel = np.zeros((size + 1, size + 1))  # the extra row and column get nothing but rounding
+    for corner_y, weight_y in ((y, 1 - down), (y + 1, down)):
+        np.add.at(kernel, (corner_y, x), weight_y * (1 - right))
+        np.add.at(kernel, (corner_y, x + 1), weight_y * right)
+    kernel = np.maximum(kernel[:size, :size], 0.0)
     return np.asarray(kernel / kernel.sum())
 
 
@@ -230,10 +291,14 @@ def _draw_sinc(size: int, rng: np.random.Generator) -> Kernel:
 
 
 def draw_blur_kernel(stage: StageConfig, rng: np.random.Generator) -> Kernel:
-    """A random blur kernel of the stage: one of `KERNEL_KINDS`, or a sinc. [size, size], sums to 1."""
+    """A random blur kernel of the stage: one of `KERNEL_KINDS`, a sinc or a motion. [size, size], sums to 1."""
     size = _draw_size(stage.kernel_size, rng)
     if rng.random() < stage.sinc_prob:
         return _draw_sinc(size, rng)
+    # Where it is 0, nothing is drawn: the published presets keep their sequence of random numbers.
+    if stage.motion_prob and rng.random() < stage.motion_prob:
+        length, bend = _uniform((size / 3, size - 1.0), rng), _uniform((-math.pi / 2, math.pi / 2), rng)
+        return motion_kernel(size, length, _uniform((-math.pi, math.pi), rng), bend)
     kind = KERNEL_KINDS[_pick(stage.kernel_probs, rng)]
     sigma_x = sigma_y = _uniform(stage.sigma, rng)
     angle = 0.0
@@ -249,6 +314,7 @@ def _blur(image: Picture, kernel: Kernel) -> Picture:
     middle = len(kernel) // 2
     # Outer rows and columns below a millionth of the peak cost time and change nothing.
     mass = np.abs(kernel).max(axis=0) + np.abs(kernel).max(axis=1)
+    mass = np.maximum(mass, mass[::-1])  # a motion kernel is not symmetric
     margin = int(np.argmax(mass > 1e-6 * mass[middle]))
     kernel = kernel[margin : len(kernel) - margin, margin : len(kernel) - margin].astype(np.float32)
     row = kernel.sum(axis=0)
@@ -313,6 +379,27 @@ def _round(image: Picture, output: tuple[int, int], stage: StageConfig, rng: np.
     return _noise(image, stage, rng) if rng.random() < stage.noise_prob else image
 
 
+def _covered(image: Picture, bounds: Range, rng: np.random.Generator) -> Picture:
+    """`image` with a share of its area, drawn from `bounds`, in mid-grey; the rest is the same to the bit."""
+    height, width = image.shape[:2]
+    wanted = round(_uniform(bounds, rng) * height * width)
+    mask = np.zeros((height, width), dtype=np.uint8)
+    while (missing := wanted - np.count_nonzero(mask)) > 0:
+        before = mask.copy()
+        if rng.random() < 0.5:
+            middle, half = rng.random(2) * (width, height), rng.uniform(0.03, 0.25, 2) * (width, height)
+            corners = np.rint([middle - half, middle + half]).astype(int).tolist()
+            cv2.rectangle(mask, corners[0], corners[1], 1, thickness=-1)
+        else:
+            turns = rng.normal(0, 0.25, (int(rng.integers(2, 6)), 2))
+            points = np.rint((rng.random(2) + np.cumsum(turns, axis=0)) * (width, height)).astype(np.int32)
+            thickness = max(1, round(rng.uniform(0.03, 0.12) * min(height, width)))
+            cv2.polylines(mask, [points], isClosed=False, color=1, thickness=thickness)
+        added = np.flatnonzero(mask > before)
+        mask.ravel()[added[missing:]] = 0  # the last shape is cut to what was wanted
+    return np.where(mask[..., None] > 0, np.float32(0.5), image)
+
+
 def degrade(image: Picture, config: DegradationConfig, rng: np.random.Generator) -> Picture:
     """The low-resolution picture [H/scale, W/scale, 3] of `image`; float32, every value k/255 with k whole.
 
@@ -343,6 +430,8 @@ def degrade(image: Picture, config: DegradationConfig, rng: np.random.Generator)
         low = _blur(low, _draw_sinc(_draw_size(config.final_sinc_size, rng), rng))
     if not jpeg_first:
         low = _jpeg(low, last, rng)
+    if config.mask_share[1] > 0:
+        low = _covered(low, config.mask_share, rng)
     return _to_floats(_to_bytes(low))
 
 
