@@ -1,11 +1,14 @@
-"""The sparse structure F of a picture: an 8x8-like colormap, Canny edges, and a registry for further structures.
+"""The sparse structure F of a picture: an 8x8-like colormap and Canny edges, and a registry of further structures.
 
 In training F looks at the ground truth, and the adapter turns it into features for teacher and auxiliary (ICM-SR,
-arXiv 2511.22048, section 3). Pictures are RGB tensors [N, 3, H, W], float in [0, 1], of any size from 1x1 up; so are
-the maps that come back, float32 on the input's device. OpenCV on the CPU does the work, one picture at a time.
+arXiv 2511.22048, section 3). The paper names segmentation, depth and sketch as future work: `sketch` and `segmentation`
+are registered here (ours), as examples of how the method is extended. Pictures are RGB tensors [N, 3, H, W], float in
+[0, 1], of any size from 1x1 up; so are the maps that come back, float32 on the input's device. OpenCV on the CPU does
+the work, one picture at a time; every structure is deterministic.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,8 +23,11 @@ from .errors import IcmsrError
 CELL = 64
 """Side of a colormap cell in pixels: 512 px give 8x8 cells, as in the T2I-Adapter's own preprocessing."""
 
-Function = Callable[[Tensor], Tensor]
-AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Tensor])  # may take options with defaults as well
+MOST_SEGMENTS = 64
+"""Largest number of colours of a segmentation: with more, it is no sparse condition any longer."""
+
+Function = Callable[..., Tensor]  # pictures first, then options with defaults
+AnyFunction = TypeVar("AnyFunction", bound=Function)
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,14 @@ class Structure:
     channels: int
     """Number of channels of its map."""
     function: Function
-    """From pictures [N, 3, H, W] to maps [N, channels, H, W], both in [0, 1]."""
+    """From pictures [N, 3, H, W] to maps [N, channels, H, W], both in [0, 1]; further arguments are its options."""
     description: str
     """One line for a user."""
+
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the function's options: its arguments after the pictures."""
+        arguments = list(inspect.signature(self.function).parameters.values())[1:]
+        return {argument.name: argument.default for argument in arguments}
 
 
 _STRUCTURES: dict[str, Structure] = {}
@@ -44,7 +55,8 @@ _STRUCTURES: dict[str, Structure] = {}
 def register_structure(name: str, channels: int, description: str) -> Callable[[AnyFunction], AnyFunction]:
     """Decorator that makes a function known as the structure `name`; the function itself is returned unchanged.
 
-    The function takes pictures [N, 3, H, W] in [0, 1] and returns maps [N, channels, H, W] in [0, 1].
+    The function takes pictures [N, 3, H, W] in [0, 1] and returns maps [N, channels, H, W] in [0, 1]; further arguments
+    need defaults, and are the options that `extract` hands on.
     Raises IcmsrError when the name is taken or empty, or when channels is below 1.
     """
     if not name or name in _STRUCTURES:
@@ -71,22 +83,44 @@ def structure(name: str) -> Structure:
     return _STRUCTURES[name]
 
 
-def extract(image: Tensor, names: Sequence[str]) -> Tensor:
+def extract(
+    image: Tensor, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> Tensor:
     """Maps of the named structures side by side: [N, sum of their channels, H, W] in [0, 1], in the given order.
 
-    `image` is [N, 3, H, W] in [0, 1]. Raises IcmsrError for an unknown name, for no name, and for a registered
+    `image` is [N, 3, H, W] in [0, 1]. `options` has keyword arguments for a structure's function under its name, such
+    as ``{"colormap": {"cells": (8, 8)}, "edges": {"low": 100, "high": 200}}``. Raises IcmsrError for an unknown name,
+    for no name, for options of a structure that is not among `names` or that it does not have, and for a registered
     function whose map has another shape than it promised.
     """
-    if isinstance(names, str) or not names:
-        raise IcmsrError(f"names must be a list of one or more structures, got {names!r}: choose from {_known()}")
+    entries, given = check_structures(names, options), options or {}  # all names, before the first picture is worked on
     maps = []
-    for entry in [structure(name) for name in names]:  # every name is looked up before the first picture is worked on
-        found = entry.function(image)
+    for entry in entries:
+        found = entry.function(image, **given.get(entry.name, {}))
         expected = (image.shape[0], entry.channels, *image.shape[2:])
         if found.shape != expected:
             raise IcmsrError(f"structure {entry.name!r} must return {list(expected)}, got {list(found.shape)}")
         maps.append(found)
     return torch.cat(maps, dim=1)
+
+
+def check_structures(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Structure]:
+    """The structures of these names, in their order, once `names` and `options` are what `extract` takes.
+
+    Names alone are checked, before any picture is there; values are checked by the structure's function. The errors
+    are those of `extract`.
+    """
+    if isinstance(names, str) or not names:
+        raise IcmsrError(f"names must be a list of one or more structures, got {names!r}: choose from {_known()}")
+    entries = [structure(name) for name in names]
+    for name, chosen in (options or {}).items():
+        known = structure(name).options()
+        if name not in names:
+            raise IcmsrError(f"options for {name!r}, which is not among the structures {list(names)}: drop them")
+        unknown = sorted(set(chosen) - set(known))
+        if unknown:
+            raise IcmsrError(f"unknown options {unknown} of structure {name!r}: it takes {', '.join(known) or 'none'}")
+    return entries
 
 
 def _known() -> str:
@@ -106,23 +140,28 @@ def _per_picture(image: Tensor, work: Callable[[npt.NDArray[np.uint8]], npt.NDAr
     return maps.permute(0, 3, 1, 2).contiguous().to(image.device).to(torch.float32).div_(255)
 
 
-@register_structure("colormap", 3, "mean colours on a coarse grid, one cell for every 64 pixels")
-def colormap(image: Tensor, cells: tuple[int, int] | None = None) -> Tensor:
+@register_structure("colormap", 3, "colours on a coarse grid, one cell for every 64 pixels")
+def colormap(image: Tensor, cells: tuple[int, int] | None = None, sampling: str = "cubic") -> Tensor:
     """Colours of a coarse grid, enlarged to the picture's size in hard-edged cells: [N, 3, H, W] in [0, 1].
 
-    The picture as uint8 is shrunk to the grid with INTER_CUBIC and enlarged with INTER_NEAREST, as the T2I-Adapter's
-    preprocessing does. The grid has `cells` = (rows, columns), at most one to a pixel; without it one cell covers
-    64 pixels: (H // 64, W // 64), at least (1, 1), so that 512 px have 8x8. Training passes (8, 8) for a crop of any
-    size (ours). `image` is [N, 3, H, W], float in [0, 1].
-    Raises IcmsrError for another shape, an integer tensor, or cells outside 1..H, 1..W.
+    The picture as uint8 is shrunk to the grid and enlarged with INTER_NEAREST. The grid has `cells` = (rows, columns),
+    at most one to a pixel; without it one cell covers 64 pixels: (H // 64, W // 64), at least (1, 1), so that 512 px
+    have 8x8. Training passes (8, 8) for a crop of any size (ours). `sampling` is how it is shrunk: "cubic" is
+    INTER_CUBIC, the T2I-Adapter's published preprocessing, which does not average: a cell has the colour of the 4x4
+    pixels about its middle (weights [-3, 19, 19, -3] / 32 each way where they lie evenly), whatever else is in it.
+    "area" is INTER_AREA, the cell's mean (ours). `image` is [N, 3, H, W], float in [0, 1].
+    Raises IcmsrError for another shape, an integer tensor, another sampling, or cells outside 1..H, 1..W.
     """
     height, width = image.shape[-2:]
     rows, columns = cells if cells is not None else (max(1, height // CELL), max(1, width // CELL))
     if not (1 <= rows <= height and 1 <= columns <= width):
         raise IcmsrError(f"cells must be (rows, columns) within 1..{height} and 1..{width}, got {cells}: try (8, 8)")
+    if sampling not in ("cubic", "area"):
+        raise IcmsrError(f"sampling must be cubic or area, got {sampling!r}")
+    interpolation = cv2.INTER_CUBIC if sampling == "cubic" else cv2.INTER_AREA
 
     def work(picture: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        grid = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_CUBIC)
+        grid = cv2.resize(picture, (columns, rows), interpolation=interpolation)
         return cv2.resize(grid, (width, height), interpolation=cv2.INTER_NEAREST)
 
     return _per_picture(image, work)
@@ -141,6 +180,84 @@ def canny_edges(image: Tensor, low: float = 100, high: float = 200) -> Tensor:
     if not 0 <= low <= high <= 2040:
         raise IcmsrError(f"Canny thresholds must be 0 <= low <= high <= 2040, got low {low}, high {high}: try 100, 200")
     return _per_picture(image, lambda picture: cv2.Canny(picture, low, high)[..., None])
+
+
+@register_structure("sketch", 1, "soft pencil lines, brighter where they are stronger")
+def sketch(image: Tensor, sigma: float = 1.0, strength: float = 8.0) -> Tensor:
+    """Pencil lines on the dark side of edges and on dark strokes: [N, 1, H, W], 0 on blank paper, towards 1 on a line.
+
+    Soft (in 256 levels), where `canny_edges` decides. A difference of Gaussians of the grey picture with sigmas `sigma`
+    and 1.6 `sigma`, in pixels, over the wider one: lines in shade and in light count alike. Its positive part, less a
+    threshold for noise, goes through tanh with the slope `strength`. After XDoG (Winnemöller, Kyprianidis, Olsen 2012),
+    without its tones; the numbers are ours. `image` is [N, 3, H, W], float in [0, 1].
+    Raises IcmsrError for another shape, an integer tensor, sigma outside 0.3..20, or strength not above 0.
+    """
+    if not 0.3 <= sigma <= 20:
+        raise IcmsrError(f"sigma must be within 0.3..20 pixels, got {sigma}: try 1")
+    if not 0 < strength < float("inf"):
+        raise IcmsrError(f"strength must be above 0 and finite, got {strength}: try 8")
+
+    def work(picture: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        fine, wide = (
+            cv2.GaussianBlur(grey, (0, 0), width, borderType=cv2.BORDER_REPLICATE) for width in (sigma, 1.6 * sigma)
+        )
+        # 32 grey levels keep the noise of night skies from filling the paper; a hundredth is a photograph's grain.
+        darker = (wide - fine) / (wide + 32) - 0.01
+        return np.rint(255 * np.tanh(strength * np.maximum(darker, 0))).astype(np.uint8)[..., None]
+
+    return _per_picture(image, work)
+
+
+@register_structure("segmentation", 3, "a few flat regions in their mean colours")
+def segmentation(image: Tensor, segments: int = 8) -> Tensor:
+    """A few smooth-edged flat regions, each painted with its mean colour: [N, 3, H, W] in [0, 1].
+
+    At most `segments` colours to a picture. Regions of colour, not of meaning (no network is asked): mean shift and
+    k-means in CIELAB on a copy of at most 128 pixels, each label's share of the neighbourhood enlarged and the largest
+    taken. The numbers are ours. `image` is [N, 3, H, W], float in [0, 1].
+    Raises IcmsrError for another shape, an integer tensor, or segments outside 1..64.
+    """
+    if not 1 <= segments <= MOST_SEGMENTS:
+        raise IcmsrError(f"segments must be within 1..{MOST_SEGMENTS}, got {segments}: try 8")
+
+    def work(picture: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        height, width = picture.shape[:2]
+        shrink = max(1.0, max(height, width) / 128)
+        size = max(1, round(width / shrink)), max(1, round(height / shrink))
+        labels = _colour_clusters(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), segments)
+        largest, region = np.full((height, width), -1, np.float32), np.zeros((height, width), np.uint8)
+        for label in range(int(labels.max()) + 1):
+            share = cv2.GaussianBlur((labels == label).astype(np.float32), (0, 0), 2, borderType=cv2.BORDER_REPLICATE)
+            share = cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
+            region[share > largest] = label
+            largest = np.maximum(largest, share)
+        flat = region.reshape(-1)
+        counts = np.maximum(np.bincount(flat), 1)  # a label may have lost all its pixels to its neighbours
+        means = [np.bincount(flat, picture[..., channel].reshape(-1)) / counts for channel in range(3)]
+        return np.rint(np.stack(means, axis=1)).astype(np.uint8)[region]
+
+    return _per_picture(image, work)
+
+
+def _colour_clusters(small: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
+    """Labels [H, W] from 0 of at most `most` clusters of similar colour in a uint8 picture [H, W, 3]."""
+    calm = cv2.pyrMeanShiftFiltering(small, sp=8, sr=20, maxLevel=0)
+    colours = cv2.cvtColor(calm.astype(np.float32) / 255, cv2.COLOR_RGB2Lab).reshape(-1, 3)
+    # The first cluster starts at the most ordinary colour, each further one at the colour farthest from all others, as
+    # long as that is 10 Lab units away: k-means from there needs no random numbers, and a plain picture few clusters.
+    labels: npt.NDArray[Any] = np.zeros((len(colours), 1), np.int32)
+    middle = colours[np.square(colours - colours.mean(axis=0)).sum(axis=1).argmin()]
+    distance = np.square(colours - middle).sum(axis=1)
+    count = 1
+    while count < most and distance.max() > 10**2:
+        to_new = np.square(colours - colours[distance.argmax()]).sum(axis=1)
+        labels[to_new < distance] = count
+        distance, count = np.minimum(distance, to_new), count + 1
+    if count > 1:
+        stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 0.1)
+        labels = cv2.kmeans(colours, count, labels, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)[1]
+    return labels.reshape(small.shape[:2])
 
 
 def hint(image: Tensor, cells: tuple[int, int] | None = None, low: float = 100, high: float = 200) -> Tensor:
