@@ -30,6 +30,8 @@ from .errors import IcmsrError
 from .noise_schedule import Prediction, check_prediction
 
 FORMAT = "icmsr-generator"
+ADAPTER_FORMAT = "icmsr-adapter"
+"""What a T2I-Adapter's file says of itself in its metadata (`train/adapter_file.py`)."""
 FORMAT_VERSION = 1
 PARTS = ("unet", "vae")
 Info = TypeVar("Info")

@@ -68,9 +68,12 @@ class NoiseSchedule:
         `t` is one timestep or a tensor [N] of them.
         """
         index = torch.as_tensor(t, device="cpu").long().reshape(-1)
-        if bool(((index < 0) | (index >= self.steps)).any()):
-            raise IcmsrError(f"timesteps must be between 0 and {self.steps - 1}, got {index.tolist()}")
-        cumprod = self.alphas_cumprod[index].reshape(-1, *([1] * (like.ndim - 1)))
+        try:
+            # index_select, unlike [], takes no negative number for one from the end; and no value is looked at here, so
+            # that the memory of a step can be estimated on tensors without data.
+            cumprod = self.alphas_cumprod.index_select(0, index).reshape(-1, *([1] * (like.ndim - 1)))
+        except (IndexError, RuntimeError) as error:
+            raise IcmsrError(f"timesteps must be between 0 and {self.steps - 1}, got {index.tolist()}") from error
         return cumprod.sqrt().to(like), (1 - cumprod).sqrt().to(like)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:

@@ -22,6 +22,11 @@ CONTEXT.set_forkserver_preload(
         "diffusers",
         "diffusers.models.autoencoders.autoencoder_kl",
         "diffusers.models.unets.unet_2d_condition",
+        "accelerate",
+        "peft",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "torch.utils.tensorboard",
         "jsonargparse",
         "cv2",
         "tqdm",
@@ -30,12 +35,28 @@ CONTEXT.set_forkserver_preload(
 
 
 def start_server() -> None:
-    """Lets the server begin its imports now, beside whatever comes next; the first `ScriptProcess` does it otherwise."""
+    """Lets the server begin its imports now, beside whatever comes next; else the first `ScriptProcess` does."""
     multiprocessing.forkserver.ensure_running()
 
 
-def _run(script: str, arguments: list[str], folder: str, log: str) -> None:
+def _stall_fsync(at: int, mark: str) -> None:
+    """Makes call number `at` of os.fsync write the file `mark` and hang: a checkpoint then is half-written for good."""
+    calls = iter(range(1, 1 << 30))
+    fsync = os.fsync
+
+    def stalling(descriptor: int) -> None:
+        if next(calls) == at:
+            Path(mark).touch()
+            time.sleep(600)
+        fsync(descriptor)
+
+    os.fsync = stalling
+
+
+def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[int, str] | None) -> None:
     os.setsid()
+    if stall is not None:
+        _stall_fsync(*stall)
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -49,12 +70,18 @@ def _run(script: str, arguments: list[str], folder: str, log: str) -> None:
 class ScriptProcess:
     """``python train/NAME ARGUMENTS`` in `folder`, running."""
 
-    def __init__(self, name: str, *arguments: object, folder: Path) -> None:
+    def __init__(
+        self, name: str, *arguments: object, folder: Path, stall: tuple[int, Path] | None = None
+    ) -> None:
+        """With `stall` = (N, file), flush number N makes the file and hangs, in the middle of writing."""
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{name}-{time.monotonic_ns()}.log"
         self._process = CONTEXT.Process(
             target=_run,
-            args=(str(ROOT / "train" / name), [str(entry) for entry in arguments], str(folder), str(self._log)),
+            args=(
+                str(ROOT / "train" / name), [str(entry) for entry in arguments], str(folder), str(self._log),
+                None if stall is None else (stall[0], str(stall[1])),
+            ),
         )
         self._process.start()
 

@@ -1,33 +1,25 @@
-"""The training scripts, run for real at toy size, and what they are made of."""
+"""The training scripts, run for real at toy size: the chain, kills and resumes, wrong configurations."""
 
 import importlib.util
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from icmsr_core.base_folder import open_base
-from icmsr_core.color import wavelet_color_fix
-from icmsr_core.diffusers_backbone import build_networks, load_backbone
-from icmsr_core.errors import IcmsrError
+from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.generator_file import load_generator
 from icmsr_core.one_step import UpscaleSettings, upscale
-from icmsr_core.train.data import DataConfig, TrainingPairs, make_loader
-from icmsr_core.train.generator import GeneratorConfig, GeneratorTask, LossWeights
-from icmsr_core.train.loop import LoopConfig, averaged, learning_rate
+from icmsr_core.train.adapter_file import make_adapter, save_adapter
 from icmsr_core.train.networks import NetworkConfig
-from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
+from icmsr_core.train.records import read_metrics
 from icmsr_core.train.script import run_script
 from tests.model_files import write_base
 from tests.script_process import ScriptProcess, start_server
@@ -57,8 +49,22 @@ def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
-def distill(base: Path, folder: Path | str, images: int = 24, **more: object) -> list[object]:
-    return ["--run", folder, "--base", base, *DATA, *loop_flags("loop", images, **more)]
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    torch.manual_seed(3)
+    return save_adapter(path, make_adapter(4, 8, TINY.unet_channels), {}, torch.float32)[0]
+
+
+def distill(
+    base: Path, folder: Path | str, images: int = 24, adapter: Path | None = None, **more: object
+) -> list[object]:
+    """Arguments of train/distill.py: the whole method with `adapter`, reconstruction alone without."""
+    condition = ["--generator.losses.icm=0"] if adapter is None else [f"--condition.adapters=['{adapter}']"]
+    return [
+        "--run", folder, "--base", base, "--generator.timestep=200", "--generator.prediction=residual", *condition,
+        *DATA, *loop_flags("loop", images, **more),
+    ]
 
 
 def test_prior_then_distill_then_upscale(tmp_path):
@@ -71,7 +77,9 @@ def test_prior_then_distill_then_upscale(tmp_path):
     base = tmp_path / "prior" / "prior" / "base"
     latents = load_backbone(base).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
     assert latents.shape == (8, 4, 4, 4)
-    run("distill.py", *distill(base, tmp_path / "run", 8), folder=tmp_path)
+    adapter = ["--run", tmp_path / "adapter", "--base", base, *DATA, *loop_flags("loop", 8)]
+    run("adapter.py", *adapter, folder=tmp_path)
+    run("distill.py", *distill(base, tmp_path / "run", 8, adapter=tmp_path / "adapter" / "adapter"), folder=tmp_path)
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert generator.info.base_hash == open_base(base).hash()
     assert generator.info.training["loop"]["images"] == 8
@@ -81,8 +89,11 @@ def test_prior_then_distill_then_upscale(tmp_path):
     assert bool(result.isfinite().all())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [2, 4, 6, 8]
-    assert all({"loss", "psnr", "lr", "grad"} <= set(line) for line in lines)
-    assert Image.open(tmp_path / "run" / "grids" / "00000008.png").size == (64, 96)
+    wanted = {"loss/generator/loss", "loss/auxiliary/loss", "loss/generator/icm", "health/gradient/generator"}
+    assert all(wanted <= set(line) for line in lines)
+    assert any(key.startswith("icm/rho/") for line in lines for key in line)
+    # Input, result, truth, colormap and edges of six samples.
+    assert Image.open(tmp_path / "run" / "grids" / "000000008.png").size == (6 * 32, 5 * 32)
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
@@ -91,42 +102,75 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def checkpoint(run: Path, images: int) -> Path:
+    return run / "checkpoints" / f"{images:09d}" / "state.safetensors"
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, base) -> Path:
-    """The run folder of a distillation that nobody stopped."""
+def uninterrupted(tmp_path_factory, base, adapter) -> Path:
+    """The run folder of a distillation, ICM included, that nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run("distill.py", *distill(base, "run"), folder=folder)
+    run("distill.py", *distill(base, "run", adapter=adapter), folder=folder)
     return folder / "run"
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights bit for bit, generator and auxiliary, and a log that reads as if nothing had happened."""
+    assert_same_tensors(one / "generator.safetensors", other / "generator.safetensors")
+    assert_same_tensors(checkpoint(one, 24), checkpoint(other, 24))
+    assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(("kill", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGKILL, 0)])
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, uninterrupted, kill, workers):
-    # The folder's name is part of the configuration, so the stopped run has the same one inside another folder.
-    arguments = distill(base, "run", workers=workers)
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninterrupted, kill, workers):
+    arguments = distill(base, "run", adapter=adapter, workers=workers)
     process = ScriptProcess("distill.py", *arguments, folder=tmp_path)
-    process.wait_for(tmp_path / "run" / "state.safetensors")
+    process.wait_for(checkpoint(tmp_path / "run", 4))
     os.kill(process.pid, kill)
     assert process.wait() == (-kill if kill == signal.SIGKILL else 130), process.output()
     assert not (tmp_path / "run" / "generator.safetensors").exists()
     run("distill.py", *arguments, folder=tmp_path)
-    assert_same_tensors(uninterrupted / "generator.safetensors", tmp_path / "run" / "generator.safetensors")
-    positions = [json.loads(line)["images"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert positions[-1] == 24
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("flush", [1, 2, 3, 6])
+def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_one_that_was_not(
+    tmp_path, base, adapter, uninterrupted, flush
+):
+    """Killed for good in the middle of the first checkpoint's generator file or state, and of later ones'."""
+    arguments = distill(base, "run", adapter=adapter)
+    process = ScriptProcess("distill.py", *arguments, folder=tmp_path, stall=(flush, tmp_path / "writing"))
+    process.wait_for(tmp_path / "writing")
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    images = 4 * ((flush + 1) // 2)
+    partial = tmp_path / "run" / "checkpoints" / f"{images:09d}.partial"
+    assert partial.is_dir()
+    assert not checkpoint(tmp_path / "run", images).exists()
+    run("distill.py", *arguments, folder=tmp_path)
+    assert not partial.exists()
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_checkpoints_are_pruned_and_hold_a_generator(uninterrupted, base):
+    kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert kept == ["000000020", "000000024"]
+    last = uninterrupted / "checkpoints" / "000000024" / "generator.safetensors"
+    assert_same_tensors(last, uninterrupted / "generator.safetensors")
+    assert load_backbone(base, last).descriptor.timestep == 200
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill):
     """As `timeout`, a scheduler or Ctrl-C sends it: the data workers get it as well and must outlive the loop."""
     process = ScriptProcess("distill.py", *distill(base, "run", 4000, workers=2), folder=tmp_path)
-    state = tmp_path / "run" / "state.safetensors"
-    process.wait_for(state)
+    process.wait_for(checkpoint(tmp_path / "run", 4))
     os.killpg(process.pid, kill)
     assert process.wait() == 130, process.output()
     assert "the same command goes on from here" in process.output()
     assert "Traceback" not in process.output()
-    with safe_open(str(state), framework="pt") as file:
-        saved = int(file.metadata()["images"])
-    assert f"stopped at {saved} images" in process.output()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert f"stopped at {int(newest.name)} images" in process.output()
 
 
 def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
@@ -135,7 +179,7 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
     folder = tmp_path / "stopped"
     for half, kill, code in (("autoencoder", signal.SIGTERM, 130), ("prior", signal.SIGKILL, -signal.SIGKILL)):
         process = ScriptProcess("prior.py", *arguments, folder=folder)
-        process.wait_for(folder / "run" / half / "state.safetensors")
+        process.wait_for(checkpoint(folder / "run" / half, 4))
         os.kill(process.pid, kill)
         assert process.wait() == code, process.output()
         assert not (folder / "run" / "prior" / "base").exists()
@@ -154,7 +198,21 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
         (["--loop.images=many"], 2, ["images"]),
         (["--data.folders=['/none/at/all']", "--data.synthetic=0.5"], 1, ["/none/at/all"]),
         (["--data.synthetic=0.5"], 1, ["data.folders is empty"]),
-        (["--generator.losses.icm=1"], 1, ["losses.icm", "0"]),
+        (["--generator.losses.icm=1"], 1, ["icm needs 1 adapter", "colormap, edges", "train/adapter.py"]),
+        (["--generator.losses.icm=-1"], 1, ["loss weights must not be negative"]),
+        (["--generator.losses.warmup={lpips: 3}"], 1, ["warmup", "lpips", "perceptual"]),
+        (["--generator.losses.icm=1", "--condition.kind=text"], 1, ["text encoder"]),
+        (["--generator.losses.icm=1", "--condition.adapters=['/none']"], 1, ["/none", "no such adapter"]),
+        (["--condition.kind=depth"], 1, ["unknown structure 'depth'", "colormap"]),
+        (["--condition.cells=65"], 1, ["between 1 and 64, got 65"]),
+        (["--condition.source=output"], 1, ["truth, input", "output"]),
+        (["--generator.perceptual.kind=lpips"], 1, ["perceptual.weights", "lpips_weights.py", "decoder"]),
+        (["--generator.networks.weights=some"], 1, ["lora, whole", "some"]),
+        (["--generator.networks.base_dtype=bf16"], 1, ["base_dtype bf16 needs loop.precision bf16"]),
+        (["--generator.networks={weights: whole, train_decoder: true}", "--generator.losses.icm=1"], 1,
+         ["frozen decoder"]),
+        (["--generator.auxiliary_steps=0"], 1, ["auxiliary_steps must be at least 1, got 0"]),
+        (["--generator.timesteps.law=square"], 1, ["uniform, cubic", "square"]),
         (["--generator.prediction=x0"], 1, ["prediction", "x0", "residual"]),
         (["--generator.timestep=1000"], 1, ["1000", "999"]),
         (["--base=/none/base"], 1, ["/none/base"]),
@@ -186,170 +244,7 @@ def test_wrong_configurations(tmp_path, base, flags, code, words, monkeypatch, c
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path, base):
     run("distill.py", *distill(base, "run", 4), folder=tmp_path)
-    before = (tmp_path / "run" / "state.safetensors").read_bytes()
+    before = checkpoint(tmp_path / "run", 4).read_bytes()
     errors = run("distill.py", *distill(base, "run", 4, learning_rate=0.5), folder=tmp_path, code=1)
     assert "another configuration" in errors
-    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
-
-
-def photographs(folder: Path, count: int = 4) -> Path:
-    random = np.random.default_rng(5)
-    for index in range(count):
-        Image.fromarray(random.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    return folder
-
-
-def batches(config: DataConfig, start: int, workers: int, seed: int = 3) -> list[dict[str, torch.Tensor]]:
-    return list(make_loader(TrainingPairs(config, seed), 3, start, 12, workers))
-
-
-def test_samples_depend_on_seed_and_number_alone(tmp_path):
-    config = DataConfig((str(photographs(tmp_path)),), synthetic=0.4, crop=32)
-    whole = batches(config, 0, 0)
-    assert len(whole) == 4
-    for other, offset in ((batches(config, 0, 2), 0), (batches(config, 6, 1), 2)):
-        assert len(other) == 4 - offset
-        for a, b in zip(whole[offset:], other):
-            assert torch.equal(a["sharp"], b["sharp"])
-            assert torch.equal(a["low"], b["low"])
-    assert whole[0]["sharp"].shape == (3, 3, 32, 32)
-    assert whole[0]["low"].shape == (3, 3, 8, 8)
-    assert not torch.equal(whole[0]["sharp"], batches(config, 0, 0, seed=4)[0]["sharp"])
-
-
-def test_unreadable_and_small_photographs_are_passed_over(tmp_path, caplog):
-    photographs(tmp_path, 1)
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no more")
-    Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
-    pairs = TrainingPairs(DataConfig((str(tmp_path),), synthetic=0, crop=64), 0)
-    with caplog.at_level(logging.WARNING):
-        samples = [pairs[index]["sharp"] for index in range(20)]
-    assert all(float(sample.float().std()) > 20 for sample in samples)  # the one good picture, not a blank
-    assert [record.message for record in caplog.records if "broken.jpg" in record.message]
-    for path in tmp_path.glob("[0-9].png"):
-        path.unlink()
-    with pytest.raises(IcmsrError, match=r"smaller than 64 px"):
-        TrainingPairs(DataConfig((str(tmp_path),), synthetic=0, crop=64), 0)[0]
-
-
-def make_task(base: Path, config: GeneratorConfig) -> GeneratorTask:
-    folder = open_base(base)
-    unet, vae = build_networks(folder)
-    return GeneratorTask(unet, vae, folder, folder.prompt_embedding(), config, {})
-
-
-BATCH = {
-    "sharp": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
-    "low": torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
-}
-
-
-@pytest.mark.parametrize("decoder", [True, False])
-def test_gradients_reach_what_is_trained(tmp_path, base, decoder):
-    task = make_task(base, GeneratorConfig(train_decoder=decoder, zero_output=False))
-    before = {key: value.clone() for key, value in task.vae.decoder.state_dict().items()}
-    trained = [p for module in task.modules().values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    task.losses(BATCH, torch.Generator())["loss"].backward()
-
-    def reached(module: nn.Module) -> bool:
-        return any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters())
-
-    assert reached(task.vae.encoder)
-    assert reached(task.unet)
-    assert reached(task.vae.decoder) == decoder
-    optimizer.step()
-    same = all(torch.equal(value, before[key]) for key, value in task.vae.decoder.state_dict().items())
-    assert same != decoder
-    weights = load_generator(task.export(tmp_path)[0])
-    assert any(key.startswith("decoder.") for key in weights.vae.tensors) == decoder
-    assert any(key.startswith("encoder.") for key in weights.vae.tensors)
-
-
-def test_zero_output_starts_as_the_autoencoder(base):
-    task = make_task(base, GeneratorConfig(zero_output=True, color_fix=False))
-    given = task._input(BATCH)
-    with torch.no_grad():
-        plain = task.vae.decode(task.vae.encode(given).latent_dist.mode()).sample
-        assert torch.allclose(task._generate(BATCH), plain, atol=1e-5)
-
-
-def test_exported_generator_is_the_trained_network(tmp_path, base):
-    """The training's own forward pass and the inference path give the same picture from the same weights."""
-    task = make_task(base, GeneratorConfig(zero_output=False))
-    for module in task.modules().values():
-        module.half().float()  # the file holds 16 bits: with weights that fit, nothing is rounded
-    backbone = load_backbone(base, task.export(tmp_path)[0])
-    result = upscale(backbone, BATCH["low"].float() / 255, UpscaleSettings(color_fix="none"))
-    with torch.no_grad():
-        expected = task._generate(BATCH).add(1).div(2).clamp(0, 1)
-    assert (result - expected).abs().max() < 5e-4
-
-
-def test_reconstruction_losses_against_numpy():
-    random = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 3, 12, 10, generator=random, dtype=torch.float64) for _ in range(2))
-    x, y = a.numpy(), b.numpy()
-    d = x - y
-    assert charbonnier(a, b).item() == pytest.approx(np.sqrt(d**2 + 1e-6).mean(), abs=1e-12)
-    expected = np.abs(np.diff(d, axis=3)).mean() + np.abs(np.diff(d, axis=2)).mean()
-    assert gradient_l1(a, b).item() == pytest.approx(expected, abs=1e-12)
-    spectra = [np.abs(np.fft.rfft2(image, norm="ortho")) for image in (x, y)]
-    assert fourier_l1(a, b).item() == pytest.approx(np.abs(spectra[0] - spectra[1]).mean(), abs=1e-4)
-    shifted = torch.roll(a, (3, 2), dims=(2, 3))
-    assert fourier_l1(a, shifted).item() == pytest.approx(0, abs=1e-6)  # blind to phase
-
-
-def test_the_loss_sees_the_colour_correction_of_inference():
-    random = torch.Generator().manual_seed(0)
-    result, reference = (torch.rand(2, 3, 45, 70, generator=random) for _ in range(2))
-    leaf = result.clone().requires_grad_()
-    corrected = with_low_frequencies(leaf, reference)
-    assert (corrected - wavelet_color_fix(result, reference)).abs().max() < 1e-6
-    corrected.square().sum().backward()
-    assert float(leaf.grad.abs().sum()) > 0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(with_low_frequencies(result, reference), corrected), "float32 whatever the networks run in"
-
-
-def test_averaged_puts_the_live_weights_back():
-    layer = nn.Linear(2, 2)
-    live = layer.weight.detach().clone()
-    average = {"weight": torch.zeros(2, 2)}
-    seen = []
-
-    def interrupted_export() -> None:
-        with averaged({"weight": layer.weight}, average):
-            seen.append(layer.weight.detach().clone())
-            raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"):
-        interrupted_export()
-    assert torch.equal(seen[0], average["weight"])
-    assert torch.equal(layer.weight, live)
-
-
-def test_learning_rate_schedule():
-    config = LoopConfig(images=1000, batch=10, warmup_images=100, learning_rate=0.1)
-    rates = [learning_rate(config, images) for images in range(0, 1001, 10)]
-    assert rates[:11] == sorted(rates[:11])
-    assert max(rates) == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert learning_rate(config, 550) == pytest.approx(0.05)
-
-
-@pytest.mark.parametrize("precision", ["int8", ""])
-def test_loop_configuration_is_checked(precision):
-    with pytest.raises(IcmsrError, match="precision"):
-        LoopConfig(precision=precision)
-
-
-def test_losses_with_icm_are_refused_until_they_exist():
-    with pytest.raises(IcmsrError, match="icm"):
-        LossWeights(icm=1.0)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
-def test_base_files_are_readable_by_others(base):
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in base.rglob("*") if path.is_file())
+    assert checkpoint(tmp_path / "run", 4).read_bytes() == before

@@ -12,15 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from icmsr_core.base_folder import open_base
-from icmsr_core.device import pick_device
-from icmsr_core.diffusers_backbone import build_networks
-from icmsr_core.embedded import embedded_base
-from icmsr_core.errors import IcmsrError
+from icmsr_core.train.building import build_generator_task, check_condition, check_run, training_base
+from icmsr_core.train.conditioning import ConditionConfig
 from icmsr_core.train.data import DataConfig, TrainingPairs
-from icmsr_core.train.generator import GeneratorConfig, GeneratorTask
+from icmsr_core.train.generator import GeneratorConfig
 from icmsr_core.train.loop import LoopConfig, train
-from icmsr_core.train.script import parse_config, run_script, settings_of
+from icmsr_core.train.script import parse_config, plan, run_script, settings_of, start_processes
 
 
 @dataclass(frozen=True)
@@ -30,31 +27,39 @@ class Config:
     run: str
     """Run folder; the same command resumes it."""
     base: str = ""
-    """Base folder, as train/prior.py writes it; empty for the embedded nano."""
+    """Base folder: a diffusers folder, or what train/prior.py writes; empty for the embedded nano."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ... (several processes: what accelerate gives each)."""
+    dry_run: bool = False
+    """Check everything, print the plan with parameters and memory, and load no weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pictures."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """What teacher and auxiliary see."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """The generator and its losses."""
+    """The generator, its losses and the auxiliary."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Training."""
 
 
 def main() -> None:
-    """Everything that can be wrong in the configuration is found before the data is read."""
+    """Everything that can be wrong in the configuration is found before a weight is read."""
     config = parse_config(Config)
-    device, settings = pick_device(config.device), settings_of(config)
-    base = open_base(Path(config.base) if config.base else embedded_base())
-    context = base.prompt_embedding()
-    if context is None:
-        raise IcmsrError(f"{base.path}: the base holds no prompt embedding")
-    pairs = TrainingPairs(config.data, config.loop.seed)
-    torch.manual_seed(config.loop.seed)
-    unet, vae = (network.to(device) for network in build_networks(base))
-    task = GeneratorTask(unet, vae, base, context.to(device), config.generator, settings)
+    settings, run, seed = settings_of(config), Path(config.run), config.loop.seed
+    accelerator, device = start_processes(config.device)
+    base = training_base(config.base)
+    check_run(base, config.data, config.loop, config.generator.networks.base_dtype)
+    check_condition(base, config.condition, config.generator.losses.icm > 0)
+    pairs = TrainingPairs(config.data, seed)
+    parts = (base, config.generator, config.condition, pairs.captions, seed, settings)
+    if config.dry_run:
+        stage = ("distillation", config.loop, lambda: build_generator_task(*parts, weights=False))
+        print(plan(settings, [stage], pairs, accelerator.num_processes))
+        return
+    torch.manual_seed(seed)
+    task = build_generator_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")
     logging.info("base %s, %d photographs, %s", base.info.name, len(pairs.photographs), device)
-    for path in train(task, pairs, config.loop, Path(config.run), settings, device):
+    for path in train(task, pairs, config.loop, run, settings, accelerator, device):
         logging.info("wrote %s", path)
 
 

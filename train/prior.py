@@ -13,14 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.base_folder import BaseInfo, default_prompt_embedding
-from icmsr_core.device import pick_device
 from icmsr_core.noise_schedule import NoiseSchedule
 from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.diffusion_prior import PriorTask
 from icmsr_core.train.loop import LoopConfig, train
 from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
-from icmsr_core.train.script import parse_config, run_script, settings_of
+from icmsr_core.train.script import parse_config, plan, run_script, settings_of, start_processes
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,9 @@ class Config:
     licence: str = "Apache-2.0"
     """Licence of the weights (SPDX)."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ... (several processes: what accelerate gives each)."""
+    dry_run: bool = False
+    """Check everything, print the plan with parameters and memory, and train nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pictures."""
     networks: NetworkConfig = field(default_factory=NetworkConfig)
@@ -52,21 +53,33 @@ class Config:
 def main() -> None:
     """Both halves, one after the other; a finished half is not repeated."""
     config = parse_config(Config)
-    device, settings, run = pick_device(config.device), settings_of(config), Path(config.run)
+    settings, run, seed = settings_of(config), Path(config.run), config.prior.seed
+    accelerator, device = start_processes(config.device)
+    pairs = TrainingPairs(config.data, config.autoencoder.seed, degraded=False)
+    context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width)
+    info = BaseInfo(config.name, config.family, licence=config.licence)
+    schedule = NoiseSchedule(info.beta_start, info.beta_end, info.steps)
+    if config.dry_run:
+        def autoencoder() -> AutoencoderTask:
+            return AutoencoderTask(make_vae(config.networks), config.autoencoder_losses)
+
+        def prior() -> PriorTask:
+            return PriorTask(make_unet(config.networks), make_vae(config.networks), context, schedule, info, seed)
+
+        stages = [("autoencoder", config.autoencoder, autoencoder), ("prior", config.prior, prior)]
+        print(plan(settings, stages, pairs, accelerator.num_processes))
+        return
     torch.manual_seed(config.autoencoder.seed)
     vae, unet = make_vae(config.networks).to(device), make_unet(config.networks).to(device)
-    pairs = TrainingPairs(config.data, config.autoencoder.seed, degraded=False)
     logging.info("%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s", len(pairs.photographs),
                  *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)), device)
     task = AutoencoderTask(vae, config.autoencoder_losses)
     # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
-    train(task, pairs, config.autoencoder, run / "autoencoder", settings, device, keep_average=True)
+    train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
     sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
     vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
-    context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width).to(device)
-    info = BaseInfo(config.name, config.family, licence=config.licence)
-    prior = PriorTask(unet, vae, context, NoiseSchedule(info.beta_start, info.beta_end, info.steps), info)
-    for path in train(prior, pairs, config.prior, run / "prior", settings, device):
+    prior_task = PriorTask(unet, vae, context, schedule, info, seed)
+    for path in train(prior_task, pairs, config.prior, run / "prior", settings, accelerator, device):
         logging.info("wrote %s", path)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
-from .loop import Batch
 from .reconstruction import charbonnier, fourier_l1, gradient_l1
+from .task import Batch, Player, Task, stack_rows, to_signed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AutoencoderLosses:
     """Weight of the latent's mean square: keeps its scale from drifting."""
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Trains an AutoencoderKL to reproduce sharp pictures from the mode of its posterior.
 
     Nothing here ever samples the posterior, so its variance is left untrained: sampling while training cost this small
@@ -34,15 +34,20 @@ class AutoencoderTask:
     """
 
     def __init__(self, vae: AutoencoderKL, losses: AutoencoderLosses) -> None:
+        super().__init__()
         self.vae, self.weights = vae, losses
 
-    def modules(self) -> Mapping[str, nn.Module]:
+    def players(self) -> Sequence[Player]:
         """See `Task`."""
-        return {"vae": self.vae}
+        return [Player("weights", dict(self.vae.named_parameters()))]
 
-    def losses(self, batch: Batch, random: torch.Generator) -> dict[str, Tensor]:
+    def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """See `Task`."""
-        truth = batch["sharp"].float() / 127.5 - 1
+        return batch
+
+    def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        """See `Task`."""
+        truth = to_signed(batch["sharp"])
         latent = self.vae.encode(truth).latent_dist.mode().float()
         result = self.vae.decode(latent).sample.float()
         pixel, gradient = charbonnier(result, truth), gradient_l1(result, truth)
@@ -52,22 +57,17 @@ class AutoencoderTask:
         loss = pixel + weights.gradient * gradient + weights.fourier * fourier + weights.latent * size
         mse = (result.clamp(-1, 1) - truth).square().mean().detach() / 4
         return {"loss": loss, "pixel": pixel, "gradient": gradient, "fourier": fourier, "latent": size,
-                "psnr": -10 * mse.log10()}
+                "psnr": -10 * mse.log10()}, {}
 
     def grid(self, batch: Batch) -> Tensor:
         """Truth above, reconstruction (of the posterior's mode) below."""
-        truth = batch["sharp"][:6].float() / 127.5 - 1
+        truth = to_signed(batch["sharp"])
         result = self.vae.decode(self.vae.encode(truth).latent_dist.mode()).sample
         return stack_rows(truth, result)
 
-    def export(self, run: Path) -> list[Path]:
+    def export(self, folder: Path) -> list[Path]:
         """Nothing: the weights go on into the second half in memory."""
         return []
-
-
-def stack_rows(*rows: Tensor) -> Tensor:
-    """Batches [N, 3, H, W] in [-1, 1] as one picture [3, rows * H, N * W] in [0, 1]."""
-    return torch.cat([torch.cat(list(row.float()), dim=-1) for row in rows], dim=-2).add(1).div(2).clamp(0, 1)
 
 
 @torch.no_grad()

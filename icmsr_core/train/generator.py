@@ -1,146 +1,308 @@
-"""The one-step generator: VAE encoder, one UNet pass at a fixed timestep, decoder, trained against the truth."""
+"""One-step distillation: a generator trained against the truth, and by the ICM regulariser against a teacher.
+
+    x_L -> encoder -> UNet once -> z -> frozen decoder -> x       L = L2 + perceptual + ICM (ICM-SR, equation 7)
+
+and, in turn, the auxiliary, trained by the diffusion loss on the generator's own latents z (`icm`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..base_folder import BaseFolder
 from ..errors import IcmsrError
-from ..generator_file import Generator, GeneratorInfo, PartWeights, save_generator
+from ..generator_file import Generator, GeneratorInfo, save_generator
 from ..noise_schedule import check_prediction
 from ..one_step import resize
-from .autoencoder import stack_rows
-from .loop import Batch
+from .conditioning import ConditionConfig, StructureFeatures, picture_of
+from .draws import draw_noising
+from .generator_networks import GeneratorNetworks, NetworksConfig
+from .icm import (
+    BinnedMeans,
+    TimestepConfig,
+    all_timesteps,
+    auxiliary_loss,
+    diagnostics,
+    guided,
+    icm_gradient,
+    icm_loss,
+    saturation,
+    variety,
+)
+from .lpips import Lpips
+from .perceptual import DecoderPerceptual, PerceptualConfig, make_perceptual
 from .reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
+from .task import Batch, Player, Task, latent_shape, stack_rows, to_signed
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the generator's losses."""
+    """Weights of the generator's losses; a term of weight 0 is not computed."""
 
-    pixel: float = 1.0
-    """Charbonnier (smooth L1) distance to the truth."""
-    gradient: float = 1.0
-    """L1 of image gradients."""
-    fourier: float = 0.05
-    """L1 of Fourier magnitudes."""
-    tone: float = 0.1
+    l2: float = 1.0
+    """Mean squared error on [-1, 1]."""
+    perceptual: float = 2.0
+    """The perceptual distance (`generator.perceptual`)."""
+    icm: float = 1.0
+    """The ICM regulariser."""
+    charbonnier: float = 0.0
+    """Charbonnier (smooth L1) distance (ours)."""
+    gradient: float = 0.0
+    """L1 of image gradients (ours)."""
+    fourier: float = 0.0
+    """L1 of Fourier magnitudes (ours)."""
+    tone: float = 0.0
     """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
-    icm: float = 0.0
-    """ICM regulariser; 0 trains with reconstruction alone."""
+    warmup: dict[str, int] = field(default_factory=dict)
+    """Images over which a term's weight rises from 0, by its name: {icm: 4000}."""
 
     def __post_init__(self) -> None:
-        if min(asdict(self).values()) < 0:
-            raise IcmsrError(f"loss weights must not be negative, got {asdict(self)}")
-        if self.icm:
-            raise IcmsrError(
-                f"losses.icm must be 0 in this version, got {self.icm}: the ICM regulariser is not yet part of it"
-            )
+        terms = self.terms()
+        if not all(0 <= weight < float("inf") for weight in terms.values()):
+            raise IcmsrError(f"loss weights must not be negative, got {terms}")
+        if not any(terms.values()):
+            raise IcmsrError("every loss weight is 0: nothing would be trained")
+        unknown = sorted(set(self.warmup) - set(terms))
+        if unknown or any(images < 0 for images in self.warmup.values()):
+            raise IcmsrError(f"losses.warmup takes images by term ({', '.join(terms)}), got {self.warmup}")
+
+    def terms(self) -> dict[str, float]:
+        """The weights by name."""
+        return {name: value for name, value in asdict(self).items() if name != "warmup"}
+
+    def at(self, images: int) -> dict[str, float]:
+        """The weights at a position of the run, warm-up included, without those of terms that are never used."""
+        return {
+            name: weight * min(1.0, images / self.warmup[name] if self.warmup.get(name) else 1.0)
+            for name, weight in self.terms().items() if weight
+        }
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What the generator is and which of the base's tensors it replaces."""
+    """What the generator is and how it is trained."""
 
-    timestep: int = 200
+    timestep: int = 999
     """The one input timestep."""
-    prediction: str = "residual"
-    """What the UNet's output means: residual (x0 = z - output), eps or v."""
-    train_decoder: bool = True
-    """Train the decoder too. For small text-free bases only: the paper's way, for large ones, is a frozen decoder."""
-    zero_output: bool = True
-    """Start from an output of zero: with residual prediction the generator then begins as the plain autoencoder."""
-    color_fix: bool = True
+    prediction: str = "eps"
+    """What the generator's UNet output means: eps, v, or residual (x0 = z - output)."""
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+    """Which weights are trained."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the losses."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """The perceptual term."""
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """Where the regulariser draws its timesteps."""
+    gradient_floor: float = 1e-4
+    """Floor under the normaliser of the ICM gradient."""
+    auxiliary_steps: int = 1
+    """Optimiser steps of the auxiliary in each step of the generator."""
+    auxiliary_learning_rate: float = 1.0
+    """The auxiliary's learning rate over the generator's."""
+    color_fix: bool = False
     """Measure the losses after the wavelet colour correction, as inference applies it (ours): a small network then
     spends its capacity on detail and leaves the low frequencies to the input."""
     licence: str = "Apache-2.0"
     """Licence of the exported weights (SPDX)."""
-    losses: LossWeights = field(default_factory=LossWeights)
-    """Weights of the losses."""
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
+        if self.auxiliary_steps < 1:
+            raise IcmsrError(f"auxiliary_steps must be at least 1, got {self.auxiliary_steps}")
+        for name in ("auxiliary_learning_rate", "gradient_floor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise IcmsrError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.losses.icm and self.networks.train_decoder:
+            raise IcmsrError(
+                "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
+                "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
+            )
 
 
-class GeneratorTask:
-    """Trains every tensor of a small base (whole tensors in the generator file) with reconstruction losses."""
+@dataclass(frozen=True)
+class Contexts:
+    """Embedded prompts: what cross-attention sees, each [tokens, width]."""
+
+    constant: Tensor
+    """The generator's own, and everybody's where the condition is not text."""
+    captions: Tensor | None = None
+    """For text: [P, tokens, width], by the batch's caption numbers."""
+    negative: Tensor | None = None
+    """For text with guidance: the unconditional half's."""
+
+
+class GeneratorTask(Task):
+    """See the module's own words."""
+
+    constant: Tensor
+    captions: Tensor | None
+    negative: Tensor | None
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: AutoencoderKL, base: BaseFolder, prompt_embedding: Tensor,
-        config: GeneratorConfig, settings: Mapping[str, Any],
+        self, networks: GeneratorNetworks, features: StructureFeatures | None, contexts: Contexts, base: BaseFolder,
+        config: GeneratorConfig, condition: ConditionConfig, seed: int, settings: Mapping[str, Any],
     ) -> None:
-        self.unet, self.vae, self.base, self.config, self.settings = unet, vae, base, config, settings
-        self.context, self.schedule = prompt_embedding, base.schedule
+        super().__init__()
+        self.networks, self.features, self.base, self.settings = networks, features, base, settings
+        self.config, self.condition, self.seed = config, condition, seed
+        self.schedule = base.schedule
         self.schedule.check_timestep(config.timestep)
         self.prediction = check_prediction(config.prediction)
-        if config.zero_output:
-            nn.init.zeros_(unet.conv_out.weight)
-            nn.init.zeros_(unet.conv_out.bias)
-        vae.decoder.requires_grad_(config.train_decoder)
-        vae.post_quant_conv.requires_grad_(config.train_decoder)
+        wanted = config.losses.perceptual > 0
+        self.perceptual = make_perceptual(config.perceptual, networks.vae, torch.device("cpu")) if wanted else None
+        self.register_buffer("constant", contexts.constant, persistent=False)
+        self.register_buffer("captions", contexts.captions, persistent=False)
+        self.register_buffer("negative", contexts.negative, persistent=False)
+        self.meter = BinnedMeans(self.schedule.steps)
 
-    def modules(self) -> Mapping[str, nn.Module]:
+    def players(self) -> Sequence[Player]:
         """See `Task`."""
-        return {"unet": self.unet, "vae": self.vae}
+        config = self.config
+        generator = Player("generator", self.networks.trained("generator"))
+        if not config.losses.icm:
+            return [generator]
+        auxiliary = Player(
+            "auxiliary", self.networks.trained("auxiliary"), config.auxiliary_steps, config.auxiliary_learning_rate,
+            averaged=False,
+        )
+        return [generator, auxiliary]
 
-    def losses(self, batch: Batch, random: torch.Generator) -> dict[str, Tensor]:
+    def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
+        """See `Task`. Adds ``t`` [N], ``eps`` [N, C, h, w], the condition's ``maps`` and the weights of the losses."""
+        device, config = batch["sharp"].device, self.config
+        added: Batch = {}
+        if player == "generator":
+            added = {f"weight/{name}": torch.tensor(value) for name, value in config.losses.at(images).items()}
+        if config.losses.icm:
+            purpose = f"{player}/{turn}"
+            law = config.timesteps if player == "generator" else all_timesteps()
+            shape = latent_shape(self.networks.vae, batch["sharp"])
+            added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law, device)
+            if self.features is not None and "maps" not in batch:
+                added["maps"] = self.condition.maps(picture_of(batch, self.condition.source))
+        return {**batch, **added}
+
+    def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """See `Task`."""
-        truth = batch["sharp"].float() / 127.5 - 1
-        raw = self._generate(batch)
-        result = with_low_frequencies(raw, self._input(batch)) if self.config.color_fix else raw
-        weights = self.config.losses
-        tone = charbonnier(raw, truth)
-        pixel, gradient = charbonnier(result, truth), gradient_l1(result, truth)
-        fourier = fourier_l1(result, truth)
-        loss = weights.pixel * pixel + weights.gradient * gradient + weights.fourier * fourier
-        if self.config.color_fix:
-            loss = loss + weights.tone * tone
-        mse = (result.clamp(-1, 1) - truth).square().mean().detach() / 4
-        return {"loss": loss, "pixel": pixel, "gradient": gradient, "fourier": fourier, "tone": tone,
-                "psnr": -10 * mse.log10()}
+        return self._generator_losses(batch) if player == "generator" else self._auxiliary_losses(batch)
+
+    def generate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The generator's latent [N, C, h, w] and picture [N, 3, H, W] for the batch's inputs."""
+        latent = self._latent(batch)
+        return latent, self.networks.decode(latent)
 
     @torch.no_grad()
     def grid(self, batch: Batch) -> Tensor:
-        """Input, result, truth, row by row."""
-        few = {name: value[:6] for name, value in batch.items()}
-        truth = few["sharp"].float() / 127.5 - 1
-        result, given = self._generate(few), self._input(few)
-        return stack_rows(given, with_low_frequencies(result, given) if self.config.color_fix else result, truth)
+        """Input, result, truth, and the maps of the condition, row by row."""
+        result, given = self.generate(batch)[1], input_of(batch)
+        rows = [given, self._corrected(result, given), to_signed(batch["sharp"])]
+        if self.condition.names:
+            maps = self.condition.maps(picture_of(batch, self.condition.source)) * 2 - 1
+            rows += [
+                part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part[:, :3]
+                for part in maps.split(self.condition.widths, dim=1)
+            ]
+        return stack_rows(*rows)
 
-    def export(self, run: Path) -> list[Path]:
-        """The generator file in the run folder: every trained tensor, whole."""
-        trained = {
-            part: {
-                key: value.detach().clone() for key, value in network.named_parameters() if value.requires_grad
-            }
-            for part, network in self.modules().items()
-        }
+    def export(self, folder: Path) -> list[Path]:
+        """The generator file in `folder`."""
+        weights, config = self.networks.generator_weights(), self.config
+        lora = config.networks.weights == "lora"
         info = GeneratorInfo(
-            family=self.base.info.family, timestep=self.config.timestep, prediction=self.prediction,
-            base=self.base.info.name, base_hash=self.base.hash(), licence=self.config.licence, training=self.settings,
+            family=self.base.info.family, timestep=config.timestep, prediction=self.prediction,
+            base=self.base.info.name, base_hash=self.base.hash(), rank=config.networks.rank if lora else 0,
+            alpha=float(config.networks.rank) if lora else 0.0, licence=config.licence, training=self.settings,
         )
-        path = run / "generator.safetensors"
-        save_generator(path, Generator(
-            info, PartWeights(tensors=trained["unet"]), PartWeights(tensors=trained["vae"]), self.context.cpu()
-        ))
+        path = folder / "generator.safetensors"
+        save_generator(path, Generator(info, weights["unet"], weights["vae"], self.constant.float().cpu()))
         return [path]
 
-    def _input(self, batch: Batch) -> Tensor:
-        side = batch["sharp"].shape[-1]
-        return resize(batch["low"].float() / 255, side, side) * 2 - 1
+    def _latent(self, batch: Batch) -> Tensor:
+        latent = self.networks.encode(input_of(batch))
+        return self.networks.denoise(latent, self.config.timestep, self.prediction, self._constant(latent))
 
-    def _generate(self, batch: Batch) -> Tensor:
-        scaling, t = self.vae.config.scaling_factor, self.config.timestep
-        latent = self.vae.encode(self._input(batch)).latent_dist.mode().float() * scaling
-        context = self.context.to(latent)[None].expand(latent.shape[0], -1, -1)
-        output = self.unet(latent, torch.tensor(t, device=latent.device), encoder_hidden_states=context).sample.float()
-        x0 = self.schedule.x0_from_output(self.prediction, latent, output, t)
-        result: Tensor = self.vae.decode(x0 / scaling).sample.float()
-        return result
+    def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        truth, weights = to_signed(batch["sharp"]), self.config.losses.terms()
+        latent = self._latent(batch)
+        terms: dict[str, Tensor] = {}
+        raw = None
+        if isinstance(self.perceptual, DecoderPerceptual):
+            picture, seen = self.perceptual.decode(latent)
+            wanted = self.perceptual.features(self.networks.encode_truth(truth))
+            terms["perceptual"] = self.perceptual.distance(seen, wanted)
+            raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
+        if raw is None:
+            raw = self.networks.decode(latent)
+        result = self._corrected(raw, input_of(batch))
+        if isinstance(self.perceptual, Lpips):
+            terms["perceptual"] = self.perceptual(result, truth)
+        distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "l2": F.mse_loss, "charbonnier": charbonnier, "gradient": gradient_l1, "fourier": fourier_l1,
+        }
+        terms |= {name: distance(result, truth) for name, distance in distances.items() if weights[name]}
+        if weights["tone"]:
+            terms["tone"] = charbonnier(raw, truth)
+        carried: Batch = {}
+        if weights["icm"]:
+            gradient, carried = self._icm_gradient(latent, batch)
+            terms["icm"] = icm_loss(latent, gradient)
+        loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
+        with torch.no_grad():
+            mse = (result.clamp(-1, 1) - truth).square().mean() / 4
+            health = {"psnr": -10 * mse.log10(), "saturation": saturation(result), "variety": variety(result, truth)}
+        return {"loss": loss, **terms, **health}, carried
+
+    @torch.no_grad()
+    def _icm_gradient(self, latent: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+        """g for `latent`, and what the auxiliary's turn needs: the latent and the condition's maps."""
+        t, eps = batch["t"], batch["eps"]
+        noisy = self.schedule.add_noise(latent, eps, t)
+        context, features = self._text(batch, latent), self._features(batch)
+        teacher = self.networks.noise("teacher", noisy, t, context, features)
+        auxiliary = self.networks.noise("auxiliary", noisy, t, context, features)
+        if self.condition.guidance != 1:
+            # The auxiliary stays free of guidance: it tells the generator's own score, not a sharpened one.
+            negative = self.negative if self.negative is not None else self.constant
+            plain = self.networks.noise("teacher", noisy, t, self._repeat(negative, latent), None)
+            teacher = guided(teacher, plain, self.condition.guidance)
+        assert self.meter is not None
+        self.meter.add(diagnostics(teacher, auxiliary, eps), t)
+        carried = {"latent": latent.detach()} | ({"maps": batch["maps"]} if "maps" in batch else {})
+        return icm_gradient(teacher, auxiliary, eps, self.config.gradient_floor), carried
+
+    def _auxiliary_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        latent, t, eps = batch["latent"].detach(), batch["t"], batch["eps"]
+        noisy = self.schedule.add_noise(latent, eps, t)
+        predicted = self.networks.noise("auxiliary", noisy, t, self._text(batch, latent), self._features(batch))
+        return {"loss": auxiliary_loss(predicted, eps)}, {}
+
+    def _features(self, batch: Batch) -> list[Tensor] | None:
+        return None if self.features is None else self.features(batch["maps"])
+
+    def _text(self, batch: Batch, latent: Tensor) -> Tensor:
+        """What teacher and auxiliary see in cross-attention: captions for text, else the constant."""
+        if self.captions is None:
+            return self._constant(latent)
+        return self.captions[batch["caption"]].to(latent.dtype)
+
+    def _constant(self, latent: Tensor) -> Tensor:
+        return self._repeat(self.constant, latent)
+
+    def _repeat(self, embedding: Tensor, latent: Tensor) -> Tensor:
+        return embedding.to(latent.dtype)[None].expand(latent.shape[0], -1, -1)
+
+    def _corrected(self, raw: Tensor, given: Tensor) -> Tensor:
+        return with_low_frequencies(raw, given) if self.config.color_fix else raw
+
+
+def input_of(batch: Batch) -> Tensor:
+    """The degraded picture at the size of its truth, in [-1, 1]."""
+    return resize(batch["low"].float() / 255, *batch["sharp"].shape[-2:]) * 2 - 1

@@ -1,7 +1,9 @@
 """The training loop: one visible function for every kind of training here.
 
 Progress is counted in images, so that a schedule survives a change of batch size. To resume, run the same command:
-the loop finds the state in the run folder and goes on where it stopped.
+the loop finds the newest checkpoint in the run folder and goes on where it stopped. Nothing random lives in it:
+samples, noise and timesteps depend on the seed and the sample's number alone (`draws`), so a resumed run is the same
+run, and several processes are one process with a larger batch.
 """
 
 from __future__ import annotations
@@ -10,23 +12,37 @@ import json
 import logging
 import math
 import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import IcmsrError
-from .checkpoint import fingerprint, load_state, save_state
-from .data import TrainingPairs, make_loader
+from .checkpoint import (
+    STATE_FILE,
+    Averages,
+    Position,
+    fingerprint,
+    load_state,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from .data import Tally, TrainingPairs, make_loader
+from .plots import plot_run
+from .records import MetricsLog
+from .task import Batch, Player, Task
 
 log = logging.getLogger(__name__)
-Batch = Mapping[str, Tensor]
+SCHEDULES = ("cosine", "linear", "constant")
+FREE_KEYS = ("loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard", "run", "device")
+"""Settings that change nothing in the weights: a run may be resumed with others."""
 
 
 @dataclass(frozen=True)
@@ -36,38 +52,49 @@ class LoopConfig:
     images: int = 20_000
     """Training images (samples, not distinct pictures) in all."""
     batch: int = 8
-    """Images per step."""
+    """Images per forward pass and process."""
+    accumulate: int = 1
+    """Forward passes per optimiser step: the effective batch is batch x accumulate x processes."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
+    schedule: str = "cosine"
+    """What follows the warm-up: cosine or linear to 0, or constant."""
     warmup_images: int = 400
-    """Images over which the learning rate rises from 0; it then falls to 0 along a cosine."""
+    """Images over which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's betas."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm, for each player."""
     average_images: int = 4_000
     """Half-life, in images, of the running average of the weights that is exported."""
     precision: str = "bf16"
-    """bf16 (autocast; weights and losses stay float32) or fp32."""
+    """bf16 (autocast; trained weights and losses stay float32) or fp32."""
     workers: int = 1
-    """Processes that prepare data."""
+    """Processes that prepare data, for each process that trains."""
     seed: int = 0
     """Seed of the data, of the initial weights and of every random number in training."""
     save_every: int = 8_000
-    """Images between saved states and sample grids."""
+    """Images between checkpoints, with sample grids and plots."""
+    keep: int = 2
+    """Checkpoints kept."""
     log_every: int = 400
     """Images between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars too, where the package is installed."""
+    patience: int = 50
+    """Optimiser steps with a non-finite gradient, in a row, that are left out before the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "save_every", "log_every", "average_images"):
+        for name in ("images", "batch", "accumulate", "save_every", "keep", "log_every", "average_images", "patience"):
             if getattr(self, name) < 1:
                 raise IcmsrError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise IcmsrError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        for name, allowed in (("precision", ("bf16", "fp32")), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise IcmsrError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise IcmsrError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_images", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
@@ -76,128 +103,227 @@ class LoopConfig:
             raise IcmsrError(f"betas must be at least 0 and below 1, got {self.betas}")
 
 
-class Task(Protocol):
-    """What is trained. It knows nothing of logging, schedules or files of the run."""
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Networks by name; their parameters that require a gradient are trained."""
-
-    def losses(self, batch: Batch, random: torch.Generator) -> dict[str, Tensor]:
-        """Scalars by name, of which ``loss`` is minimised. `random` is the step's own source of random numbers."""
-
-    def grid(self, batch: Batch) -> Tensor:
-        """Sample picture [3, H, W] in [0, 1]."""
-
-    def export(self, run: Path) -> list[Path]:
-        """Writes the results of the run (the averaged weights are in place) and names the files."""
-
-
 class Interrupted(Exception):
     """The run was stopped by a signal, and its state is saved."""
 
 
-def learning_rate(config: LoopConfig, images: int) -> float:
-    """The learning rate after `images` images: linear warm-up, then half a cosine to zero."""
+def learning_rate(config: LoopConfig, images: int, step: int) -> float:
+    """The learning rate of the optimiser step from `images` to `images + step`."""
     if images < config.warmup_images:
-        return config.learning_rate * (images + config.batch) / (config.warmup_images + config.batch)
-    progress = (images - config.warmup_images) / max(1, config.images - config.warmup_images)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return config.learning_rate * (images + step) / (config.warmup_images + step)
+    progress = min(1.0, (images - config.warmup_images) / max(1, config.images - config.warmup_images))
+    falls = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.learning_rate * falls[config.schedule]
 
 
 def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, settings: Mapping[str, Any],
-          device: torch.device, keep_average: bool = False) -> list[Path]:
+          accelerator: Accelerator, device: torch.device, keep_average: bool = False) -> list[Path]:
     """Trains `task` in the folder `run`, resuming what is there, and returns the exported files.
 
     `settings` is the whole resolved configuration: written to `config.json`, and compared on resuming. With
     `keep_average` the averaged weights stay in the networks afterwards, for a further stage. Raises `Interrupted`
-    after saving on SIGINT or SIGTERM, and `IcmsrError` when losses stay non-finite.
+    after saving on SIGINT or SIGTERM, and `IcmsrError` when gradients stay non-finite.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    modules = task.modules()
-    parameters = {
-        f"{name}.{key}": parameter
-        for name, module in modules.items()
-        for key, parameter in module.named_parameters()
-        if parameter.requires_grad
+    main = accelerator.is_main_process
+    players = task.to(device).players()
+    model = accelerator.prepare_model(task) if accelerator.num_processes > 1 else task
+    optimizers = {
+        player.name: torch.optim.AdamW(
+            player.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        for player in players
     }
-    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-    )
-    state_file, mark = run / "state.safetensors", fingerprint(settings)
-    images = load_state(state_file, parameters, average, optimizer, mark) if state_file.exists() else 0
-    if images == 0:
+    averages = Averages({
+        player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
+        for player in players if player.averaged
+    })
+    run.mkdir(parents=True, exist_ok=True)
+    mark, position, newest = fingerprint(decisive(settings)), Position(), newest_checkpoint(run) if main else None
+    newest = broadcast(accelerator, newest)
+    if newest is not None:
+        position = load_state(newest / STATE_FILE, players, averages, optimizers, mark)
+    elif main:
         (run / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-    decay = 0.5 ** (config.batch / config.average_images)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    skipped, started, losses = 0, time.monotonic(), {}
-    loader = make_loader(pairs, config.batch, images, config.images // config.batch * config.batch, config.workers)
-    with stop_signals() as stopped, tqdm(total=config.images, initial=images, unit="image", smoothing=0.05) as bar:
-        for batch in loader:
-            batch = {name: value.to(device) for name, value in batch.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, images)
-            random = torch.Generator(device).manual_seed(config.seed * 1_000_003 + images)
-            with autocast:
-                losses = task.losses(batch, random)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-            if bool(norm.isfinite()):
-                optimizer.step()
-                for name, parameter in parameters.items():
-                    average[name].lerp_(parameter.detach(), max(1 - decay, 1 / (1 + images / config.batch)))
-            else:
-                skipped += 1
-                if skipped > 50:
-                    raise IcmsrError(f"{skipped} steps with a non-finite gradient: lower learning_rate or use fp32")
-            images += config.batch
-            bar.update(config.batch)
-            if images % config.log_every < config.batch:
-                line = {name: round(float(value), 6) for name, value in losses.items()}
-                line |= {"images": images, "lr": learning_rate(config, images), "grad": round(float(norm), 5),
-                         "skipped": skipped, "seconds": round(time.monotonic() - started, 1)}
-                with open(run / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix({name: f"{float(value):.4f}" for name, value in losses.items()})
-            if images % config.save_every < config.batch or stopped():
-                save_state(state_file, parameters, average, optimizer, images, mark)
-                if stopped():
-                    raise Interrupted(f"stopped at {images} images; the same command goes on from here")
-                with averaged(parameters, average):
-                    save_grid(task, batch, run / "grids" / f"{images:08d}.png")
-    save_state(state_file, parameters, average, optimizer, images, mark)
-    with averaged(parameters, average):
-        exported = task.export(run)
+    records = MetricsLog(run, config.tensorboard) if main else None
+    if records is not None:
+        records.truncate_after(position.images)
+    step = config.batch * config.accumulate * accelerator.num_processes
+    last = config.images // step * step
+    decay = 0.5 ** (step / config.average_images)
+    means, tally, rates = Means(), Tally(pairs), {}
+    loader = iter(make_loader(
+        pairs, config.batch, position.images, last, config.workers, accelerator.process_index, accelerator.num_processes
+    ))
+    bar = tqdm(total=last, initial=position.images, unit="image", smoothing=0.05, disable=not main)
+    with stop_signals() as stopped, bar:
+        while position.images < last:
+            micros: list[Batch] = []
+            for _ in range(config.accumulate):
+                batch = next(loader)
+                tally.add(batch)
+                micros.append({name: value.to(device) for name, value in batch.items()})
+            for player in players:
+                optimizer = optimizers[player.name]
+                rate = rates[f"lr/{player.name}"] = player.learning_rate * learning_rate(config, position.images, step)
+                for turn in range(player.rounds):
+                    for number, batch in enumerate(micros):
+                        prepared = task.prepare(player.name, batch, position.images, turn)
+                        synchronise = number == len(micros) - 1
+                        with autocast(device, config.precision), gradients(model, synchronise):
+                            losses, brings = model(player.name, prepared)
+                            (losses["loss"] / config.accumulate).backward()
+                        micros[number] = {**batch, **brings}
+                        means.add({f"loss/{player.name}/{name}": value for name, value in losses.items()})
+                    norm = nn.utils.clip_grad_norm_(player.parameters.values(), config.clip)
+                    if bool(norm.isfinite()):
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate
+                        optimizer.step()
+                        position.skipped_in_a_row = 0
+                        means.add({f"health/gradient/{player.name}": norm})
+                    else:
+                        position.skipped += 1
+                        position.skipped_in_a_row += 1
+                    optimizer.zero_grad(set_to_none=True)
+                    if position.skipped_in_a_row >= config.patience:
+                        raise IcmsrError(
+                            f"{position.skipped_in_a_row} optimiser steps in a row had a non-finite gradient (the last "
+                            f"of {player.name} at {position.images} images): lower learning_rate, or use precision fp32"
+                        )
+                if player.averaged:
+                    weight = max(1 - decay, 1 / (1 + position.images / step))
+                    for name, parameter in player.parameters.items():
+                        averages[player.name][name].lerp_(parameter.detach(), weight)
+            position.images += step
+            bar.update(step)
+            if position.images % config.log_every < step or position.images == last:
+                values = means.take(accelerator) | rates
+                values |= {f"data/{name}": value for name, value in tally.summary().items()}
+                values["health/skipped"] = position.skipped
+                if task.meter is not None:
+                    values |= {f"icm/{name}": value for name, value in task.meter.take(accelerator).items()}
+                if records is not None:
+                    records.write(position.images, values)
+                bar.set_postfix({key: f"{values[key]:.4f}" for key in values if key.endswith("/loss")})
+            stop = any_process(accelerator, bool(stopped()))
+            if position.images % config.save_every < step or stop or position.images == last:
+                if main:
+                    with averaged(players, averages):
+                        write_checkpoint(
+                            run, players, averages, optimizers, position, mark, config.keep, task.export
+                        )
+                        if not stop:
+                            save_grid(task, pairs, device, config, run / "grids" / f"{position.images:09d}.png")
+                            plot_run(run)
+                accelerator.wait_for_everyone()
+                if stop:
+                    raise Interrupted(f"stopped at {position.images} images; the same command goes on from here")
+    for name in tally.unreadable:
+        log.warning("%s: not a readable picture, left out", name)
+    exported = []
+    with averaged(players, averages):
+        if main:
+            exported = task.export(run)
     if keep_average:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(average[name])
+        put(players, averages)
+    accelerator.wait_for_everyone()
     return exported
 
 
+class Means:
+    """Means of scalars over a logging interval, and over processes, without a synchronisation per step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one value of each."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            self._counts[name] += 1
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means since the last call."""
+        found = {name: self._sums[name].float() / self._counts[name] for name in sorted(self._sums)}
+        self._sums.clear()
+        self._counts.clear()
+        if accelerator.num_processes > 1:
+            found = {name: accelerator.reduce(value, "mean") for name, value in found.items()}
+        return {name: float(value) for name, value in found.items()}
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without what changes nothing in the weights (`FREE_KEYS`, in every part of the run)."""
+    def keep(values: Mapping[str, Any], above: str) -> dict[str, Any]:
+        kept = {}
+        for key, value in values.items():
+            loop = isinstance(value, Mapping) and "save_every" in value
+            if f"{above}{key}" not in FREE_KEYS:
+                kept[key] = keep(value, "loop." if loop else "-.") if isinstance(value, Mapping) else value
+        return kept
+
+    return keep(settings, "")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The precision of the forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def gradients(model: nn.Module, synchronise: bool) -> AbstractContextManager[Any]:
+    """Under DDP, gradients are exchanged only in the last of several accumulated passes."""
+    return nullcontext() if synchronise or not hasattr(model, "no_sync") else model.no_sync()  # type: ignore[operator]
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set in any process; they must all stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    total: Tensor = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(total > 0)
+
+
+def broadcast(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's `value` in every process."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+@torch.no_grad()
+def put(players: Sequence[Player], averages: Averages) -> None:
+    """Puts the averaged weights into the networks."""
+    for player in players:
+        for name, value in averages.get(player.name, {}).items():
+            player.parameters[name].copy_(value)
+
+
 @contextmanager
-def averaged(parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tensor]) -> Iterator[None]:
+def averaged(players: Sequence[Player], averages: Averages) -> Iterator[None]:
     """The averaged weights in place of the live ones, for the length of the block."""
-    live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(average[name])
+    live = Averages({
+        player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
+        for player in players if player.averaged
+    })
+    put(players, averages)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(live[name])
+        put(players, live)
 
 
-def save_grid(task: Task, batch: Batch, path: Path) -> None:
-    """The task's sample picture as a PNG."""
+def save_grid(task: Task, pairs: TrainingPairs, device: torch.device, config: LoopConfig, path: Path) -> None:
+    """The task's picture of six samples that training does not see, as a PNG; the same six at every checkpoint."""
     from ..image_io import Picture, from_tensor, write_picture
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    samples = [pairs[len(pairs) - 1 - number] for number in range(6)]
+    batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
+    with torch.no_grad(), autocast(device, config.precision):
         picture = task.grid(batch)
     write_picture(path, Picture(rgb=from_tensor(picture[None].float().cpu().clamp(0, 1))))
 

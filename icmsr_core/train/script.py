@@ -1,15 +1,26 @@
-"""What the scripts in `train/` share: configuration from YAML and flags, exit codes."""
+"""What the scripts in `train/` share: configuration from YAML and flags, processes, the dry run, exit codes."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.utils import logging as diffusers_logging
+from torch.utils.data import default_collate
+
+from ..device import pick_device
 from ..errors import IcmsrError
-from .loop import Interrupted
+from .data import TrainingPairs
+from .loop import Interrupted, LoopConfig
+from .memory import estimate_memory
+from .task import Task
 
 Config = TypeVar("Config")
 
@@ -30,13 +41,57 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain values, for JSON."""
-    return asdict(config)
+    """A configuration dataclass as plain values, for JSON, without ``dry_run``."""
+    return {key: value for key, value in asdict(config).items() if key != "dry_run"}
+
+
+def start_processes(device: str) -> tuple[Accelerator, torch.device]:
+    """The processes of this run and this one's device; `device` counts for a run of one process."""
+    # Each player's turn leaves the others' parameters out, hence find_unused_parameters.
+    together = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    picked = torch.device("cpu") if several else pick_device(device)
+    accelerator = Accelerator(cpu=device == "cpu" or (not several and picked.type == "cpu"), kwargs_handlers=[together])
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.ERROR)
+    return accelerator, accelerator.device if several else picked
+
+
+def plan(
+    settings: dict[str, Any], stages: Sequence[tuple[str, LoopConfig, Callable[[], Task]]], pairs: TrainingPairs,
+    processes: int,
+) -> str:
+    """What a run would do, in words: the resolved configuration, steps, parameters and memory. Loads no weights.
+
+    A stage is its name, its loop and a function that builds its task on the meta device.
+    """
+    import yaml
+
+    lines = [yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True).rstrip(), ""]
+    lines.append(f"{'photographs':<22}{len(pairs.photographs)}")
+    for name, loop, build in stages:
+        crop = pairs.config.crop
+        batch = default_collate([_blank(pairs)] * loop.batch)
+        memory, counts = estimate_memory(build, batch, loop.precision)
+        step = loop.batch * loop.accumulate * processes
+        rows = [
+            ("effective batch", f"{step} ({loop.batch} x {loop.accumulate} accumulated x {processes} processes)"),
+            ("steps", f"{loop.images // step} of {step} crops of {crop} px"),
+            ("checkpoints", f"every {loop.save_every} images, {loop.keep} kept"),
+            *((f"trained, {player}", f"{count:,} parameters") for player, count in counts.items()),
+            ("memory, weights", _gigabytes(memory.weights)),
+            ("memory, optimisers", _gigabytes(memory.optimizers)),
+            ("memory, step", f"{_gigabytes(memory.peak)} (activations and gradients at the worst moment)"),
+            ("memory, in all", f"{_gigabytes(memory.total)} on each device, and what the libraries take themselves"),
+        ]
+        lines += ["", name, *(f"  {label:<20}{value}" for label, value in rows)]
+    return "\n".join(lines)
 
 
 def run_script(main: Callable[[], None]) -> int:
     """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted (the loop saves its state)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    diffusers_logging.set_verbosity_error()
     try:
         main()
     except Interrupted as stop:
@@ -48,4 +103,30 @@ def run_script(main: Callable[[], None]) -> int:
     except (IcmsrError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
+
+
+def _blank(pairs: TrainingPairs) -> dict[str, torch.Tensor]:
+    """A sample of the run's shapes, without reading a photograph."""
+    crop, scale = pairs.config.crop, pairs.config.scale
+    return {
+        "sharp": torch.full((3, crop, crop), 127, dtype=torch.uint8),
+        "low": torch.full((3, crop // scale, crop // scale), 127, dtype=torch.uint8),
+        "index": torch.tensor(0),
+        "caption": torch.tensor(0),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
