@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -76,16 +77,24 @@ def silence_diffusers() -> None:
     diffusers_logging.set_verbosity_error()
 
 
-def build_networks(base: BaseFolder) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """UNet and VAE of `base` in float32 on the CPU, strictly loaded. Raises `IcmsrError` when a tensor does not fit."""
+def build_networks(
+    base: BaseFolder, dtype: torch.dtype = torch.float32
+) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE of `base` in `dtype` on the CPU, strictly loaded, every parameter trainable.
+
+    Built without weights and filled tensor by tensor, each cast as it is read: the peak of memory is the two networks
+    and one tensor more. Raises `IcmsrError` when a tensor is missing, left over or of another shape.
+    """
     networks = []
-    for part, kind, config, state in (
-        ("unet", UNet2DConditionModel, base.unet_config, base.unet_state()),
-        ("vae", AutoencoderKL, base.vae_config, base.vae_state()),
+    for part, kind, config in (
+        ("unet", UNet2DConditionModel, base.unet_config), ("vae", AutoencoderKL, base.vae_config)
     ):
-        network = kind.from_config(dict(config))
+        # Only the parameters are left out: a buffer that is no part of the file is computed here, or by nobody.
+        with init_empty_weights(include_buffers=False):
+            network = kind.from_config(dict(config))
+        state = dict(base.tensors(part, dtype))
         try:
-            network.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
+            network.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             first_lines = " ".join(str(error).split()[:40])
             raise IcmsrError(f"{base.path}/{part}: the weights do not fit the configuration: {first_lines}") from error
