@@ -105,9 +105,7 @@ class AdapterTask(Task):
         latent, maps = self._latent(batch), self.config.maps(batch["sharp"].float() / 255)
         index = torch.arange(latent.shape[0])
         eps = draw_noise(self.seed, index, "grid", latent.shape[1:]).to(latent)
-        parts = maps.split(self.config.widths, dim=1)
-        rows = [to_signed(batch["sharp"])]
-        rows += [part.expand(-1, 3, -1, -1) * 2 - 1 if part.shape[1] == 1 else part[:, :3] * 2 - 1 for part in parts]
+        rows = [to_signed(batch["sharp"]), *self.config.shown(maps * 2 - 1)]
         features = list(self.adapter(maps))
         for level in GRID_LEVELS:
             t = torch.full((latent.shape[0],), int(level * self.schedule.steps), device=latent.device)

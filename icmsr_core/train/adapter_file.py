@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..base_folder import WEIGHTS_FILE
 from ..errors import IcmsrError
@@ -59,11 +60,14 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
             config = json.loads(config_file.read_text())
         except ValueError as error:
             raise IcmsrError(f"{config_file}: cannot be read as JSON ({error})") from error
+        missing = [name for name in _FIELDS if not isinstance(config, dict) or name not in config]
+        if missing:
+            raise IcmsrError(f"{config_file}: not a T2I-Adapter's, it lacks {', '.join(missing)}")
         weights = path / WEIGHTS_FILE
         if not weights.is_file() and not (path / PICKLE_FILE).is_file():
             raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing")
         extra = _description(weights) if weights.is_file() else {}
-        return {name: config[name] for name in _FIELDS if name in config} | {"structure": extra.get("structure")}
+        return {name: config[name] for name in _FIELDS} | {"structure": extra.get("structure")}
     if not path.is_file():
         raise IcmsrError(f"{path}: no such adapter file or folder: train one with train/adapter.py")
     described = _description(path)
@@ -99,8 +103,7 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
     """The adapter at `path` in float32. `factor` serves files that do not describe themselves. Raises `IcmsrError`."""
     config = {key: value for key, value in read_adapter_config(path).items() if key in _FIELDS}
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        # Public adapters come as pickles; with weights_only nothing in them is executed.
-        state = torch.load(path / PICKLE_FILE, map_location="cpu", weights_only=True)
+        state = _read_pickle(path / PICKLE_FILE)
     else:
         state = read_tensors(path / WEIGHTS_FILE if path.is_dir() else path)[0]
     if config["downscale_factor"] == 0:
@@ -114,6 +117,17 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
     except RuntimeError as error:
         raise IcmsrError(f"{path}: damaged adapter: {' '.join(str(error).split())}") from error
     return adapter
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Public adapters come as pickles; with weights_only nothing in them is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for what it does not take
+        raise IcmsrError(f"{path}: damaged, or more than weights (nothing in it was run): download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise IcmsrError(f"{path}: not the weights of a network by name: download it again")
+    return state
 
 
 def _description(path: Path) -> dict[str, Any]:

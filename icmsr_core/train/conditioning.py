@@ -90,6 +90,11 @@ class StructureConfig:
         }
         return extract(image, self.names, {name: options[name] for name in self.names if name in options})
 
+    def shown(self, maps: Tensor) -> list[Tensor]:
+        """`maps`, structure by structure, as pictures [N, 3, H, W]: three channels, or the first one in grey."""
+        parts = maps.split(self.widths, dim=1)
+        return [part[:, :3] if part.shape[1] >= 3 else part[:, :1].expand(-1, 3, -1, -1) for part in parts]
+
 
 @dataclass(frozen=True)
 class ConditionConfig(StructureConfig):
@@ -154,7 +159,7 @@ class StructureFeatures(nn.Module):
         config.check_files(factor, widths)
         channels = config.adapter_channels()
         weights = config.adapter_weights or (1.0,) * len(config.adapters)
-        return cls([load_adapter(Path(path)) for path in config.adapters], channels, weights)
+        return cls([load_adapter(Path(path), factor) for path in config.adapters], channels, weights)
 
     @torch.no_grad()
     def forward(self, maps: Tensor) -> list[Tensor]:

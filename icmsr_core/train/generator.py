@@ -205,11 +205,8 @@ class GeneratorTask(Task):
         result, given = self.generate(batch)[1], input_of(batch)
         rows = [given, self._corrected(result, given), to_signed(batch["sharp"])]
         if self.condition.names:
-            maps = self.condition.maps(picture_of(batch, self.condition.source)) * 2 - 1
-            rows += [
-                part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part[:, :3]
-                for part in maps.split(self.condition.widths, dim=1)
-            ]
+            maps = self.condition.maps(picture_of(batch, self.condition.source))
+            rows += self.condition.shown(maps * 2 - 1)
         return stack_rows(*rows)
 
     def export(self, folder: Path) -> list[Path]:
