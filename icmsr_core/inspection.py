@@ -1,19 +1,53 @@
-"""What a generator file or a base folder holds, in words."""
+"""What a generator file, an adapter or a base folder holds, in words."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from .base_folder import open_base
-from .generator_file import Generator, load_generator
+from .base_folder import WEIGHTS_FILE, open_base
+from .errors import IcmsrError
+from .generator_file import ADAPTER_FORMAT, Generator, load_generator, read_tensors
 
 
 def describe(path: Path) -> str:
-    """Lines ``name  value`` about the generator or base at `path`. Raises `IcmsrError` for anything else."""
-    rows = _base_rows(path) if path.is_dir() else _generator_rows(path)
+    """Lines ``name  value`` about the generator, adapter or base at `path`. Raises `IcmsrError` for anything else."""
+    weights = path / WEIGHTS_FILE
+    if path.is_dir() and weights.is_file():  # a base keeps its weights one folder further down
+        rows = _adapter_rows(weights)
+    elif path.is_dir():
+        rows = _base_rows(path)
+    else:
+        tensors, metadata = read_tensors(path)
+        del tensors
+        rows = _adapter_rows(path) if metadata.get("format") == ADAPTER_FORMAT else _generator_rows(path)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _adapter_rows(path: Path) -> list[tuple[str, str]]:
+    tensors, metadata = read_tensors(path)
+    if "adapter.conv_in.weight" not in tensors:
+        raise IcmsrError(f"{path}: not a T2I-Adapter, a generator or a base")
+    try:
+        values = json.loads(metadata.get("icmsr", "{}"))
+    except ValueError as error:
+        raise IcmsrError(f"{path}: its description cannot be read ({error}): export it again") from error
+    config, structure = values.get("config", {}), values.get("structure", {})
+    details = ", ".join(f"{key} {value}" for key, value in structure.items() if key != "names")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    rows = [
+        ("kind", "T2I-Adapter (diffusers)"),
+        ("family", values.get("family") or "not stated"),
+        ("base", f"{values.get('base') or 'not stated'} {values.get('base_hash', '')}".rstrip()),
+        ("condition", f"{' + '.join(structure.get('names', [])) or 'not stated'}{f' ({details})' if details else ''}"),
+        ("channels", f"{config.get('in_channels', 'not stated')} in, {config.get('channels', 'not stated')} by level"),
+        ("parameters", f"{count / 1e6:.2f} M"),
+        ("licence", values.get("licence") or "not stated"),
+    ]
+    if values.get("training"):
+        rows.append(("training", json.dumps(values["training"], sort_keys=True)))
+    return rows
 
 
 def _base_rows(path: Path) -> list[tuple[str, str]]:
