@@ -53,7 +53,7 @@ def _stall_fsync(at: int, mark: str) -> None:
     os.fsync = stalling
 
 
-def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[int, str] | None) -> None:
+def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[int, str] | None = None) -> None:
     os.setsid()
     if stall is not None:
         _stall_fsync(*stall)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -270,6 +271,12 @@ def test_variety():
     assert variety(middle.expand_as(truth), truth).item() == pytest.approx(0, abs=1e-5), "all outputs alike"
     expected = truth.numpy().std(axis=0, ddof=1).mean() / (2 * truth).numpy().std(axis=0, ddof=1).mean()
     assert variety(truth, 2 * truth).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_single_picture_has_no_variety():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert variety(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)).isnan()
 
 
 def test_binned_means_are_exact():

@@ -130,6 +130,9 @@ def variety(image: Tensor, truth: Tensor) -> Tensor:
 
     Spread is the standard deviation over the batch, pixel by pixel, averaged. NaN for a single picture, which has none.
     """
+    if len(image) < 2:
+        return torch.full((), float("nan"), device=image.device)
+
     def spread(pictures: Tensor) -> Tensor:
         return pictures.detach().float().std(dim=0).mean()
 

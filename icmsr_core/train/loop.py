@@ -215,7 +215,8 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
                         )
                         if not stop:
                             save_grid(task, pairs, device, config, run / "grids" / f"{position.images:09d}.png")
-                            plot_run(run)
+                            if records is not None and records.path.exists():  # save_every may be below log_every
+                                plot_run(run)
                 accelerator.wait_for_everyone()
                 if stop:
                     raise Interrupted(f"stopped at {position.images} images; the same command goes on from here")
