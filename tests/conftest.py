@@ -1,4 +1,4 @@
-"""Fixtures that need a real ComfyUI; tests that use them are skipped where there is none."""
+"""Fixtures that several files share. Those that need a real ComfyUI skip their tests where there is none."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.comfy_harness import Server, find_comfyui, find_uv, prepare_python
+from tests.script_process import ROOT, ScriptProcess
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, put the pack into its custom_nodes, or clone it to ~/.cache/icm-sr/ComfyUI"
 
@@ -39,6 +40,17 @@ def comfy_server(comfyui: Path, comfy_python: Path, tmp_path_factory: pytest.Tem
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the committed toy configurations train, through the real scripts: the folder that holds `runs`."""
+    folder = tmp_path_factory.mktemp("toy")
+    for name in ("adapter", "distill"):
+        config = ROOT / "train" / "configs" / f"toy_{name}.yaml"
+        process = ScriptProcess(f"{name}.py", "--config", config, folder=folder)
+        assert process.wait(400) == 0, process.output()
+    return folder / "runs"
 
 
 @pytest.hookimpl(wrapper=True)

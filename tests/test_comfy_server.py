@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,32 @@ def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
     assert_same_picture(comfy_server.picture(entry), expected)
     without = upscale(load_backbone(None, generator), source, settings)
     assert float((without - expected).abs().max()) > 4 / 255  # the condition does act
+
+
+def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run):
+    """Adapter and generator straight from train/adapter.py and train/distill.py."""
+    models = comfy_server.base / "models" / "icmsr"
+    models.mkdir(parents=True, exist_ok=True)
+    generator = models / "toy generator.safetensors"
+    shutil.copy(toy_run / "toy_distill" / "generator.safetensors", generator)
+    shutil.copy(toy_run / "toy_adapter" / "adapter.safetensors", models / "toy adapter.safetensors")
+    picture = photograph(48, 40, seed=2)
+    nodes = {
+        **base_with(generator.name),
+        "adapter": {"class_type": "ICMSR_LoadAdapter", "inputs": {"adapter": "toy adapter.safetensors"}},
+        "condition": {"class_type": "ICMSR_ExtractCondition", "inputs": {"image": ["image", 0]}},
+    }
+    image = comfy_server.upload(picture, "toy.png")
+    kind, data, entry = comfy_server.run(graph(image, before=base_with(generator.name)))
+    assert kind == "execution_success", data
+    expected = upscale(load_backbone(None, generator), tensor(picture))
+    assert_same_picture(comfy_server.picture(entry), expected)
+    kind, data, entry = comfy_server.run(
+        graph(image, before=nodes, control_net=["adapter", 0], hint=["condition", 0])
+    )
+    assert kind == "execution_success", data
+    conditioned = tensor(comfy_server.picture(entry))
+    assert float((conditioned - expected).abs().max()) > 1 / 255  # the trained adapter is in the graph
 
 
 def test_weights_are_found_in_every_folder(comfy_server):

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from icmsr_core.base_folder import open_base
+from icmsr_core.cli import main
 from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.generator_file import load_generator
 from icmsr_core.one_step import UpscaleSettings, upscale
@@ -94,6 +96,24 @@ def test_prior_then_distill_then_upscale(tmp_path):
     assert any(key.startswith("icm/rho/") for line in lines for key in line)
     # Input, result, truth, colormap and edges of six samples.
     assert Image.open(tmp_path / "run" / "grids" / "000000008.png").size == (6 * 32, 5 * 32)
+
+
+def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path):
+    """Through the command line; `test_comfy_server.py` does it through the node."""
+    generator = toy_run / "toy_distill" / "generator.safetensors"
+    picture = tmp_path / "in.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(picture)
+    for name, model in (("toy.png", generator), ("nano.png", "nano")):
+        assert main(["upscale", str(picture), str(tmp_path / name), "--model", str(model), "--device", "cpu"]) == 0
+    toy, nano = (np.asarray(Image.open(tmp_path / name), dtype=int) for name in ("toy.png", "nano.png"))
+    assert toy.shape == (80, 120, 3)
+    assert np.abs(toy - nano).max() > 2
+    rows = read_metrics(toy_run / "toy_distill" / "metrics.jsonl")
+    assert rows[-1]["images"] == 192
+    assert rows[-1]["loss/generator/psnr"] > 12
+    mse = [row["loss/weights/loss"] for row in read_metrics(toy_run / "toy_adapter" / "metrics.jsonl")]
+    assert mse[-1] < mse[0], "the adapter learns"
+    assert main(["inspect", str(toy_run / "toy_adapter" / "adapter.safetensors")]) == 0
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:

@@ -268,7 +268,9 @@ def test_averaged_puts_the_live_weights_back():
     assert torch.equal(layer.weight, live)
 
 
-@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.05, 0), ("linear", 0.05, 0), ("constant", 0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("cosine", 0.05, 0), ("linear", 0.05, 0), ("constant", 0.1, 0.1)]
+)
 def test_learning_rate_schedule(schedule, middle, end):
     config = LoopConfig(images=1000, batch=10, warmup_images=100, learning_rate=0.1, schedule=schedule)
     rates = [learning_rate(config, images, 10) for images in range(0, 1001, 10)]

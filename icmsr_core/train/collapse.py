@@ -8,8 +8,9 @@ Then, for each condition and seed:
 2. generator and auxiliary are trained together, as in distillation (L2 + ICM).
 
 The auxiliary trains every tensor here, where distillation gives it LoRA: the question is what it can learn from the
-condition, not what a rank leaves of it. After 1 and 2 the diagnostics of `icm` are taken on crops of photographs that no stage has seen, at fixed timesteps:
-with the crops of training, a sparse condition too would name its crop, and the auxiliary could remember it.
+condition, not what a rank leaves of it. After 1 and 2 the diagnostics of `icm` are taken on crops of photographs that
+no stage has seen, at fixed timesteps: with the crops of training, a sparse condition too would name its crop, and the
+auxiliary could remember it.
 """
 
 from __future__ import annotations

@@ -254,7 +254,9 @@ class GeneratorTask(Task):
         loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
         with torch.no_grad():
             mse = (result.clamp(-1, 1) - truth).square().mean() / 4
-            health = {"psnr": -10 * mse.log10(), "saturation": saturation(result), "variety": variety(result, truth)}
+            health = {"psnr": -10 * mse.log10(), "saturation": saturation(result)}
+            if len(result) > 1:  # a single picture has no spread
+                health["variety"] = variety(result, truth)
         return {"loss": loss, **terms, **health}, carried
 
     @torch.no_grad()
