@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ class BaseFolder:
 
     def hash(self) -> str:
         """SHA-256 of the UNet's weights file, as generator files record it; of shards one after another by name."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         for path in find_weights(self.path, "unet").shards:
             with open(path, "rb") as file:

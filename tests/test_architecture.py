@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("nodes", "icmsr_core", "train", "benchmarks")
-DIFFUSERS = {"diffusers", "peft", "accelerate"}
+DIFFUSERS = {"diffusers", "peft", "accelerate", "transformers"}
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution"}
 SEARCH_PATH_SCRIPTS = "train/*.py"
 

@@ -50,7 +50,8 @@ def main() -> None:
     parts = (base, config.adapter, seed, settings)
     if config.dry_run:
         stage = ("adapter", config.loop, lambda: build_adapter_task(*parts, weights=False))
-        print(plan(settings, [stage], pairs, accelerator.num_processes))
+        if accelerator.is_main_process:
+            print(plan(settings, [stage], pairs, accelerator.num_processes))
         return
     torch.manual_seed(seed)
     task = build_adapter_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")

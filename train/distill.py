@@ -54,7 +54,8 @@ def main() -> None:
     parts = (base, config.generator, config.condition, pairs.captions, seed, settings)
     if config.dry_run:
         stage = ("distillation", config.loop, lambda: build_generator_task(*parts, weights=False))
-        print(plan(settings, [stage], pairs, accelerator.num_processes))
+        if accelerator.is_main_process:
+            print(plan(settings, [stage], pairs, accelerator.num_processes))
         return
     torch.manual_seed(seed)
     task = build_generator_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")

@@ -67,7 +67,8 @@ def main() -> None:
             return PriorTask(make_unet(config.networks), make_vae(config.networks), context, schedule, info, seed)
 
         stages = [("autoencoder", config.autoencoder, autoencoder), ("prior", config.prior, prior)]
-        print(plan(settings, stages, pairs, accelerator.num_processes))
+        if accelerator.is_main_process:
+            print(plan(settings, stages, pairs, accelerator.num_processes))
         return
     torch.manual_seed(config.autoencoder.seed)
     vae, unet = make_vae(config.networks).to(device), make_unet(config.networks).to(device)

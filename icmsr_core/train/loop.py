@@ -199,7 +199,7 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
             bar.update(step)
             if position.images % config.log_every < step or position.images == last:
                 values = means.take(accelerator) | rates
-                values |= {f"data/{name}": value for name, value in tally.summary().items()}
+                values |= {f"data/{name}": value for name, value in total(accelerator, tally.summary()).items()}
                 values["health/skipped"] = position.skipped
                 if task.meter is not None:
                     values |= {f"icm/{name}": value for name, value in task.meter.take(accelerator).items()}
@@ -220,7 +220,7 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
                 accelerator.wait_for_everyone()
                 if stop:
                     raise Interrupted(f"stopped at {position.images} images; the same command goes on from here")
-    for name in tally.unreadable:
+    for name in everybodys(accelerator, tally.unreadable):
         log.warning("%s: not a readable picture, left out", name)
     exported = []
     with averaged(players, averages):
@@ -284,6 +284,24 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
         return flag
     total: Tensor = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
     return bool(total > 0)
+
+
+def total(accelerator: Accelerator, counts: Mapping[str, int]) -> dict[str, int]:
+    """`counts` summed over the processes."""
+    if accelerator.num_processes == 1:
+        return dict(counts)
+    values = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
+    summed: Tensor = accelerator.reduce(values, "sum")
+    return {name: int(value) for name, value in zip(counts, summed.tolist())}
+
+
+def everybodys(accelerator: Accelerator, names: Sequence[str]) -> list[str]:
+    """The names that any process has, each once."""
+    if accelerator.num_processes == 1:
+        return list(names)
+    from accelerate.utils import gather_object
+
+    return sorted(set(gather_object(list(names))))
 
 
 def broadcast(accelerator: Accelerator, value: Any) -> Any:
