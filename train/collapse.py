@@ -82,6 +82,10 @@ def result_file(config: Config, seed: int, name: str) -> Path:
 
 def run_all(config: Config, work: list[tuple], what: str) -> None:
     """Does `work`, (function, arguments) each, in `config.jobs` processes; says how far it is."""
+    if config.jobs == 1:
+        for done, (function, *arguments) in enumerate(work, 1):
+            logging.info("%s %d of %d done (%s)", what, done, len(work), function(config, *arguments))
+        return
     started = time.monotonic()
     with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(function, config, *arguments) for function, *arguments in work]
