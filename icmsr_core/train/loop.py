@@ -209,14 +209,16 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
             stop = any_process(accelerator, bool(stopped()))
             if position.images % config.save_every < step or stop or position.images == last:
                 if main:
-                    with averaged(players, averages):
-                        write_checkpoint(
-                            run, players, averages, optimizers, position, mark, config.keep, task.export
-                        )
-                        if not stop:
+                    # The state holds the live weights, for going on; what is exported and shown is the average.
+                    write_checkpoint(
+                        run, players, averages, optimizers, position, mark, config.keep,
+                        averaged(players, averages)(task.export),
+                    )
+                    if not stop:
+                        with averaged(players, averages):
                             save_grid(task, pairs, device, config, run / "grids" / f"{position.images:09d}.png")
-                            if records is not None and records.path.exists():  # save_every may be below log_every
-                                plot_run(run)
+                        if records is not None and records.path.exists():  # save_every may be below log_every
+                            plot_run(run)
                 accelerator.wait_for_everyone()
                 if stop:
                     raise Interrupted(f"stopped at {position.images} images; the same command goes on from here")
