@@ -40,7 +40,7 @@ def parts(tmp_path_factory) -> tuple[Path, Path]:
 def arguments(parts: tuple[Path, Path], run: Path, batch: int, images: int = 12, **loop: object) -> list[str]:
     """ICM at every step, two auxiliary steps to one of the generator, all of it in float32."""
     values = {"images": images, "batch": batch, "precision": "fp32", "workers": 0, "warmup_images": 0,
-              "save_every": 1000, "log_every": 4, "schedule": "constant", "tensorboard": False, **loop}
+              "save_every": 1000, "log_every": 1000, "schedule": "constant", "tensorboard": False, **loop}
     return [
         f"--run={run}", f"--base={parts[0]}", "--device=cpu", "--data.synthetic=1", "--data.crop=32",
         f"--condition.adapters=['{parts[1]}']", "--generator.auxiliary_steps=2",
@@ -140,18 +140,24 @@ def state_of(run: Path, position: int = 12) -> dict[str, Tensor]:
     return load_file(run / "checkpoints" / f"{position:09d}" / "state.safetensors")
 
 
-def apart(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> float:
-    """Norm of the difference over the norm of `wanted`, of all tensors whose names begin with `prefix`."""
-    names = [name for name in wanted if name.startswith(prefix)]
+def apart(found: dict[str, Tensor], wanted: dict[str, Tensor], kind: str, player: str) -> float:
+    """Norm of the difference over the norm of `wanted`, of all the player's tensors of that kind.
+
+    Of weights only the second LoRA matrices are looked at: they start from 0, so their norm is how far training went.
+    """
+    chosen = ".lora_B." if kind in ("weight", "average") else ""
+    names = [name for name in wanted if name.startswith(f"{kind}/{player}/") and chosen in name]
     assert names
     difference = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in names)
     return (difference / sum(float(wanted[name].double().square().sum()) for name in names)) ** 0.5
 
 
-# The moments are what the gradients of all steps have made: sums over the samples, in another order. Float32 rounds
-# each sum to about 1e-7, the networks' conditioning makes 1e-5 of it, and AdamW's division feeds it into the steps after
-# (1e-4 was measured after three steps and six). An unsynchronised player is 0.1 and more apart.
-TOLERANCE = 3e-3
+# The moments are what the gradients of all steps have made: sums over the samples, in another order and in batches of
+# another size, for which the libraries choose other kernels. Float32 rounds each to about 1e-7, the networks make 1e-5
+# of it, and AdamW, which divides by the gradient's own size, feeds it into the steps after: up to 8e-4 was measured, and
+# 4e-3 in the weights, where entries of next to no gradient have moved as far as all others. A player that is not
+# synchronised is 0.37 and more apart.
+TOLERANCE = {"exp_avg": 5e-3, "exp_avg_sq": 5e-3, "weight": 2e-2, "average": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +176,11 @@ def test_the_split_of_a_batch_does_not_matter(parts, whole, tmp_path, count, bat
     found = state_of(run)
     assert found.keys() == whole.keys()
     for player in ("generator", "auxiliary"):
-        for kind in ("exp_avg", "exp_avg_sq", "weight"):
-            print(kind, player, apart(found, whole, f"{kind}/{player}/"))
-            assert apart(found, whole, f"{kind}/{player}/") < TOLERANCE, (kind, player)
+        apart_by = {kind: apart(found, whole, kind, player) for kind in TOLERANCE if kind != "average"}
+        assert all(value < TOLERANCE[kind] for kind, value in apart_by.items()), (player, apart_by)
         steps = {float(value) for name, value in found.items() if name.startswith(f"step/{player}/")}
         assert steps == {3.0 if player == "generator" else 6.0}
-    assert apart(found, whole, "average/generator/") < TOLERANCE
+    assert apart(found, whole, "average", "generator") < TOLERANCE["average"]
 
 
 @pytest.mark.parametrize(
@@ -184,25 +189,25 @@ def test_the_split_of_a_batch_does_not_matter(parts, whole, tmp_path, count, bat
 def test_an_unsynchronised_player_would_be_seen(parts, whole, tmp_path, before, lost):
     found = state_of(trained(tmp_path, arguments(parts, tmp_path / "run", 2), 2, before))
     for player in lost:
-        print(player, [apart(found, whole, f"{k}/{player}/") for k in ("exp_avg", "exp_avg_sq", "weight")])
-        assert apart(found, whole, f"exp_avg/{player}/") > 30 * TOLERANCE
+        apart_by = {kind: apart(found, whole, kind, player) for kind in ("exp_avg", "exp_avg_sq", "weight")}
+        assert min(apart_by.values()) > 0.1, (player, apart_by)
 
 
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(parts, tmp_path):
     """The same command ends, bit for bit, where a run that nobody stopped ends."""
     def words(folder: Path) -> list[str]:
-        return arguments(parts, folder / "run", 1, 24, save_every=2)
+        return arguments(parts, folder / "run", 1, 16, save_every=4)
 
     stopped = tmp_path / "stopped"
     ranks = Ranks(stopped, words(stopped))
-    wait_for(stopped / "run" / "checkpoints" / "000000002", ranks.processes[0].is_alive, ranks.output)
+    wait_for(stopped / "run" / "checkpoints" / "000000004", ranks.processes[0].is_alive, ranks.output)
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     assert ranks.wait() == [130, 130], ranks.output()
     assert not (stopped / "run" / "generator.safetensors").exists()
     assert "the same command goes on from here" in ranks.output()
     trained(stopped, words(stopped))
     trained(tmp_path / "straight", words(tmp_path / "straight"))
-    found, wanted = (state_of(tmp_path / name / "run", 24) for name in ("stopped", "straight"))
+    found, wanted = (state_of(tmp_path / name / "run", 16) for name in ("stopped", "straight"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
 
