@@ -22,7 +22,7 @@ from icmsr_core.train.conditioning import ConditionConfig, StructureFeatures
 from icmsr_core.train.draws import draw_noise, draw_uniform
 from icmsr_core.train.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
 from icmsr_core.train.generator_networks import GeneratorNetworks, NetworksConfig
-from icmsr_core.train.loop import LoopConfig, averaged, decisive, learning_rate
+from icmsr_core.train.loop import LoopConfig, autocast, averaged, decisive, learning_rate
 from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.perceptual import PerceptualConfig
 from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
@@ -317,3 +317,25 @@ def test_errors_name_the_value(build, words):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
 def test_base_files_are_readable_by_others(base):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in base.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_bf16_base_trains_float32_lora(base, checkpointing):
+    """With features of an adapter: in float32 they would turn the activations of a bf16 base into float32."""
+    folder = open_base(base)
+    unet, vae = build_networks(folder, torch.bfloat16)
+    settings = config(LossWeights(), base_dtype="bf16", checkpointing=checkpointing)
+    networks = GeneratorNetworks(unet, vae, folder.schedule, "eps", settings.networks, True)
+    features = StructureFeatures([make_adapter(4, 8, TINY.unet_channels)], [4], [1.0])
+    nn.Module.to(features, torch.bfloat16)
+    contexts = Contexts(folder.prompt_embedding())
+    task = GeneratorTask(networks, features, contexts, folder, settings, ConditionConfig(), 0, {})
+    batch = BATCH
+    for player in task.players():
+        batch = task.prepare(player.name, batch, 0, 0)
+        with autocast(torch.device("cpu"), "bf16"):
+            losses, brings = task(player.name, batch)
+            losses["loss"].backward()
+        batch = {**batch, **brings}
+        assert bool(losses["loss"].isfinite())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in player.parameters.values())

@@ -159,7 +159,9 @@ def predict(network: nn.Module, noisy: Tensor, t: Tensor, context: Tensor, featu
     made anew for each call: diffusers consumes it with pop(0), and a second call with the emptied list would run
     unconditioned without a word.
     """
-    residuals = None if features is None else [level.to(noisy.dtype) for level in features]
+    # In the network's own precision: float32 added to a bf16 base's activations would make them float32.
+    dtype = network.dtype if isinstance(network.dtype, torch.dtype) else noisy.dtype
+    residuals = None if features is None else [level.to(dtype) for level in features]
     output: Tensor = network(
         noisy, t, encoder_hidden_states=context, down_intrablock_additional_residuals=residuals
     ).sample
