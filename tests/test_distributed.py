@@ -154,8 +154,8 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor], kind: str, player
 
 # The moments are what the gradients of all steps have made: sums over the samples, in another order and in batches of
 # another size, for which the libraries choose other kernels. Float32 rounds each to about 1e-7, the networks make 1e-5
-# of it, and AdamW, which divides by the gradient's own size, feeds it into the steps after: up to 8e-4 was measured, and
-# 4e-3 in the weights, where entries of next to no gradient have moved as far as all others. A player that is not
+# of it, and AdamW, which divides by the gradient's own size, feeds it into the steps after: up to 8e-4 was measured,
+# and 4e-3 in the weights, where entries of next to no gradient have moved as far as all others. A player that is not
 # synchronised is 0.37 and more apart.
 TOLERANCE = {"exp_avg": 5e-3, "exp_avg_sq": 5e-3, "weight": 2e-2, "average": 2e-2}
 

@@ -457,11 +457,21 @@ def test_guidance_over_an_image_condition_has_zero_features_in_its_other_half(ba
     assert torch.allclose(g, icm_gradient(sharp, psi, batch["eps"]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_generators_turn_trains_the_generator_through_the_latent_alone(base):
+def test_the_generators_turn_trains_the_generator_through_the_latent_alone(base, monkeypatch):
     task = make_task(base)
     task.features.requires_grad_(True)  # even an adapter that could be trained
     batch = task.prepare("generator", make_batch(), 0, 0)
-    losses, carried = task("generator", batch)
+    noise, judged = task.networks.noise, []
+
+    def watched(role: str, *rest: object) -> Tensor:
+        judged.append((role, noise(role, *rest)))
+        return judged[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task.networks, "noise", watched)
+        losses, carried = task("generator", batch)
+    assert [role for role, _ in judged] == ["teacher", "auxiliary"]
+    assert not any(value.requires_grad for _, value in judged), "no graph, and no activations kept, for either"
     losses["loss"].backward()
     found = lora_gradients(task, "generator")
     assert all(value is not None and bool(value.any()) for value in found.values())

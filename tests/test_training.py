@@ -19,7 +19,10 @@ from icmsr_core.cli import main
 from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.generator_file import load_generator
 from icmsr_core.one_step import UpscaleSettings, upscale
+from icmsr_core.train.adapter import AdapterConfig
 from icmsr_core.train.adapter_file import make_adapter, save_adapter
+from icmsr_core.train.building import build_adapter_task, training_base
+from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.records import read_metrics
 from icmsr_core.train.script import run_script
@@ -111,8 +114,16 @@ def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path)
     rows = read_metrics(toy_run / "toy_distill" / "metrics.jsonl")
     assert rows[-1]["images"] == 192
     assert rows[-1]["loss/generator/psnr"] > 12
-    mse = [row["loss/weights/loss"] for row in read_metrics(toy_run / "toy_adapter" / "metrics.jsonl")]
-    assert mse[-1] < mse[0], "the adapter learns"
+    pairs = TrainingPairs(DataConfig(synthetic=1, crop=64), 5)
+    samples = [pairs[number] for number in range(16)]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    torch.manual_seed(0)
+    task = build_adapter_task(training_base(""), AdapterConfig(), 0, {})
+    with torch.no_grad():
+        before = task("weights", task.prepare("weights", batch, 0, 0))[0]["loss"]
+        task.adapter.load_state_dict(load_file(toy_run / "toy_adapter" / "adapter.safetensors"))
+        after = task("weights", task.prepare("weights", batch, 0, 0))[0]["loss"]
+    assert after < 0.9 * before, "the adapter learned"
     assert main(["inspect", str(toy_run / "toy_adapter" / "adapter.safetensors")]) == 0
 
 
@@ -235,6 +246,8 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
         (["--generator.timesteps.law=square"], 1, ["uniform, cubic", "square"]),
         (["--generator.prediction=x0"], 1, ["prediction", "x0", "residual"]),
         (["--generator.timestep=1000"], 1, ["1000", "999"]),
+        (["--generator.prediction=v"], 1, ["generator.prediction is v", "predicts eps"]),
+        (["--condition.canny_low=300"], 1, ["low <= high", "300"]),
         (["--base=/none/base"], 1, ["/none/base"]),
         (["--data.crop=33"], 1, ["multiple of 32", "33"]),
         (["--device=toaster"], 1, ["device toaster cannot be used here", "try auto or cpu"]),

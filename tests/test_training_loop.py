@@ -79,21 +79,27 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
     run(bad, tmp_path / "bad", images=8)
     rows = read_metrics(tmp_path / "bad" / "metrics.jsonl")
     assert [row["health/skipped"] for row in rows] == [0, 0, 1, 1]
+    assert rows[2]["loss/first/loss"] is None
+    assert rows[3]["loss/first/loss"] > 0
     assert float(bad.first) == pytest.approx(float(good.first), rel=1e-6), "three good steps of the first player each"
     assert float(bad.second) < float(good.second), "the other player went on"
 
 
 def test_too_many_of_them_in_a_row_stop_the_run(tmp_path):
-    with pytest.raises(IcmsrError, match=r"3 optimiser steps in a row .*first.*at 8 images.*precision fp32"):
-        # Only the first player fails; a good step of the second would start the count anew.
-        run(OnePoint(poison=range(4, 99)), tmp_path, images=64, patience=3)
+    """Counted for each player: the good steps of the other do not hide them."""
+    with pytest.raises(IcmsrError, match=r"3 optimiser steps of first in a row .* at 8 images.*precision fp32"):
+        run(Points(poison=range(4, 99)), tmp_path, images=64, patience=3)
     # One good step in between starts the count anew.
-    run(OnePoint(poison=[0, 4, 8, 12]), tmp_path / "other", patience=2)
+    run(Points(poison=[0, 4, 8, 12]), tmp_path / "other", patience=2)
 
 
-class OnePoint(Points):
-    def players(self) -> list[Player]:
-        return super().players()[:1]
+def test_another_split_of_the_batch_may_resume_and_another_batch_may_not(tmp_path):
+    run(Points(), tmp_path / "a", images=16, batch=4)
+    run(Points(), tmp_path / "a", images=16, batch=2, accumulate=2)
+    with pytest.raises(IcmsrError, match=r"another configuration \(effective batch was 4, is 2\)"):
+        run(Points(), tmp_path / "a", images=16, batch=2)
+    with pytest.raises(IcmsrError, match=r"loop\.images is 3, below one effective batch of 4"):
+        run(Points(), tmp_path / "b", images=3, batch=4)
 
 
 def test_the_average_is_what_is_exported(tmp_path):

@@ -291,10 +291,10 @@ def test_loop_configuration_is_checked(wrong):
 
 def test_only_what_changes_the_weights_marks_a_run():
     settings = {
-        "run": "a", "device": "cpu", "data": {"crop": 32, "workers": 3},
-        "prior": {"workers": 1, "save_every": 4, "batch": 2}, "loop": {"workers": 1, "save_every": 4, "batch": 2},
+        "run": "a", "device": "cpu", "data": {"crop": 32, "workers": 3, "cache_mb": 9},
+        "prior": {"workers": 1, "save_every": 4, "seed": 2}, "loop": {"workers": 1, "save_every": 4, "seed": 2},
     }
-    assert decisive(settings) == {"data": {"crop": 32, "workers": 3}, "prior": {"batch": 2}, "loop": {"batch": 2}}
+    assert decisive(settings) == {"data": {"crop": 32, "workers": 3}, "prior": {"seed": 2}, "loop": {"seed": 2}}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from icmsr_core.train.building import build_generator_task, check_condition, check_run, training_base
+from icmsr_core.train.building import build_generator_task, check_generator, check_run, training_base
 from icmsr_core.train.conditioning import ConditionConfig
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.generator import GeneratorConfig
@@ -49,7 +49,7 @@ def main() -> None:
     accelerator, device = start_processes(config.device)
     base = training_base(config.base)
     check_run(base, config.data, config.loop, config.generator.networks.base_dtype)
-    check_condition(base, config.condition, config.generator.losses.icm > 0)
+    check_generator(base, config.generator, config.condition)
     pairs = TrainingPairs(config.data, seed)
     parts = (base, config.generator, config.condition, pairs.captions, seed, settings)
     if config.dry_run:

@@ -86,10 +86,11 @@ def check_adapter(path: Path, channels_in: int, factor: int, widths: Sequence[in
     taken = config["in_channels"] // (factor**2 if config["downscale_factor"] == 0 else 1)
     if taken != channels_in:
         raise IcmsrError(f"{path}: the adapter takes {taken} channels, the condition has {channels_in}")
-    if list(config["channels"]) != list(widths):
-        raise IcmsrError(
-            f"{path}: the adapter is for a UNet of widths {list(config['channels'])}, the base has {list(widths)}"
-        )
+    made = list(config["channels"])
+    if config["adapter_type"] == "light_adapter":  # it makes one level more than it names
+        made += made[-1:]
+    if made != list(widths):
+        raise IcmsrError(f"{path}: the adapter is for a UNet of widths {made}, the base has {list(widths)}")
     if config["downscale_factor"] not in (0, factor):
         raise IcmsrError(
             f"{path}: the adapter shrinks by {config['downscale_factor']}, the base's latent by {factor}"

@@ -39,6 +39,8 @@ def check_run(base: BaseFolder, data: DataConfig, loop: LoopConfig, base_dtype: 
         raise IcmsrError(f"data.crop must be a multiple of {multiple} for the base {base.info.name}, got {data.crop}")
     if base_dtype == "bf16" and loop.precision != "bf16":
         raise IcmsrError("base_dtype bf16 needs loop.precision bf16: a frozen bf16 base takes no float32 input")
+    if base.prompt_embedding() is None:
+        check_prompts(base)
 
 
 def level_widths(base: BaseFolder) -> list[int]:
@@ -62,15 +64,17 @@ def build_adapter_task(
     return AdapterTask(adapter, unet, vae, context, base, config, seed, settings)
 
 
-def check_condition(base: BaseFolder, condition: ConditionConfig, judged: bool) -> None:
-    """Raises `IcmsrError` unless the condition's adapters fit the base, and its prompts can be embedded.
-
-    Without `judged`, the regulariser being off, adapters are not looked at.
-    """
-    if judged:
+def check_generator(base: BaseFolder, generator: GeneratorConfig, condition: ConditionConfig) -> None:
+    """Raises `IcmsrError` unless generator and condition fit the base; with ICM off, adapters are not looked at."""
+    base.schedule.check_timestep(generator.timestep)
+    own, wanted = base.info.prediction, generator.prediction
+    if generator.networks.weights == "lora" and wanted != "residual" and wanted != own:
+        # LoRA starts from what the base predicts: read as something else it would be amplified nonsense.
+        raise IcmsrError(f"generator.prediction is {wanted}, the base {base.info.name} predicts {own}: set it to {own}")
+    if generator.losses.icm:
         condition.check_files(latent_factor(base), level_widths(base))
-    if (judged and condition.kind == "text") or base.prompt_embedding() is None:
-        check_prompts(base)
+        if condition.kind == "text":
+            check_prompts(base)
 
 
 def build_generator_task(

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,8 +34,8 @@ class Position:
     """Training images seen."""
     skipped: int = 0
     """Optimiser steps left out because of non-finite gradients."""
-    skipped_in_a_row: int = 0
-    """Those of them since the last good one."""
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    """By player: those of them since its last good one."""
 
 
 class Averages(dict[str, dict[str, Tensor]]):
@@ -64,8 +64,6 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     export(partial)
     save_state(partial / STATE_FILE, players, averages, optimizers, position, mark)
-    if final.exists():  # the same position again, after a resume that had nothing left to do
-        shutil.rmtree(final)
     os.replace(partial, final)
     for old in sorted(path for path in final.parent.iterdir() if path.name.isdigit())[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

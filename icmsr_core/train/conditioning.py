@@ -57,6 +57,10 @@ class StructureConfig:
         structures_of(self.kind)
         if not 1 <= self.cells <= 64:
             raise IcmsrError(f"condition cells must be between 1 and 64, got {self.cells}: the paper has 8")
+        if not 0 <= self.canny_low <= self.canny_high <= 2040:
+            raise IcmsrError(
+                f"canny thresholds must be 0 <= low <= high <= 2040, got {self.canny_low} and {self.canny_high}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -251,12 +251,13 @@ class Tally:
                 self.unreadable = sorted([*self.unreadable, str(path)])
                 log.warning("left out of training: %s", _why_unreadable(path))
 
-    def summary(self) -> dict[str, int]:
-        """How many samples there were, how often an unreadable and a small photograph were met in them, and how many
-        files are unreadable: the keys samples, unreadable, small and unreadable_files."""
+    def take(self) -> dict[str, int]:
+        """How many samples there were since the last call, and how often an unreadable and a small photograph were met
+        in them: the keys samples, unreadable and small."""
         unreadable, small = self._events
-        return {"samples": self._samples, "unreadable": unreadable, "small": small,
-                "unreadable_files": len(self.unreadable)}
+        counts = {"samples": self._samples, "unreadable": unreadable, "small": small}
+        self._samples, self._events = 0, [0, 0]
+        return counts
 
 
 def _why_unreadable(path: Path) -> str:

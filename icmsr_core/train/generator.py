@@ -143,7 +143,6 @@ class GeneratorTask(Task):
     """See the module's own words."""
 
     constant: Tensor
-    captions: Tensor | None
     negative: Tensor | None
 
     def __init__(
@@ -159,7 +158,7 @@ class GeneratorTask(Task):
         wanted = config.losses.perceptual > 0
         self.perceptual = make_perceptual(config.perceptual, networks.vae, torch.device("cpu")) if wanted else None
         self.register_buffer("constant", contexts.constant, persistent=False)
-        self.register_buffer("captions", contexts.captions, persistent=False)
+        self.captions = contexts.captions  # on the CPU: a large data set's are larger than a GPU
         self.register_buffer("negative", contexts.negative, persistent=False)
         self.meter = BinnedMeans(self.schedule.steps)
 
@@ -186,6 +185,8 @@ class GeneratorTask(Task):
             law = config.timesteps if player == "generator" else all_timesteps()
             shape = latent_shape(self.networks.vae, batch["sharp"])
             added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law, device)
+            if self.captions is not None:
+                added["text"] = self.captions[batch["caption"].cpu()].to(device)
             if self.features is not None and "maps" not in batch:
                 added["maps"] = self.condition.maps(picture_of(batch, self.condition.source))
         return {**batch, **added}
@@ -288,9 +289,7 @@ class GeneratorTask(Task):
 
     def _text(self, batch: Batch, latent: Tensor) -> Tensor:
         """What teacher and auxiliary see in cross-attention: captions for text, else the constant."""
-        if self.captions is None:
-            return self._constant(latent)
-        return self.captions[batch["caption"]].to(latent.dtype)
+        return batch["text"].to(latent.dtype) if "text" in batch else self._constant(latent)
 
     def _constant(self, latent: Tensor) -> Tensor:
         return self._repeat(self.constant, latent)

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import signal
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,8 +40,13 @@ from .task import Batch, Player, Task
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "linear", "constant")
-FREE_KEYS = ("loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard", "run", "device")
-"""Settings that change nothing in the weights: a run may be resumed with others."""
+FREE_KEYS = (
+    "run", "device", "data.cache_mb",
+    *(f"loop.{key}" for key in ("batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard",
+                                "patience")),
+)
+"""Settings that change nothing in the weights: a run may be resumed with others. Of batch and accumulate it is their
+product with the number of processes that counts, and that is compared."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,11 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
         for player in players if player.averaged
     })
     run.mkdir(parents=True, exist_ok=True)
-    mark, position, newest = fingerprint(decisive(settings)), Position(), newest_checkpoint(run) if main else None
-    newest = broadcast(accelerator, newest)
+    step = config.batch * config.accumulate * accelerator.num_processes
+    if config.images < step:
+        raise IcmsrError(f"loop.images is {config.images}, below one effective batch of {step}")
+    mark = fingerprint({**decisive(settings), "effective batch": step})
+    position, newest = Position(), broadcast(accelerator, newest_checkpoint(run) if main else None)
     if newest is not None:
         position = load_state(newest / STATE_FILE, players, averages, optimizers, mark)
     elif main:
@@ -148,8 +155,7 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
     records = MetricsLog(run, config.tensorboard) if main else None
     if records is not None:
         records.truncate_after(position.images)
-    step = config.batch * config.accumulate * accelerator.num_processes
-    last = config.images // step * step
+    last = position.images + (config.images - position.images) // step * step
     decay = 0.5 ** (step / config.average_images)
     means, tally, rates = Means(), Tally(pairs), {}
     loader = iter(make_loader(
@@ -170,8 +176,9 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
                     for number, batch in enumerate(micros):
                         prepared = task.prepare(player.name, batch, position.images, turn)
                         synchronise = number == len(micros) - 1
-                        with autocast(device, config.precision), gradients(model, synchronise):
-                            losses, brings = model(player.name, prepared)
+                        with gradients(model, synchronise):
+                            with autocast(device, config.precision):
+                                losses, brings = model(player.name, prepared)
                             (losses["loss"] / config.accumulate).backward()
                         micros[number] = {**batch, **brings}
                         means.add({f"loss/{player.name}/{name}": value for name, value in losses.items()})
@@ -180,16 +187,16 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
                         for group in optimizer.param_groups:
                             group["lr"] = rate
                         optimizer.step()
-                        position.skipped_in_a_row = 0
+                        position.in_a_row[player.name] = 0
                         means.add({f"health/gradient/{player.name}": norm})
                     else:
                         position.skipped += 1
-                        position.skipped_in_a_row += 1
+                        position.in_a_row[player.name] = position.in_a_row.get(player.name, 0) + 1
                     optimizer.zero_grad(set_to_none=True)
-                    if position.skipped_in_a_row >= config.patience:
+                    if position.in_a_row[player.name] >= config.patience:
                         raise IcmsrError(
-                            f"{position.skipped_in_a_row} optimiser steps in a row had a non-finite gradient (the last "
-                            f"of {player.name} at {position.images} images): lower learning_rate, or use precision fp32"
+                            f"{config.patience} optimiser steps of {player.name} in a row had a non-finite gradient, "
+                            f"the last at {position.images} images: lower learning_rate, or use precision fp32"
                         )
                 if player.averaged:
                     weight = max(1 - decay, 1 / (1 + position.images / step))
@@ -199,7 +206,7 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
             bar.update(step)
             if position.images % config.log_every < step or position.images == last:
                 values = means.take(accelerator) | rates
-                values |= {f"data/{name}": value for name, value in total(accelerator, tally.summary()).items()}
+                values |= {f"data/{name}": value for name, value in total(accelerator, tally.take()).items()}
                 values["health/skipped"] = position.skipped
                 if task.meter is not None:
                     values |= {f"icm/{name}": value for name, value in task.meter.take(accelerator).items()}
@@ -239,17 +246,19 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds one value of each."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
-            self._counts[name] += 1
+            value = value.detach().float()
+            good = value.isfinite()  # what a skipped step leaves would hide all the others
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + torch.where(good, value, 0.0)
+            self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + good
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call."""
-        found = {name: self._sums[name].float() / self._counts[name] for name in sorted(self._sums)}
+        found = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
         self._sums.clear()
         self._counts.clear()
         if accelerator.num_processes > 1:
@@ -264,7 +273,7 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items():
             loop = isinstance(value, Mapping) and "save_every" in value
             if f"{above}{key}" not in FREE_KEYS:
-                kept[key] = keep(value, "loop." if loop else "-.") if isinstance(value, Mapping) else value
+                kept[key] = keep(value, "loop." if loop else f"{key}.") if isinstance(value, Mapping) else value
         return kept
 
     return keep(settings, "")
@@ -338,7 +347,8 @@ def averaged(players: Sequence[Player], averages: Averages) -> Iterator[None]:
 
 
 def save_grid(task: Task, pairs: TrainingPairs, device: torch.device, config: LoopConfig, path: Path) -> None:
-    """The task's picture of six samples that training does not see, as a PNG; the same six at every checkpoint."""
+    """The task's picture of six samples as a PNG, the same at every checkpoint; no training sample has their number.
+    """
     from ..image_io import Picture, from_tensor, write_picture
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ class Lpips(nn.Module):
             self._taps.add(len(layers) - 1)
         self.features = nn.Sequential(*layers)
         self.heads = nn.ParameterList(torch.empty(block[-1], device="meta") for block in WIDTHS)
-        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(SHIFT, device="cpu").view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE, device="cpu").view(1, 3, 1, 1), persistent=False)
         self.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=True, assign=True)
         self.requires_grad_(False).eval()
 

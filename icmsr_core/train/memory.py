@@ -87,7 +87,7 @@ def estimate_memory(build: Callable[[], Task], batch: Batch, precision: str) -> 
                 batch = task.prepare(player.name, batch, 0, 0)
             with autocast(torch.device("cpu"), precision):
                 losses, brings = task(player.name, batch)
-                losses["loss"].backward()
+            losses["loss"].backward()
             batch = {**batch, **brings}
             del losses, brings
             for parameter in player.parameters.values():

@@ -51,7 +51,9 @@ def start_processes(device: str) -> tuple[Accelerator, torch.device]:
     together = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     picked = torch.device("cpu") if several else pick_device(device)
-    accelerator = Accelerator(cpu=device == "cpu" or (not several and picked.type == "cpu"), kwargs_handlers=[together])
+    cpu = device == "cpu" or (not several and picked.type == "cpu")
+    # The loop has its own autocast; one of accelerate's configuration would lie around it, without a scaler.
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[together])
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
     return accelerator, accelerator.device if several else picked
