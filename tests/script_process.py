@@ -40,12 +40,12 @@ def start_server() -> None:
 
 
 def _stall_fsync(at: int, mark: str) -> None:
-    """Makes call number `at` of os.fsync write the file `mark` and hang: a checkpoint then is half-written for good."""
+    """Makes flush number `at` of a file in an unfinished checkpoint write the file `mark` and hang there for good."""
     calls = iter(range(1, 1 << 30))
     fsync = os.fsync
 
     def stalling(descriptor: int) -> None:
-        if next(calls) == at:
+        if ".partial/" in os.readlink(f"/proc/self/fd/{descriptor}") and next(calls) == at:
             Path(mark).touch()
             time.sleep(600)
         fsync(descriptor)
