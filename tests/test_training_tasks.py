@@ -26,7 +26,7 @@ from icmsr_core.train.loop import LoopConfig, autocast, averaged, decisive, lear
 from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.perceptual import PerceptualConfig
 from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
-from icmsr_core.train.task import Player, to_signed
+from icmsr_core.train.task import Player, shareable, to_signed
 from tests.model_files import write_base
 
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
@@ -287,6 +287,15 @@ def test_learning_rate_schedule(schedule, middle, end):
 def test_loop_configuration_is_checked(wrong):
     with pytest.raises(IcmsrError, match=next(iter(wrong))):
         LoopConfig(**wrong)
+
+
+def test_an_exported_file_carries_no_paths_of_this_machine():
+    settings = {"run": "/home/me/runs/a", "device": "cuda:1", "base": "/models/sd21", "loop": {"batch": 2},
+                "data": {"folders": ["/mnt/photos"], "captions": ""}, "condition": {"prompt": "a photo/scan"}}
+    assert shareable(settings) == {
+        "base": "sd21", "loop": {"batch": 2}, "data": {"folders": ["photos"], "captions": ""},
+        "condition": {"prompt": "a photo/scan"},
+    }
 
 
 def test_only_what_changes_the_weights_marks_a_run():

@@ -23,7 +23,7 @@ from .conditioning import WITHOUT_ADAPTER, StructureConfig
 from .draws import draw_noise, draw_noising, draw_uniform
 from .icm import BinnedMeans, TimestepConfig, all_timesteps
 from .roles import predict
-from .task import Batch, Player, Task, latent_shape, stack_rows, to_signed
+from .task import Batch, Player, Task, latent_shape, shareable, stack_rows, to_signed
 
 GRID_LEVELS = (0.3, 0.6, 0.9)
 """Noise levels, as shares of T, at which the sample grid shows the teacher's clean estimate."""
@@ -120,7 +120,7 @@ class AdapterTask(Task):
         """``adapter.safetensors`` and the diffusers folder ``adapter`` in `folder`."""
         description = {
             "structure": self.config.describe(), "family": self.base.info.family, "base": self.base.info.name,
-            "base_hash": self.base.hash(), "licence": self.config.licence, "training": dict(self.settings),
+            "base_hash": self.base.hash(), "licence": self.config.licence, "training": shareable(self.settings),
         }
         return save_adapter(folder / "adapter", self.adapter, description, torch.float16)
 

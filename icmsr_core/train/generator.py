@@ -39,7 +39,7 @@ from .icm import (
 from .lpips import Lpips
 from .perceptual import DecoderPerceptual, PerceptualConfig, make_perceptual
 from .reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
-from .task import Batch, Player, Task, latent_shape, stack_rows, to_signed
+from .task import Batch, Player, Task, latent_shape, shareable, stack_rows, to_signed
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ class GeneratorTask(Task):
         info = GeneratorInfo(
             family=self.base.info.family, timestep=config.timestep, prediction=self.prediction,
             base=self.base.info.name, base_hash=self.base.hash(), rank=config.networks.rank if lora else 0,
-            alpha=float(config.networks.rank) if lora else 0.0, licence=config.licence, training=self.settings,
+            alpha=float(config.networks.rank) if lora else 0.0, licence=config.licence,
+            training=shareable(self.settings),
         )
         path = folder / "generator.safetensors"
         save_generator(path, Generator(info, weights["unet"], weights["vae"], self.constant.float().cpu()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -71,6 +72,25 @@ class Task(nn.Module):
 def stack_rows(*rows: Tensor) -> Tensor:
     """Batches [N, 3, H, W] in [-1, 1] as one picture [3, rows * H, N * W] in [0, 1]."""
     return torch.cat([torch.cat(list(row.float()), dim=-1) for row in rows], dim=-2).add(1).div(2).clamp(0, 1)
+
+
+PATH_KEYS = ("base", "folders", "lists", "captions", "adapters", "weights")
+"""Settings that may hold paths."""
+
+
+def shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` as a file may carry them to others: paths by their last name, neither run folder nor device."""
+    def named(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [named(entry) for entry in value]
+        return Path(value).name if isinstance(value, str) else value
+
+    shared = {}
+    for key, value in settings.items():
+        if key not in ("run", "device"):
+            nested = isinstance(value, Mapping)
+            shared[key] = shareable(value) if nested else named(value) if key in PATH_KEYS else value
+    return shared
 
 
 def to_signed(picture: Tensor) -> Tensor:
