@@ -227,7 +227,10 @@ def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run
     nodes = {
         **base_with(generator.name),
         "adapter": {"class_type": "ICMSR_LoadAdapter", "inputs": {"adapter": "toy adapter.safetensors"}},
-        "condition": {"class_type": "ICMSR_ExtractCondition", "inputs": {"image": ["image", 0]}},
+        "condition": {
+            "class_type": "ICMSR_ExtractCondition",
+            "inputs": {"image": ["image", 0], "low_threshold": 20.0, "high_threshold": 60.0},
+        },
     }
     image = comfy_server.upload(picture, "toy.png")
     kind, data, entry = comfy_server.run(graph(image, before=base_with(generator.name)))
