@@ -76,6 +76,12 @@ class Product(Task):
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, torch.Tensor], Batch]:
         return {"loss": (batch["x"] @ self.weight).exp().sum()}, {}
 
+    def grid(self, batch: Batch) -> torch.Tensor:
+        return batch["x"]
+
+    def export(self, folder: Path) -> list[Path]:
+        return []
+
 
 def test_the_estimate_of_a_step_that_can_be_counted():
     memory, counts = estimate_memory(Product, {"x": torch.zeros(2000, 1000)}, "fp32")

@@ -25,7 +25,7 @@ from icmsr_core.train.building import build_adapter_task, training_base
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.networks import NetworkConfig
 from icmsr_core.train.records import read_metrics
-from icmsr_core.train.script import run_script
+from icmsr_core.train.script import parse_config, run_script
 from tests.model_files import write_base
 from tests.script_process import ScriptProcess, start_server
 
@@ -224,6 +224,20 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
         assert_same_tensors(tmp_path / "whole" / name, folder / name)
     for name in ("run/prior/base/vae/config.json", "run/prior/base/icmsr_base.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_configurations_are_valid(config, monkeypatch):
+    """Every key and value of them, by the script that takes them."""
+    kind = config.stem.split("_")[-1]
+    name = kind if kind in ("prior", "adapter", "collapse") else "distill"
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "train" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    parsed = parse_config(script.Config, ["--config", str(config)])
+    assert parsed.run == f"runs/{config.stem}"
 
 
 @pytest.mark.parametrize(

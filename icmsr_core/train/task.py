@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Player:
     """Whether a running average is kept, shown in sample grids and exported."""
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """Base of what is trained. It knows nothing of logging, schedules, processes or the run's files.
 
     `forward` is the one way in, so that under DDP every gradient passes through the wrapper: a call past it would leave
@@ -42,31 +43,31 @@ class Task(nn.Module):
     meter: BinnedMeans | None = None
     """Sums by timestep that `forward` adds to; the loop reads and resets them."""
 
+    @abstractmethod
     def players(self) -> Sequence[Player]:
         """Who is trained, in the order of their turns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """`batch` with everything that `forward` needs and cannot compute: random numbers, OpenCV, the warm-up.
 
         `images` is the run's position; `turn` counts the player's optimiser steps within a step of the loop.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """Scalars by name, of which ``loss`` is minimised, and what the batch brings to the next player.
 
         Every scalar is a mean over the samples, so that the mean over half batches is that of the whole batch.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def grid(self, batch: Batch) -> Tensor:
         """Sample picture [3, H, W] in [0, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path) -> list[Path]:
         """Writes the results into `folder` (the averaged weights are in place) and names the files."""
-        raise NotImplementedError
 
 
 def stack_rows(*rows: Tensor) -> Tensor:
