@@ -19,6 +19,8 @@ from tqdm import tqdm
 from . import __version__
 from .embedded import embedded_base, embedded_generator
 from .errors import IcmsrError
+from .generator_file import holds_two_sets
+from .merging import check_fidelity, fidelity_to_use
 from .one_step import Progress, UpscaleSettings
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
     upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
     upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
-                         help="0 faithful, 1 realistic, beyond: more; for generators that hold both")
+                         help="0 faithful, 1 realistic (the default), beyond: more; for generators that hold both")
     upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
     upscale.add_argument("--seed", type=int, default=0,
                          help="for generators that draw noise; the embedded one draws none, its result is fixed")
@@ -127,12 +129,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def parse_fidelity(text: str) -> float:
     """A number from 0 to 2."""
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 2:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2, got {text!r}")
-    return value
+        return check_fidelity(float(text))
+    except ValueError:  # IcmsrError is one too
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2, got {text!r}") from None
 
 
 def run_demo_command(options: argparse.Namespace) -> int:
@@ -168,14 +167,12 @@ def run_upscale(options: argparse.Namespace) -> int:
         )
     except IcmsrError as error:
         options.parser.error(str(error))
-    jobs = plan_jobs(options.input, options.output)
     if options.fidelity is not None:
-        raise IcmsrError(
-            "--fidelity needs a generator with a faithful and a realistic set of weights, this one holds a single "
-            "set: leave --fidelity out"
-        )
+        path = generator_path(options.model)
+        fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
+    jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
-    backbone = load_model(options.model, options.base, options.device, options.dtype)
+    backbone = load_model(options.model, options.base, options.device, options.dtype, options.fidelity)
     with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
         unit="tile", leave=False, disable=None
     ) as tiles:
@@ -251,7 +248,14 @@ def bar_progress(bar: Any) -> Progress:
     return advance
 
 
-def load_model(model: str, base: str, device: str, dtype: str) -> DiffusersBackbone:
+def generator_path(model: str) -> Path:
+    """The generator file that ``--model`` names."""
+    return embedded_generator() if model == "nano" else Path(model)
+
+
+def load_model(
+    model: str, base: str, device: str, dtype: str, fidelity: float | None = None
+) -> DiffusersBackbone:
     """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
     import torch
 
@@ -260,11 +264,10 @@ def load_model(model: str, base: str, device: str, dtype: str) -> DiffusersBackb
     chosen = pick_device(device)
     if dtype == "auto":
         dtype = "fp32" if chosen.type == "cpu" else "bf16"
-    generator = embedded_generator() if model == "nano" else Path(model)
     folder = embedded_base() if base == "nano" else Path(base)
 
     from .diffusers_backbone import load_backbone, silence_diffusers
 
     silence_diffusers()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return load_backbone(folder, generator, device=chosen, dtype=types[dtype])
+    return load_backbone(folder, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity)

@@ -16,7 +16,8 @@ from .backbone import BackboneDescriptor
 from .base_folder import BaseFolder, open_base
 from .embedded import embedded_base
 from .errors import IcmsrError
-from .generator_file import Generator, PartWeights, load_generator, merged_tensors
+from .generator_file import Generator, PartWeights, load_generator
+from .merging import fidelity_to_use, merged_part, merged_tensors
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +104,18 @@ def build_networks(
 
 
 def merge_into(name: str, network: torch.nn.Module, weights: PartWeights, alpha: float, strength: float = 1.0) -> None:
-    """Merges a generator's weights into `network`'s parameters, in float32; see `merged_tensors` for the errors."""
+    """Merges one set of weights into `network`'s parameters, in float32; see `merged_tensors` for the errors."""
     state = network.state_dict()
     merged = merged_tensors(name, weights, state, alpha, strength)
     network.load_state_dict({**state, **merged}, strict=True)
+
+
+def merge_generator(
+    name: str, network: torch.nn.Module, generator: Generator, part: str, fidelity: float | None = None
+) -> None:
+    """Merges `generator`'s ``unet`` or ``vae`` into `network`'s parameters; see `merged_part` for values and errors."""
+    state = network.state_dict()
+    network.load_state_dict({**state, **merged_part(name, generator, part, state, fidelity)}, strict=True)
 
 
 def load_backbone(
@@ -115,16 +124,20 @@ def load_backbone(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    fidelity: float | None = None,
 ) -> DiffusersBackbone:
     """A base folder with a generator merged into it, ready to run.
 
-    `base` defaults to the embedded nano; without `generator` the bare prior is loaded. Raises `IcmsrError` for files
-    that are missing, damaged or of another family.
+    `base` defaults to the embedded nano; without `generator` the bare prior is loaded. `fidelity`, for a generator with
+    a faithful and a realistic set of weights: 0 is faithful, 1 (the default) realistic, up to 2. Raises `IcmsrError`
+    for files that are missing, damaged or of another family, and for a fidelity that is out of range or has no two sets
+    to choose between.
     """
     folder = open_base(base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
     if isinstance(generator, Path):
         generator = load_generator(generator)
+    fidelity_to_use(name, generator is not None and generator.has_two_sets, fidelity)  # before the networks
     descriptor = folder.descriptor(generator)
     embedding = generator.prompt_embedding if generator is not None else None
     if embedding is None:
@@ -141,6 +154,6 @@ def load_backbone(
     if generator is not None:
         if generator.info.base_hash and generator.info.base_hash != folder.hash():
             log.warning("%s was trained on other base weights than %s", name, folder.path)
-        merge_into(name, unet, generator.unet, generator.info.alpha)
-        merge_into(name, vae, generator.vae, generator.info.alpha)
+        merge_generator(name, unet, generator, "unet", fidelity)
+        merge_generator(name, vae, generator, "vae", fidelity)
     return DiffusersBackbone(unet, vae, descriptor, embedding, torch.device(device), dtype)

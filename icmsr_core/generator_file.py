@@ -5,7 +5,11 @@ Keys, with the diffusers names of the base's modules and parameters:
     unet.<module>.lora_A.weight, unet.<module>.lora_B.weight     low-rank update of the UNet
     unet.<parameter>                                             tensor of the UNet replaced whole
     vae.<...>                                                    the same two forms for the VAE
+    realistic.unet.<...>, realistic.vae.<...>                    a second set over the first, in the same two forms
     prompt_embedding                                             constant context [tokens, width]
+
+The first set is the faithful one, and all there is in most files. The second leads from its result to a more realistic
+one; how much of it is laid on is the fidelity (`merging.py`).
 
 The metadata entry ``icmsr`` is JSON (see `GeneratorInfo`); ``format`` is ``icmsr-generator``.
 """
@@ -16,8 +20,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,8 +37,11 @@ from .noise_schedule import Prediction, check_prediction
 FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
 """What a T2I-Adapter's file says of itself in its metadata (`train/adapter_file.py`)."""
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Layouts that are read. Files with one set of weights are written as 1, files with two as 2."""
 PARTS = ("unet", "vae")
+REALISTIC = "realistic."
+"""What the keys of the second set begin with."""
 Info = TypeVar("Info")
 
 
@@ -77,19 +85,41 @@ class GeneratorInfo:
     """Licence of the weights (SPDX)."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that made it."""
-    format_version: int = FORMAT_VERSION
-    """Version of this layout."""
+    realistic_rank: int = 0
+    """LoRA rank of the second set; 0 without one, or when it holds whole tensors only."""
+    realistic_alpha: float = 0.0
+    """LoRA alpha of the second set."""
+    realistic_training: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration of the run that made the second set."""
+    format_version: int = 1
+    """Version of the layout it was read in; `save_generator` writes the one that the weights need."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A generator file in memory."""
+    """A generator file in memory. Raises `IcmsrError` when `realistic` names another part than unet and vae."""
 
     info: GeneratorInfo
     unet: PartWeights
     vae: PartWeights
     prompt_embedding: Tensor | None = None
     """Constant context [tokens, width], or None when the caller must bring one."""
+    realistic: Mapping[str, PartWeights] = field(default_factory=dict)
+    """The second set by part (``unet``, ``vae``), laid over the first; empty when there is one set."""
+
+    def __post_init__(self) -> None:
+        surplus = sorted(set(self.realistic) - set(PARTS))
+        if surplus:
+            raise IcmsrError(f"the realistic set has the parts {' and '.join(PARTS)}, got {', '.join(surplus)}")
+
+    @property
+    def has_two_sets(self) -> bool:
+        """Whether there is a realistic set, so that a fidelity can be chosen."""
+        return any(self.realistic.values())
+
+    def sets(self, part: str) -> tuple[PartWeights, PartWeights]:
+        """The faithful and the realistic weights of `part`; the latter empty when there is one set."""
+        return getattr(self, part), self.realistic.get(part, PartWeights())
 
 
 def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -109,42 +139,53 @@ def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.float16) -> None:
-    """Writes `generator` to `path` atomically, its tensors in `dtype` on the CPU.
+    """Writes `generator` to `path` atomically, its tensors in `dtype` on the CPU: format version 1, or 2 with two sets.
 
     Raises `IcmsrError` when a value is not finite, or leaves the range of `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     for part in PARTS:
-        weights: PartWeights = getattr(generator, part)
-        for module, pair in weights.lora.items():
-            tensors[f"{part}.{module}.lora_A.weight"] = pair.down
-            tensors[f"{part}.{module}.lora_B.weight"] = pair.up
-        for name, tensor in weights.tensors.items():
-            tensors[f"{part}.{name}"] = tensor
+        for prefix, weights in zip((f"{part}.", f"{REALISTIC}{part}."), generator.sets(part)):
+            for module, pair in weights.lora.items():
+                tensors[f"{prefix}{module}.lora_A.weight"] = pair.down
+                tensors[f"{prefix}{module}.lora_B.weight"] = pair.up
+            for name, tensor in weights.tensors.items():
+                tensors[f"{prefix}{name}"] = tensor
     if generator.prompt_embedding is not None:
         tensors["prompt_embedding"] = generator.prompt_embedding
     tensors = {key: value.detach().to("cpu", dtype) for key, value in tensors.items()}
     _check_finite(str(path), tensors)
-    write_atomically(path, tensors, {"format": FORMAT, "icmsr": json.dumps(asdict(generator.info), sort_keys=True)})
+    two = generator.has_two_sets
+    description = asdict(replace(generator.info, format_version=2 if two else 1))
+    if not two:
+        description = {key: value for key, value in description.items() if not key.startswith("realistic_")}
+    write_atomically(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file; an `IcmsrError` when there is none or it is damaged."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A .safetensors file, opened by `safe_open`; an `IcmsrError` when there is none or it is damaged."""
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise IcmsrError(
             f"{path}: not a readable .safetensors file ({error}): download or export it again"
         ) from error
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file; an `IcmsrError` when there is none or it is damaged."""
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
 def load_generator(path: Path) -> Generator:
     """The generator in `path`, checked: format, version, metadata, pairs of LoRA matrices, finite values.
 
-    Whether its keys fit a base is checked where it is applied (`merged_tensors`). Raises `IcmsrError`.
+    Whether its keys fit a base is checked where it is applied (`merging.py`). Raises `IcmsrError`.
     """
     tensors, metadata = read_tensors(path)
     info = parse_info(str(path), metadata)
@@ -152,15 +193,24 @@ def load_generator(path: Path) -> Generator:
     embedding = tensors.pop("prompt_embedding", None)
     if embedding is not None and embedding.ndim != 2:
         raise IcmsrError(f"{path}: prompt_embedding must be [tokens, width], got {tuple(embedding.shape)}")
-    strange = sorted(key for key in tensors if not key.startswith(tuple(f"{part}." for part in PARTS)))
+    two = info.format_version == 2
+    prefixes = [f"{part}." for part in PARTS] + ([f"{REALISTIC}{part}." for part in PARTS] if two else [])
+    strange = sorted(key for key in tensors if not key.startswith(tuple(prefixes)))
     if strange:
-        raise IcmsrError(f"{path}: surplus tensors {_names(strange)}: keys begin with unet. or vae.")
-    parts = {part: _split_part(str(path), part, tensors) for part in PARTS}
-    if not any(parts.values()):
-        raise IcmsrError(f"{path}: the file holds no weights")
-    if any(weights.lora for weights in parts.values()) and info.rank < 1:
-        raise IcmsrError(f"{path}: the file holds LoRA matrices but its rank is {info.rank}")
-    return Generator(info, parts["unet"], parts["vae"], embedding)
+        allowed = f"{', '.join(prefixes[:-1])} or {prefixes[-1]}"
+        raise IcmsrError(f"{path}: surplus tensors {first_names(strange)}: keys begin with {allowed}")
+    faithful = _read_set(f"{path}: the {'faithful set' if two else 'file'}", "", tensors, info.rank)
+    realistic = _read_set(f"{path}: the realistic set", REALISTIC, tensors, info.realistic_rank) if two else {}
+    return Generator(info, faithful["unet"], faithful["vae"], embedding, realistic)
+
+
+def holds_two_sets(path: Path) -> bool:
+    """Whether the generator file at `path` holds a faithful and a realistic set, by its description alone.
+
+    Raises `IcmsrError` when there is no such file, or it is no generator file.
+    """
+    with open_tensors(path) as file:
+        return parse_info(str(path), dict(file.metadata() or {})).format_version == 2
 
 
 def parse_info(name: str, metadata: Mapping[str, str]) -> GeneratorInfo:
@@ -174,9 +224,10 @@ def parse_info(name: str, metadata: Mapping[str, str]) -> GeneratorInfo:
         values = json.loads(metadata["icmsr"])
     except (KeyError, ValueError) as error:
         raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
-    version = values.get("format_version", FORMAT_VERSION) if isinstance(values, dict) else FORMAT_VERSION
-    if version != FORMAT_VERSION:  # before the rest, which another version may lay out differently
-        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {FORMAT_VERSION}: update it")
+    version = values.get("format_version", 1) if isinstance(values, dict) else 1
+    if version not in FORMAT_VERSIONS:  # before the rest, which another version may lay out differently
+        known = " and ".join(str(entry) for entry in FORMAT_VERSIONS)
+        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {known}: update it")
     info = info_from_json(name, GeneratorInfo, values)
     check_prediction(info.prediction)
     return info
@@ -212,61 +263,33 @@ def info_from_json(name: str, kind: type[Info], values: Any) -> Info:
         raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
 
 
-def merged_tensors(
-    name: str, weights: PartWeights, state: Mapping[str, Tensor], alpha: float, strength: float = 1.0
-) -> dict[str, Tensor]:
-    """The parameters of a network that `weights` changes, merged in float32 (cast afterwards, never before).
-
-    `state` maps diffusers parameter names to the base's tensors. LoRA: ``W + strength * alpha / rank * B A``; whole
-    tensor: ``W + strength * (new - W)``. Raises `IcmsrError` naming every key that has no place or another shape.
-    """
-    merged: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for parameter, tensor in weights.tensors.items():
-        base = state.get(parameter)
-        if base is None or base.shape != tensor.shape:
-            wrong.append(_misfit(parameter, tensor.shape, base))
-            continue
-        base = base.float()
-        merged[parameter] = base + strength * (tensor.to(base) - base) if strength != 1.0 else tensor.to(base)
-    for module, pair in weights.lora.items():
-        parameter = f"{module}.weight"
-        base = state.get(parameter)
-        rank = pair.down.shape[0]
-        shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if base is None or tuple(base.shape) != shape:
-            wrong.append(_misfit(parameter, shape, base))
-            continue
-        start = merged.get(parameter, base.float())
-        delta = pair.up.to(start).flatten(1) @ pair.down.to(start).flatten(1)
-        merged[parameter] = start + strength * alpha / rank * delta.reshape(base.shape)
-    if wrong:
-        raise IcmsrError(f"{name}: the generator does not fit this base model: {_names(wrong)}")
-    return merged
+def _read_set(name: str, prefix: str, tensors: Mapping[str, Tensor], rank: int) -> dict[str, PartWeights]:
+    parts = {part: _split_part(name, f"{prefix}{part}.", tensors) for part in PARTS}
+    if not any(parts.values()):
+        raise IcmsrError(f"{name} holds no weights ({prefix}unet. or {prefix}vae.): export it again")
+    if rank < 1 and any(weights.lora for weights in parts.values()):
+        raise IcmsrError(f"{name} holds LoRA matrices but its rank is {rank}")
+    return parts
 
 
-def _misfit(parameter: str, shape: Iterable[int], base: Tensor | None) -> str:
-    return f"{parameter} {list(shape)} ({'no such parameter' if base is None else f'the base has {list(base.shape)}'})"
-
-
-def _split_part(name: str, part: str, tensors: Mapping[str, Tensor]) -> PartWeights:
+def _split_part(name: str, prefix: str, tensors: Mapping[str, Tensor]) -> PartWeights:
     lora: dict[str, LoraPair] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if not key.startswith(part + "."):
+        if not key.startswith(prefix):
             continue
-        inner = key[len(part) + 1 :]
+        inner = key[len(prefix) :]
         if inner.endswith((".lora_A.weight", ".lora_B.weight")):
             module = inner[: -len(".lora_A.weight")]
-            down = tensors.get(f"{part}.{module}.lora_A.weight")
-            up = tensors.get(f"{part}.{module}.lora_B.weight")
+            down = tensors.get(f"{prefix}{module}.lora_A.weight")
+            up = tensors.get(f"{prefix}{module}.lora_B.weight")
             if down is None or up is None:
                 missing = "lora_A" if down is None else "lora_B"
-                raise IcmsrError(f"{name}: missing tensor {part}.{module}.{missing}.weight")
+                raise IcmsrError(f"{name}: missing tensor {prefix}{module}.{missing}.weight")
             fits = down.ndim in (2, 4) and up.ndim == down.ndim and down.shape[0] == up.shape[1] > 0
             if not fits or any(side != 1 for side in up.shape[2:]):
                 raise IcmsrError(
-                    f"{name}: {part}.{module}: LoRA matrices {list(down.shape)} and {list(up.shape)} do not multiply"
+                    f"{name}: {prefix}{module}: LoRA matrices {list(down.shape)} and {list(up.shape)} do not multiply"
                 )
             lora[module] = LoraPair(down, up)
         else:
@@ -277,10 +300,11 @@ def _split_part(name: str, part: str, tensors: Mapping[str, Tensor]) -> PartWeig
 def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
-        raise IcmsrError(f"{name}: NaN or infinite values in {_names(bad)}")
+        raise IcmsrError(f"{name}: NaN or infinite values in {first_names(bad)}")
 
 
-def _names(items: Iterable[str], most: int = 4) -> str:
+def first_names(items: Iterable[str], most: int = 4) -> str:
+    """The first few of `items` and how many more there are, for an error."""
     listed = list(items)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from .base_folder import WEIGHTS_FILE, open_base
 from .errors import IcmsrError
-from .generator_file import ADAPTER_FORMAT, Generator, load_generator, read_tensors
+from .generator_file import ADAPTER_FORMAT, PARTS, Generator, PartWeights, load_generator, read_tensors
 
 
 def describe(path: Path) -> str:
@@ -77,16 +78,30 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
         ("timestep", str(info.timestep)),
         ("prediction", info.prediction),
     ]
-    for part, weights in (("unet", generator.unet), ("vae", generator.vae)):
-        whole = sum(tensor.numel() for tensor in weights.tensors.values())
-        lora = sum(pair.down.numel() + pair.up.numel() for pair in weights.lora.values())
-        rows.append((part, f"{len(weights.tensors)} whole tensors ({whole / 1e6:.2f} M), "
-                           f"LoRA on {len(weights.lora)} modules ({lora / 1e6:.2f} M)"))
-    if generator.unet.lora or generator.vae.lora:
-        rows.append(("LoRA", f"rank {info.rank}, alpha {info.alpha:g}"))
+    faithful = {part: generator.sets(part)[0] for part in PARTS}
+    if generator.has_two_sets:
+        rows.append(("fidelity", "a faithful set of weights (0) and a realistic one over it (1; up to 2)"))
+        rows += _set_rows("faithful ", faithful, info.rank, info.alpha)
+        rows += _set_rows("realistic ", generator.realistic, info.realistic_rank, info.realistic_alpha)
+    else:
+        rows += _set_rows("", faithful, info.rank, info.alpha)
     embedding = generator.prompt_embedding
     rows.append(("prompt", "none: bring a conditioning" if embedding is None else f"constant {list(embedding.shape)}"))
     rows.append(("licence", info.licence or "not stated"))
     if info.training:
         rows.append(("training", json.dumps(info.training, sort_keys=True)))
+    if info.realistic_training:
+        rows.append(("realistic training", json.dumps(info.realistic_training, sort_keys=True)))
+    return rows
+
+
+def _set_rows(kind: str, parts: Mapping[str, PartWeights], rank: int, alpha: float) -> list[tuple[str, str]]:
+    rows = []
+    for part, weights in parts.items():
+        whole = sum(tensor.numel() for tensor in weights.tensors.values())
+        lora = sum(pair.down.numel() + pair.up.numel() for pair in weights.lora.values())
+        rows.append((f"{kind}{part}", f"{len(weights.tensors)} whole tensors ({whole / 1e6:.2f} M), "
+                                      f"LoRA on {len(weights.lora)} modules ({lora / 1e6:.2f} M)"))
+    if any(weights.lora for weights in parts.values()):
+        rows.append((f"{kind}LoRA", f"rank {rank}, alpha {alpha:g}"))
     return rows

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..icmsr_core.base_folder import open_base
 from ..icmsr_core.embedded import embedded_base, embedded_generator
 from ..icmsr_core.generator_file import load_generator
+from ..icmsr_core.merging import MAX_FIDELITY
 from .adapter_features import load_adapter
 from .generator_patches import apply_generator
 from .model_description import ATTACHMENT, ModelDescription
@@ -16,6 +17,7 @@ from .model_folders import FOLDER, file_stamp, find_file, list_files
 from .native_models import load_unet, load_vae
 
 CATEGORY = "image/upscaling/ICM-SR"
+FIDELITY_RANGE = {"default": 1.0, "min": 0.0, "max": MAX_FIDELITY, "step": 0.05}
 EMBEDDED = "nano (embedded)"
 GENERATOR_FOLDERS = (FOLDER, "loras")
 ADAPTER_FOLDERS = (FOLDER, "controlnet")
@@ -43,6 +45,15 @@ class LoadEmbedded(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "fidelity",
+                    **FIDELITY_RANGE,
+                    optional=True,  # prompts saved before it was there run as they did
+                    tooltip=(
+                        "0: faithful to the image. 1: realistic, as trained. Up to 2: more. For a generator with both "
+                        "sets of weights; leave it at 1 for others. Ignored when generator is none."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="nano's UNet, with its generator unless that is none."),
@@ -51,7 +62,7 @@ class LoadEmbedded(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator: str = "embedded") -> io.NodeOutput:
+    def execute(cls, generator: str = "embedded", fidelity: float = 1.0) -> io.NodeOutput:
         base = open_base(embedded_base())
         # Read first: nothing is built when the file is damaged.
         weights = load_generator(embedded_generator()) if generator == "embedded" else None
@@ -61,7 +72,7 @@ class LoadEmbedded(io.ComfyNode):
         )
         model.set_attachments(ATTACHMENT, description)
         if weights is not None:
-            model, vae = apply_generator(model, vae, weights, EMBEDDED)
+            model, vae = apply_generator(model, vae, weights, EMBEDDED, fidelity=fidelity)
         return io.NodeOutput(model, vae)
 
 
@@ -97,6 +108,15 @@ class ApplyGenerator(io.ComfyNode):
                     tooltip="How much of the generator is applied. It was trained for 1.",
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "fidelity",
+                    **FIDELITY_RANGE,
+                    optional=True,
+                    tooltip=(
+                        "0: faithful to the image. 1: realistic, as trained. Up to 2: more. For a generator with both "
+                        "sets of weights; leave it at 1 for others."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="A copy of the MODEL with the generator."),
@@ -113,9 +133,9 @@ class ApplyGenerator(io.ComfyNode):
         return file_stamp(cls._path(generator))
 
     @classmethod
-    def execute(cls, model, vae, generator: str, strength: float = 1.0) -> io.NodeOutput:
+    def execute(cls, model, vae, generator: str, strength: float = 1.0, fidelity: float = 1.0) -> io.NodeOutput:
         weights = load_generator(cls._path(generator))
-        return io.NodeOutput(*apply_generator(model, vae, weights, generator, strength))
+        return io.NodeOutput(*apply_generator(model, vae, weights, generator, strength, fidelity))
 
 
 class LoadAdapter(io.ComfyNode):

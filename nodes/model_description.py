@@ -90,5 +90,5 @@ def with_generator(description: ModelDescription, generator: Generator, name: st
             description.prompt_embedding if generator.prompt_embedding is None else generator.prompt_embedding
         ),
         generator=name,
-        changes_vae=bool(generator.vae),
+        changes_vae=any(generator.sets("vae")),
     )

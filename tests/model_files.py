@@ -1,5 +1,6 @@
 """Small model files of the real formats with random weights, for tests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,14 @@ def write_base(folder: Path, config: NetworkConfig | None = None, family: str = 
     return folder
 
 
-def random_generator(base: Path, *, prediction: str = "residual", timestep: int = 200, seed: int = 1) -> Generator:
-    """A generator for `base`: LoRA on some UNet modules and the VAE encoder's convolutions, two tensors whole."""
+def random_generator(
+    base: Path, *, prediction: str = "residual", timestep: int = 200, seed: int = 1, two_sets: bool = False
+) -> Generator:
+    """A generator for `base`: LoRA on some UNet modules and the VAE encoder's convolutions, two tensors whole.
+
+    The realistic set (`two_sets`) has LoRA of another rank and alpha and whole tensors, over parameters of each kind:
+    replaced, LoRA, both, and untouched by the faithful set.
+    """
     folder = open_base(base)
     random = torch.Generator().manual_seed(seed)
 
@@ -46,9 +53,36 @@ def random_generator(base: Path, *, prediction: str = "residual", timestep: int 
     lora = modules(unet, "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "ff.net", "proj_")
     info = GeneratorInfo("nano", timestep, prediction, "random", folder.hash(), rank=4, alpha=4.0, licence="CC0-1.0")
     embedding = folder.prompt_embedding()
-    return Generator(
+    generator = Generator(
         info, PartWeights(lora, whole), PartWeights(modules(vae, "encoder.", "quant_conv")), embedding
     )
+    if not two_sets:
+        return generator
+
+    def near(state: dict[str, torch.Tensor], *keys: str) -> dict[str, torch.Tensor]:
+        return {
+            key: state[key].float() + 0.05 * torch.randn(state[key].shape, generator=random) for key in keys
+        }
+
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    pairs = {
+        name: pair(unet[f"{name}.weight"].float(), rank=2)
+        for name in ("conv_in", "conv_out", f"{attention}.to_q", f"{attention}.to_k", "mid_block.resnets.0.conv1")
+    }
+    tensors = near(
+        unet, "conv_in.weight", f"{attention}.to_q.weight", f"{attention}.to_v.weight", "conv_norm_out.weight",
+        "conv_out.bias",
+    )
+    vae_pairs = {
+        name: pair(vae[f"{name}.weight"].float(), rank=2)
+        for name in ("quant_conv", "encoder.mid_block.resnets.0.conv1")
+    }
+    realistic = {
+        "unet": PartWeights(pairs, tensors),
+        "vae": PartWeights(vae_pairs, near(vae, "encoder.conv_in.weight", "decoder.conv_in.bias")),
+    }
+    info = replace(info, realistic_rank=2, realistic_alpha=3.0, realistic_training={"loss": "icm"}, format_version=2)
+    return replace(generator, info=info, realistic=realistic)
 
 
 def write_generator(path: Path, base: Path, **options) -> Path:

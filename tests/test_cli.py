@@ -38,6 +38,11 @@ def generator(base) -> Path:
     return write_generator(base / "generator.safetensors", base)
 
 
+@pytest.fixture(scope="module")
+def two_sets(base) -> Path:
+    return write_generator(base / "two sets.safetensors", base, two_sets=True)
+
+
 @pytest.fixture
 def model(base, generator) -> list[str]:
     return ["--base", str(base), "--model", str(generator)]
@@ -76,6 +81,34 @@ def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generat
     written = to_tensor(read_picture(target).rgb)
     assert written.shape == (1, 3, 48, 80)
     assert (written - expected).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
+    source = picture(tmp_path / "in.png")
+    run = ["upscale", str(source), str(tmp_path / "out.png"), "--base", str(base), "--model", str(two_sets)]
+    written = {}
+    for value in (None, "0", "0.5", "1"):
+        assert main([*run, *(["--fidelity", value] if value else [])]) == 0
+        written[value] = to_tensor(read_picture(tmp_path / "out.png").rgb)
+    backbone = load_backbone(base, two_sets, fidelity=0.5)
+    expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings())
+    assert (written["0.5"] - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(written[None], written["1"])
+    for one, other in (("0", "0.5"), ("0.5", "1")):
+        assert (written[one] - written[other]).abs().max() > 2 / 255
+
+
+def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two_sets, capsys, monkeypatch):
+    monkeypatch.setattr("icmsr_core.cli.load_model", lambda *_: pytest.fail("a model was loaded"))
+    source = picture(tmp_path / "in.png")
+    run = ["upscale", source, tmp_path / "new" / "out.png"]
+    single = "faithful and a realistic set of weights, this one holds a single set: leave fidelity out"
+    fails(capsys, [*run, *model, "--fidelity", "0"], 1, "generator.safetensors", single, "got 0")
+    fails(capsys, [*run, *model, "--fidelity", "1"], 1, single)
+    fails(capsys, [*run, "--model", tmp_path / "none.safetensors", "--fidelity", "1"], 1, "none.saf", "no such file")
+    for value in ("2.1", "-1", "nan", "much"):
+        fails(capsys, [*run, "--base", base, "--model", two_sets, f"--fidelity={value}"], 2, "0 to 2", repr(value))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
 @pytest.mark.parametrize(("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7))])
@@ -123,7 +156,6 @@ def test_wrong_usage(tmp_path, model, capsys):
     fails(capsys, [*run, "--scale", "9"], 2, "9", "between 1 and 8")
     fails(capsys, [*run, "--size", "big"], 2, "WIDTHxHEIGHT", "big")
     fails(capsys, [*run, "--size", "0x5"], 2, "size")
-    fails(capsys, [*run, "--fidelity", "3"], 2, "0 to 2")
     fails(capsys, [*run, "--color-fix", "magic"], 2, "magic")
     fails(capsys, ["fly"], 2, "fly")
     assert not (tmp_path / "out.png").exists()
@@ -137,7 +169,6 @@ def test_missing_things(tmp_path, model, capsys):
     fails(capsys, ["upscale", source, source / "x.png", *model], 1, "cannot write")
     fails(capsys, ["upscale", source, tmp_path / "o.png", "--model", tmp_path / "none.safetensors"], 1, "none.saf")
     fails(capsys, ["upscale", source, tmp_path / "o.png", "--base", tmp_path / "none"], 1, "no such base folder")
-    fails(capsys, ["upscale", source, tmp_path / "o.png", *model, "--fidelity", "1"], 1, "single set")
     fails(capsys, ["upscale", source, tmp_path / "o.png", *model, "--device", "cuda:99"], 1, "cuda:99", "try")
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
@@ -200,7 +231,7 @@ def test_conditions(tmp_path):
     assert np.array_equal(hint.rgb, colors.rgb)
 
 
-def test_evaluate_and_inspect(tmp_path, base, generator, capsys):
+def test_evaluate_and_inspect(tmp_path, base, generator, two_sets, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         picture(tmp_path / name / "p.png", 64, 64)
@@ -213,6 +244,11 @@ def test_evaluate_and_inspect(tmp_path, base, generator, capsys):
     shown = capsys.readouterr().out
     assert "residual" in shown
     assert "rank 4" in shown
+    assert main(["inspect", str(two_sets)]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 4" in shown
+    assert "rank 2" in shown
+    assert "realistic unet" in shown
     assert main(["inspect", str(base)]) == 0
     assert "4 channels, 1 cell per 8 px" in capsys.readouterr().out
     fails(capsys, ["inspect", tmp_path / "none.safetensors"], 1, "no such file")

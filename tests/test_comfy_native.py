@@ -61,6 +61,13 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     unet_file = job / "missing" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: value for key, value in load_file(unet_file).items() if key != "conv_out.bias"}, unet_file)
     write_generator(weights / "a.safetensors", base)
+    two_sets = random_generator(base, two_sets=True)
+    save_generator(weights / "two sets.safetensors", two_sets, torch.float32)
+    tensors = {**two_sets.realistic["unet"].tensors, "conv_in.wrong": torch.zeros(3)}
+    above = {**two_sets.realistic, "unet": PartWeights(two_sets.realistic["unet"].lora, tensors)}
+    save_generator(weights / "surplus above.safetensors", replace(two_sets, realistic=above), torch.float32)
+    only_vae = replace(two_sets, vae=PartWeights(), realistic={"vae": two_sets.realistic["vae"]})
+    save_generator(weights / "vae above.safetensors", only_vae, torch.float32)
     write_generator(weights / "b.safetensors", base, prediction="eps", timestep=50, seed=2)
     generator = random_generator(base)
     tensors = {**generator.unet.tensors, "conv_in.wrong": torch.zeros(3)}
@@ -119,6 +126,47 @@ def test_the_base_stays_as_it_was(outcome):
     assert outcome.report["patches on the base"] == 0
 
 
+@pytest.mark.parametrize("fidelity", [0.0, 0.5, 1.0, 2.0])
+def test_fidelity_agrees_with_the_library(outcome, fidelity):
+    """Both sets, LoRA and whole tensors, over each other in every way: `random_generator`."""
+    weights = outcome.job / "models" / "icmsr" / "two sets.safetensors"
+    expected = upscale(
+        load_backbone(outcome.job / "base", weights, fidelity=fidelity), outcome.results["picture"].movedim(-1, 1),
+        SETTINGS,
+    )
+    assert_same(outcome.results[f"fidelity {fidelity}"].movedim(-1, 1), expected)
+    others = [outcome.results[f"fidelity {other}"] for other in (0.0, 0.5, 1.0, 2.0) if other != fidelity]
+    assert all(float((outcome.results[f"fidelity {fidelity}"] - other).abs().max()) > 0.01 for other in others)
+
+
+def test_fidelity_zero_is_the_generator_of_one_set(outcome):
+    assert outcome.report["fidelity 0 and one set"] == 0
+    assert outcome.report["one set at fidelity 1"] == 0
+    assert outcome.report["default fidelity"] == 0
+
+
+def test_strength_scales_both_sets(outcome):
+    """Merged weights are W + strength * (W' - W), whatever lies over what."""
+    from icmsr_core.base_folder import open_base
+    from icmsr_core.merging import merged_part
+
+    folder = open_base(outcome.job / "base")
+    generator = load_generator(outcome.job / "models" / "icmsr" / "two sets.safetensors")
+    for part, state in (("unet", folder.unet_state()), ("vae", folder.vae_state())):
+        merged = merged_part("g", generator, part, state, 0.5)
+        squares = sum(
+            float((value.double() - state[name].double()).square().sum()) for name, value in merged.items()
+        )
+        whole, half = (outcome.report["distances"][f"{part} {strength}"] for strength in (1.0, 0.5))
+        assert whole == pytest.approx(squares**0.5, rel=1e-5)
+        assert half == pytest.approx(0.5 * squares**0.5, rel=1e-5)
+    assert outcome.report["half way"] < 1e-6
+
+
+def test_a_second_set_may_change_the_vae_alone(outcome):
+    assert outcome.report["vae above"] > 0.01
+
+
 def test_strength_scales_the_generator(outcome):
     from icmsr_core.diffusers_backbone import DiffusersBackbone, build_networks, merge_into, open_base
 
@@ -162,6 +210,11 @@ def test_tiles_may_run_together(outcome):
     assert outcome.report["batched tiles"] < TOLERANCE
 
 
+def test_user_lora_acts_before_and_after_both_sets(outcome):
+    assert_same(outcome.results["two sets, lora before"], outcome.results["two sets, lora after"])
+    assert outcome.report["lora survives both sets"] > 0.01
+
+
 def test_user_lora_acts_before_and_after_the_generator(outcome):
     assert outcome.report["lora survives"] > 0.01
     assert_same(outcome.results["lora before"], outcome.results["lora after"])
@@ -186,6 +239,10 @@ def test_nodes_run_without_diffusers(outcome):
     assert outcome.report["modules"] == []
 
 
+def test_the_bare_base_has_no_fidelity(outcome):
+    assert outcome.report["errors"]["bare base at any fidelity"] is None
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -193,7 +250,11 @@ def test_nodes_run_without_diffusers(outcome):
         ("second generator", "already carries the generator 'a.safetensors'"),
         ("base's vae", "connect the VAE output of the same node"),
         ("other vae", "4 latent channels, the MODEL takes 12"),
-        ("surplus", "conv_in.wrong [3] (no such parameter)"),
+        ("surplus", "base model: unet.conv_in.wrong [3] (no such parameter)"),
+        ("surplus above", "base model: realistic.unet.conv_in.wrong [3] (no such parameter)"),
+        ("fidelity of one set", "faithful and a realistic set of weights, this one holds a single set"),
+        ("fidelity of the embedded", "nano (embedded): fidelity needs a generator with a faithful and a realistic set"),
+        ("fidelity beyond", "fidelity must be a number from 0 to 2, got 2.5"),
         ("other shape", "conv_in.weight [64, 12, 3, 3] (the base has [64, 4, 3, 3])"),
         ("conditioning", "768 values a token, this MODEL takes 32"),
         ("control_net alone", "without hint"),

@@ -112,8 +112,12 @@ def test_input_names_and_their_order_are_kept(object_info):
         "required": required,
         "optional": ["control_net", "hint", "strength", "conditioning"],
     }
-    assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {"required": ["generator"]}
-    assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {"required": ["model", "vae", "generator", "strength"]}
+    assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {
+        "required": ["generator"], "optional": ["fidelity"]
+    }
+    assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {
+        "required": ["model", "vae", "generator", "strength"], "optional": ["fidelity"]
+    }
     assert object_info["ICMSR_LoadAdapter"]["input_order"] == {"required": ["adapter"]}
     assert object_info["ICMSR_ExtractCondition"]["input_order"] == {
         "required": ["image", "low_threshold", "high_threshold"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from icmsr_core.base_folder import BaseInfo, open_base, write_base_info
 from icmsr_core.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.embedded import embedded_generator
 from icmsr_core.errors import IcmsrError
 from icmsr_core.generator_file import (
     Generator,
     GeneratorInfo,
     LoraPair,
     PartWeights,
+    holds_two_sets,
     load_generator,
-    merged_tensors,
     save_generator,
     write_atomically,
 )
+from icmsr_core.inspection import describe
+from icmsr_core.merging import merged_part, merged_tensors
 from icmsr_core.train.networks import NetworkConfig
 from tests.model_files import random_generator, write_base
 
@@ -43,9 +47,15 @@ def generator(base) -> Generator:
     return random_generator(base)
 
 
+@pytest.fixture
+def two_sets(base) -> Generator:
+    return random_generator(base, two_sets=True)
+
+
 def flat(generator: Generator) -> dict[str, torch.Tensor]:
     tensors = {"prompt_embedding": generator.prompt_embedding}
-    for part, weights in (("unet", generator.unet), ("vae", generator.vae)):
+    realistic = [(f"realistic.{part}", weights) for part, weights in generator.realistic.items()]
+    for part, weights in (("unet", generator.unet), ("vae", generator.vae), *realistic):
         for module, pair in weights.lora.items():
             tensors[f"{part}.{module}.A"], tensors[f"{part}.{module}.B"] = pair
         tensors |= {f"{part}.{name}": tensor for name, tensor in weights.tensors.items()}
@@ -98,6 +108,80 @@ def test_layout_of_the_file(tmp_path, generator: Generator) -> None:
     assert description["prediction"] == "residual"
     assert description["format_version"] == 1
     assert len(description["base_hash"]) == 64
+    assert description.keys() == {
+        "family", "timestep", "prediction", "base", "base_hash", "rank", "alpha", "licence", "training",
+        "format_version",
+    }  # as the first release wrote it: no word of a second set
+    assert not holds_two_sets(path)
+
+
+def test_the_embedded_file_is_written_again_as_it_is(tmp_path) -> None:
+    """Files that are out keep their bytes, whatever this version can do beyond them."""
+    save_generator(tmp_path / "again.safetensors", load_generator(embedded_generator()))
+    old, new = embedded_generator().read_bytes(), (tmp_path / "again.safetensors").read_bytes()
+    data = 8 + int.from_bytes(old[:8], "little")
+    assert json.loads(new[8:data]) == json.loads(old[8:data])  # the order within the metadata is safetensors' own
+    assert new[:8] == old[:8]
+    assert new[data:] == old[data:]
+
+
+def test_two_sets_round_trip(tmp_path, two_sets: Generator) -> None:
+    path = tmp_path / "generator.safetensors"
+    # What made it does not know the version of the layout: the weights decide it.
+    save_generator(path, replace(two_sets, info=replace(two_sets.info, format_version=1)), torch.float32)
+    assert holds_two_sets(path)
+    loaded = load_generator(path)
+    assert loaded.info == two_sets.info
+    assert (loaded.info.realistic_rank, loaded.info.realistic_alpha) == (2, 3.0)
+    assert loaded.info.realistic_training == {"loss": "icm"}
+    assert loaded.has_two_sets
+    old, new = flat(two_sets), flat(loaded)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    with safe_open(str(path), framework="pt") as file:
+        keys, description = set(file.keys()), json.loads(file.metadata()["icmsr"])
+    assert {
+        "unet.conv_in.weight", "realistic.unet.conv_in.weight", "realistic.unet.conv_in.lora_A.weight",
+        "realistic.vae.quant_conv.lora_B.weight", "vae.quant_conv.lora_B.weight",
+    } <= keys
+    assert description["format_version"] == 2
+    assert description["realistic_alpha"] == 3.0
+
+
+def test_an_empty_second_set_is_none(tmp_path, generator: Generator) -> None:
+    path = tmp_path / "generator.safetensors"
+    save_generator(path, replace(generator, realistic={"unet": PartWeights(), "vae": PartWeights()}))
+    loaded = load_generator(path)
+    assert (loaded.info.format_version, loaded.realistic) == (1, {})
+
+
+def test_a_second_set_for_one_network(tmp_path, two_sets: Generator) -> None:
+    path = tmp_path / "generator.safetensors"
+    save_generator(path, replace(two_sets, realistic={"vae": two_sets.realistic["vae"]}))
+    loaded = load_generator(path)
+    assert loaded.has_two_sets
+    assert not loaded.sets("unet")[1]
+    assert loaded.sets("vae")[1].lora
+
+
+def test_inspection_tells_both_sets(tmp_path, two_sets: Generator, generator: Generator) -> None:
+    def shown(held: Generator) -> dict[str, str]:
+        save_generator(tmp_path / "generator.safetensors", held)
+        lines = describe(tmp_path / "generator.safetensors").splitlines()
+        return dict(re.split(" {2,}", line, maxsplit=1) for line in lines)
+
+    rows = shown(two_sets)
+    assert rows["kind"] == "generator file, format version 2"
+    assert "faithful" in rows["fidelity"]
+    assert rows["faithful LoRA"] == "rank 4, alpha 4"
+    assert rows["realistic LoRA"] == "rank 2, alpha 3"
+    assert rows["realistic unet"].startswith("5 whole tensors")
+    assert "LoRA on 5 modules" in rows["realistic unet"]
+    assert "LoRA on 2 modules" in rows["realistic vae"]
+    assert rows["realistic training"] == '{"loss": "icm"}'
+    rows = shown(generator)
+    assert {"unet", "vae", "LoRA"} <= rows.keys()
+    assert not [name for name in rows if "realistic" in name or name == "fidelity"]
 
 
 def test_generators_without_lora_or_embedding(tmp_path) -> None:
@@ -192,6 +276,77 @@ def test_strength_moves_along_a_line(base: Path, generator: Generator, strength:
         assert all(torch.equal(merged[key], new) for key, new in generator.unet.tensors.items())
 
 
+@pytest.mark.parametrize("fidelity", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_both_sets_in_float64(base: Path, two_sets: Generator, part: str, fidelity: float) -> None:
+    folder = open_base(base)
+    state = folder.unet_state() if part == "unet" else folder.vae_state()
+    faithful, realistic = two_sets.sets(part)
+    changed = set()
+    expected = {name: tensor.double() for name, tensor in state.items()}
+    for weights, rank, alpha, amount in ((faithful, 4, 4.0, 1.0), (realistic, 2, 3.0, fidelity)):
+        for name, new in weights.tensors.items():
+            expected[name] = expected[name] + amount * (new.double() - expected[name])
+            changed.add(name)
+        for module, pair in weights.lora.items():
+            assert pair.down.shape[0] == rank
+            delta = torch.einsum("or...,ri...->oi...", pair.up.double(), pair.down.double())
+            expected[f"{module}.weight"] = expected[f"{module}.weight"] + amount * alpha / rank * delta
+            changed.add(f"{module}.weight")
+    merged = merged_part("g", two_sets, part, state, fidelity)
+    assert merged.keys() <= changed
+    for name in changed:
+        value = merged.get(name, state[name].float())
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6, msg=name)
+    if fidelity == 0:
+        alone = merged_tensors("g", faithful, state, 4.0)
+        assert merged.keys() == alone.keys()
+        assert all(torch.equal(merged[name], alone[name]) for name in alone)
+    elif fidelity == 1:
+        whole = [name for name in realistic.tensors if name.removesuffix(".weight") not in realistic.lora]
+        assert whole
+        assert all(torch.equal(merged[name], realistic.tensors[name]) for name in whole)
+        default = merged_part("g", two_sets, part, state)
+        assert all(torch.equal(merged[name], default[name]) for name in merged)
+
+
+def test_fidelity_zero_is_the_faithful_file_bit_for_bit(tmp_path, two_sets: Generator, base: Path) -> None:
+    save_generator(tmp_path / "two.safetensors", two_sets)
+    save_generator(tmp_path / "one.safetensors", replace(two_sets, realistic={}))
+    one = load_backbone(base, tmp_path / "one.safetensors")
+    faithful, default, realistic = (
+        load_backbone(base, tmp_path / "two.safetensors", fidelity=fidelity) for fidelity in (0.0, None, 1.0)
+    )
+    for part in ("unet", "vae"):
+        states = [getattr(backbone, part).state_dict() for backbone in (one, faithful, default, realistic)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        assert all(torch.equal(value, states[3][name]) for name, value in states[2].items())
+        assert sum(not torch.equal(value, states[2][name]) for name, value in states[0].items()) >= 4
+
+
+@pytest.mark.parametrize("fidelity", [-0.05, 2.05, float("nan"), float("inf")])
+def test_fidelity_out_of_range(base: Path, two_sets: Generator, fidelity: float) -> None:
+    with pytest.raises(IcmsrError, match=f"fidelity must be a number from 0 to 2, got {fidelity}"):
+        load_backbone(base, two_sets, fidelity=fidelity)
+    with pytest.raises(IcmsrError, match="fidelity must be a number"):
+        merged_part("g", two_sets, "unet", {}, fidelity)
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 1.0])
+def test_fidelity_needs_two_sets(base: Path, generator: Generator, fidelity: float, monkeypatch) -> None:
+    monkeypatch.setattr("icmsr_core.diffusers_backbone.build_networks", lambda *_: pytest.fail("networks were built"))
+    words = "needs a generator with a faithful and a realistic set of weights, this one holds a single set"
+    for held in (generator, None):
+        with pytest.raises(IcmsrError, match=rf"{words}: leave fidelity out .*, got {fidelity:g}"):
+            load_backbone(base, held, fidelity=fidelity)
+
+
+def test_an_unknown_part_of_the_second_set(generator: Generator) -> None:
+    with pytest.raises(IcmsrError, match="the realistic set has the parts unet and vae, got text"):
+        replace(generator, realistic={"text": PartWeights()})
+
+
 def test_lora_on_a_tensor_that_is_also_replaced(generator: Generator) -> None:
     state = {"a.weight": torch.zeros(2, 3)}
     pair = LoraPair(torch.ones(1, 3), torch.ones(2, 1))
@@ -257,7 +412,7 @@ LORA = "unet.mid_block.resnets.0.conv1"
         ({"metadata": {"format": "pt"}}, r"not an ICM-SR generator file \(its format is 'pt', expected 'icmsr-gen"),
         ({"metadata": {"icmsr": "{"}}, "its description cannot be read .*: export it again"),
         ({"metadata": {"icmsr": "[1, 2]"}}, "its description must be a JSON object, got list"),
-        ({"description": lambda values: values | {"format_version": 2}}, "format version 2, .* reads 1"),
+        ({"description": lambda values: values | {"format_version": 3}}, "format version 3, .* reads 1 and 2: upd"),
         ({"description": lambda values: {"format_version": 7, "new": 1}}, "format version 7"),
         ({"description": lambda values: {"timestep": 1, "prediction": "eps"}}, "cannot be read .*'family'"),
         ({"description": lambda values: values | {"prediction": "x"}}, "one of eps, v, residual, got 'x'"),
@@ -277,6 +432,11 @@ LORA = "unet.mid_block.resnets.0.conv1"
         ({"tensors": lambda held: held.update({"text.a": torch.ones(1)})}, r"surplus tensors text\.a"),
         ({"tensors": lambda held: held.update(unet=torch.ones(1))}, "surplus tensors unet"),
         ({"tensors": lambda held: held.clear()}, "the file holds no weights"),
+        (
+            {"tensors": lambda held: held.update({"realistic.unet.a": torch.ones(1)})},
+            r"surplus tensors realistic\.unet\.a: keys begin with unet\. or vae\.",
+        ),
+        ({"description": lambda values: values | {"format_version": 2}}, "the realistic set holds no weights"),
         ({"tensors": lambda held: held.update({f"{LORA}.lora_B.weight": torch.ones(32, 5, 1, 1)})}, "do not multiply"),
         ({"tensors": lambda held: held.update({f"{LORA}.lora_B.weight": torch.ones(32, 4)})}, "do not multiply"),
         ({"tensors": lambda held: held.update({f"{LORA}.lora_B.weight": torch.ones(32, 4, 3, 3)})}, "do not multiply"),
@@ -303,6 +463,52 @@ def test_damaged_contents(tmp_path, generator: Generator, change: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
+SECOND = "realistic.unet.mid_block.resnets.0.conv1"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"description": lambda values: values | {"realistic_rank": 0}}, "the realistic set holds LoRA .* rank is 0"),
+        ({"description": lambda values: values | {"realistic_rank": "2"}}, "realistic_rank .* must be a int, got '2'"),
+        ({"description": lambda values: values | {"realistic_alpha": float("inf")}}, "realistic_alpha .* got inf"),
+        ({"description": lambda values: values | {"realistic_training": []}}, "realistic_training in its description"),
+        ({"description": lambda values: values | {"format_version": 1}}, r"surplus tensors realistic\..* and \d+ more"),
+        ({"description": lambda values: values | {"rank": 0}}, "the faithful set holds LoRA .* rank is 0"),
+        ({"tensors": lambda held: held[f"{SECOND}.lora_A.weight"].fill_(float("nan"))}, rf"NaN .*{SECOND}\.lora_A"),
+        (
+            {"tensors": lambda held: held["realistic.vae.decoder.conv_in.bias"].fill_(float("inf"))},
+            r"infinite .*realistic\.vae\.decoder\.conv_in\.bias",
+        ),
+        ({"tensors": lambda held: held.pop(f"{SECOND}.lora_A.weight")}, rf"missing tensor {SECOND}\.lora_A\.weight"),
+        ({"tensors": lambda held: held.pop(f"{SECOND}.lora_B.weight")}, rf"missing tensor {SECOND}\.lora_B\.weight"),
+        (
+            {"tensors": lambda held: held.update({f"{SECOND}.lora_B.weight": torch.ones(32, 5, 1, 1)})},
+            rf"{SECOND}: LoRA matrices .* do not multiply",
+        ),
+        (
+            {"tensors": lambda held: held.update({"realistic.text.a": torch.ones(1)})},
+            r"surplus tensors realistic\.text\.a: keys begin with unet\., vae\., realistic\.unet\. or realistic\.vae",
+        ),
+        (
+            {"tensors": lambda held: [held.pop(key) for key in list(held) if key.startswith("realistic")]},
+            r"the realistic set holds no weights \(realistic\.unet\. or realistic\.vae\.\)",
+        ),
+        (
+            {"tensors": lambda held: [held.pop(key) for key in list(held) if key.startswith(("unet", "vae"))]},
+            "the faithful set holds no weights",
+        ),
+    ],
+)
+def test_damaged_second_sets(tmp_path, two_sets: Generator, change: dict[str, Any], text: str) -> None:
+    path = tmp_path / "some name.safetensors"
+    save_generator(path, two_sets)
+    load_generator(path)
+    rewrite(path, **change)
+    with pytest.raises(IcmsrError, match=f"some name.safetensors.*{text}"):
+        load_generator(path)
+
+
 def test_files_that_are_not_safetensors(tmp_path, generator: Generator) -> None:
     path = tmp_path / "generator.safetensors"
     save_generator(path, generator)
@@ -311,6 +517,8 @@ def test_files_that_are_not_safetensors(tmp_path, generator: Generator) -> None:
         path.write_bytes(content)
         with pytest.raises(IcmsrError, match=r"not a readable .safetensors file .*: download or export it again"):
             load_generator(path)
+        with pytest.raises(IcmsrError, match=r"not a readable .safetensors file"):
+            holds_two_sets(path)
     with pytest.raises(IcmsrError, match=r"missing\.safetensors: no such file"):
         load_generator(tmp_path / "missing.safetensors")
     with pytest.raises(IcmsrError, match="no such file"):
@@ -337,7 +545,7 @@ def test_values_that_leave_float16_are_not_written(tmp_path, generator: Generato
         ({"conv_in": ((4, 4, 1, 1), (32, 4, 1, 1))}, {}, r"conv_in\.weight \[32, 4, 1, 1\] \(the base has"),
         ({"conv_in": ((4, 4), (32, 4))}, {}, r"conv_in\.weight \[32, 4\] \(the base has"),
         ({"conv_norm_out": ((4, 32), (32, 4))}, {}, r"conv_norm_out\.weight \[32, 32\] \(the base has \[32\]\)"),
-        ({}, dict.fromkeys("abcdef", (1,)), r"a \[1\].*, d \[1\] \(no such parameter\) and 2 more"),
+        ({}, dict.fromkeys("abcdef", (1,)), r"a \[1\].*d \[1\] \(no such parameter\) and 2 more"),
     ],
 )
 def test_weights_that_do_not_fit_the_base(base: Path, generator: Generator, lora: Any, tensors: Any, text: str) -> None:
@@ -345,8 +553,10 @@ def test_weights_that_do_not_fit_the_base(base: Path, generator: Generator, lora
         {name: LoraPair(torch.ones(down), torch.ones(up)) for name, (down, up) in lora.items()},
         {name: torch.ones(shape) for name, shape in tensors.items()},
     )
-    with pytest.raises(IcmsrError, match=f"does not fit this base model: {text}"):
+    with pytest.raises(IcmsrError, match=f"does not fit this base model: unet\\.{text}"):
         load_backbone(base, replace(generator, unet=weights))
+    with pytest.raises(IcmsrError, match=f"does not fit this base model: realistic\\.unet\\.{text}"):
+        load_backbone(base, replace(generator, realistic={"unet": weights}), fidelity=0.0)
 
 
 def test_generators_of_another_base(tmp_path, base: Path, generator: Generator, caplog) -> None:

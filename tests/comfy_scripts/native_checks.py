@@ -6,6 +6,7 @@ What comes out is judged by test_comfy_native.py, which computes the same with d
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import comfy_process
@@ -33,6 +34,9 @@ description = part("nodes.model_description")
 native_models = part("nodes.native_models")
 comfy_backbone = part("nodes.comfy_backbone")
 base_folder = part("icmsr_core.base_folder")
+generator_file = part("icmsr_core.generator_file")
+patches = part("nodes.generator_patches")
+loaders = part("nodes.loaders")
 apply_node = core.NODE_CLASS_MAPPINGS["ICMSR_ApplyGenerator"]
 upscale_node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
 adapter_node = core.NODE_CLASS_MAPPINGS["ICMSR_LoadAdapter"]
@@ -92,6 +96,42 @@ with torch.inference_mode():
     half_model, half_vae = apply_node.execute(model, vae, "a.safetensors", strength=0.5).result
     results["upscale half"] = upscaled(half_model, half_vae)
 
+    # Two sets of weights, and the fidelity between them.
+    fidelities = {}
+    for fidelity in (0.0, 0.5, 1.0, 2.0):
+        fidelities[fidelity] = apply_node.execute(model, vae, "two sets.safetensors", fidelity=fidelity).result
+        results[f"fidelity {fidelity}"] = upscaled(*fidelities[fidelity])
+    for name, applied, expected in (
+        # The faithful set of the file is the only one of a.safetensors.
+        ("fidelity 0 and one set", fidelities[0.0], "upscale"),
+        ("one set at fidelity 1", apply_node.execute(model, vae, "a.safetensors", fidelity=1.0).result, "upscale"),
+        ("default fidelity", apply_node.execute(model, vae, "two sets.safetensors").result, "fidelity 1.0"),
+    ):
+        report[name] = float((upscaled(*applied) - results[expected]).abs().max())
+    faithful = replace(generator_file.load_generator(weights / "vae above.safetensors"), realistic={})
+    above = upscaled(*apply_node.execute(model, vae, "vae above.safetensors").result)
+    below = upscaled(*patches.apply_generator(model, vae, faithful, "one set"))
+    report["vae above"] = float((above - below).abs().max())
+
+    # The strength of both sets: how far the merged weights are from the base's, and whether half of it is half way.
+    report["distances"], deltas = {}, {}
+    fresh = load(job / "base")  # the networks above hold whatever core patched into them last
+    for strength in (1.0, 0.5):
+        applied = apply_node.execute(*fresh, "two sets.safetensors", strength=strength, fidelity=0.5).result
+        for network, patcher in (("unet", applied[0]), ("vae", applied[1].patcher)):
+            deltas[network, strength] = {
+                key: comfy.lora.calculate_weight(entries, weight.clone(), key) - weight
+                for key, weight in patcher.model_state_dict().items()
+                if (entries := patcher.patches.get(key))
+            }
+            squares = sum(float(delta.double().square().sum()) for delta in deltas[network, strength].values())
+            report["distances"][f"{network} {strength}"] = squares**0.5
+    report["half way"] = max(
+        float((deltas[network, 0.5][key] - 0.5 * delta).abs().max())
+        for network in ("unet", "vae")
+        for key, delta in deltas[network, 1.0].items()
+    )
+
     # The adapter: one hint for a batch of two, so that kept features are used as well.
     control = adapter_node.execute("adapter.safetensors").result[0]
     pair = torch.cat([picture, picture.flip(1)])
@@ -120,6 +160,16 @@ with torch.inference_mode():
     first, vae_first = apply_node.execute(first, vae, "a.safetensors").result
     results["lora after"], results["lora before"] = upscaled(after, vae_a), upscaled(first, vae_first)
     report["lora survives"] = float((results["lora after"] - results["upscale"]).abs().max())
+
+    settings = {"generator": "two sets.safetensors", "fidelity": 0.5}
+    after, _ = comfy.sd.load_lora_for_models(fidelities[0.5][0], None, dict(lora), 1.0, 1.0)
+    first, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 1.0)
+    first, vae_first = apply_node.execute(first, vae, **settings).result
+    results["two sets, lora after"] = upscaled(after, fidelities[0.5][1])
+    results["two sets, lora before"] = upscaled(first, vae_first)
+    report["lora survives both sets"] = float(
+        (results["two sets, lora after"] - results["fidelity 0.5"]).abs().max()
+    )
 
     # A conditioning overrides the generator's own embedding.
     own = model_a.get_attachment(description.ATTACHMENT).prompt_embedding[None]
@@ -154,6 +204,14 @@ with torch.inference_mode():
     error_of("base's vae", upscaled, model_a, vae)
     error_of("other vae", upscaled, model_a, load(job / "four channels")[1])
     error_of("surplus", apply_node.execute, model, vae, "surplus.safetensors")
+    error_of("surplus above", apply_node.execute, model, vae, "surplus above.safetensors", fidelity=0.0)
+    error_of("fidelity of one set", apply_node.execute, model, vae, "a.safetensors", fidelity=0.95)
+    error_of("fidelity beyond", apply_node.execute, model, vae, "two sets.safetensors", fidelity=2.5)
+    single = replace(generator_file.load_generator(loaders.embedded_generator()), realistic={})
+    loaders.load_generator = lambda path: single  # whatever the pack ships with
+    error_of("fidelity of the embedded", loaders.LoadEmbedded.execute, fidelity=0.5)
+    error_of("bare base at any fidelity", loaders.LoadEmbedded.execute, "none", fidelity=0.5)
+    loaders.load_generator = generator_file.load_generator
     error_of("other shape", apply_node.execute, *load(job / "four channels"), "a.safetensors")
     error_of("conditioning", upscaled, model_a, vae_a, conditioning=[[torch.zeros(1, 77, 768), {}]])
     error_of("control_net alone", upscaled, model_a, vae_a, control_net=control)
