@@ -54,11 +54,16 @@ def plot_run(run: Path) -> list[Path]:
     for name, build in builders.items():
         figure = build(rows)
         if figure is not None:
-            buffer = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(buffer)
-            replace_file(run / PLOTS_FOLDER / name, buffer.getvalue())
             written.append(run / PLOTS_FOLDER / name)
+            write_figure(figure, written[-1])
     return written
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """`figure` as a PNG at `path`, which is replaced atomically; the folder is made."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    replace_file(path, buffer.getvalue())
 
 
 def losses_figure(rows: Rows) -> Figure | None:
