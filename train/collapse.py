@@ -5,11 +5,7 @@
 
 import json
 import logging
-import multiprocessing
-import re
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.collapse import CONDITIONS, Bench, CollapseConfig, Condition, load_crops
+from icmsr_core.train.collapse import CONDITIONS, Bench, CollapseConfig, Condition, adapter_stem, load_crops
 from icmsr_core.train.collapse_report import markdown, write_report
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.records import replace_file
-from icmsr_core.train.script import parse_config, run_script, settings_of
+from icmsr_core.train.script import parse_config, run_jobs, run_script, settings_of
 
 
 @dataclass(frozen=True)
@@ -71,33 +67,12 @@ def condition_named(name: str) -> Condition:
 
 def adapter_file(config: Config, name: str) -> Path:
     """Where the adapter of a condition is kept; the two "image" arms share one, trained on the truth."""
-    stem = json.dumps(condition_named(name).structure.describe(), sort_keys=True)
-    return Path(config.run) / "adapters" / f"{'_'.join(re.findall('[a-z0-9]+', stem))}.safetensors"
+    return Path(config.run) / "adapters" / f"{adapter_stem(condition_named(name).structure)}.safetensors"
 
 
 def result_file(config: Config, seed: int, name: str) -> Path:
     """Where the values of an arm are kept."""
     return Path(config.run) / "results" / str(seed) / f"{name.replace(' ', '_')}.json"
-
-
-def run_all(config: Config, work: list[tuple], what: str) -> None:
-    """Does `work`, (function, arguments) each, in `config.jobs` processes; says how far it is."""
-    if config.jobs == 1:
-        for done, (function, *arguments) in enumerate(work, 1):
-            logging.info("%s %d of %d done (%s)", what, done, len(work), function(config, *arguments))
-        return
-    started = time.monotonic()
-    with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(function, config, *arguments) for function, *arguments in work]
-        try:
-            for done, job in enumerate(as_completed(jobs), 1):
-                result = job.result()
-                spent = time.monotonic() - started
-                left = spent / done * (len(jobs) - done)
-                logging.info("%s %d of %d done (%s), %.0f min left", what, done, len(jobs), result, left / 60)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def main() -> None:
@@ -122,12 +97,13 @@ def main() -> None:
     bench(config, 0)
     logging.info("teacher and generator are there")
     wanted = {adapter_file(config, name): name for name in collapse.conditions if condition_named(name).structure.names}
-    run_all(config, [(train_adapter, name) for file, name in wanted.items() if not file.exists()], "adapters:")
+    work = [(train_adapter, config, name) for file, name in wanted.items() if not file.exists()]
+    run_jobs(config.jobs, work, "adapters:")
     arms = [
-        (run_arm, seed, name) for seed in collapse.seeds for name in collapse.conditions
+        (run_arm, config, seed, name) for seed in collapse.seeds for name in collapse.conditions
         if not result_file(config, seed, name).exists()
     ]
-    run_all(config, arms, "arms:")
+    run_jobs(config.jobs, arms, "arms:")
     results = {
         name: {seed: json.loads(result_file(config, seed, name).read_text()) for seed in collapse.seeds}
         for name in collapse.conditions

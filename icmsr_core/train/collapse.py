@@ -16,6 +16,8 @@ auxiliary could remember it.
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -327,6 +329,11 @@ class Bench:
                 "detail": float(_detail(latent) / _detail(truth)),
             })
         return rows
+
+
+def adapter_stem(structure: StructureConfig) -> str:
+    """Name, without extension, of an adapter's file in a run's folder ``adapters``: what it was trained for."""
+    return "_".join(re.findall("[a-z0-9]+", json.dumps(structure.describe(), sort_keys=True)))
 
 
 def condition_maps(condition: Condition, crops: Crops) -> Tensor:

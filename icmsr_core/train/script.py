@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -59,8 +62,12 @@ def start_processes(device: str) -> tuple[Accelerator, torch.device]:
     return accelerator, accelerator.device if several else picked
 
 
+Stage = tuple[str, LoopConfig, Callable[[], Task]]
+"""A stage's name, its loop and a function that builds its task."""
+
+
 def plan(
-    settings: dict[str, Any], stages: Sequence[tuple[str, LoopConfig, Callable[[], Task]]], pairs: TrainingPairs,
+    settings: dict[str, Any], stages: Sequence[Stage], pairs: TrainingPairs,
     processes: int,
 ) -> str:
     """What a run would do, in words: the resolved configuration, steps, parameters and memory. Loads no weights.
@@ -88,6 +95,28 @@ def plan(
         ]
         lines += ["", name, *(f"  {label:<20}{value}" for label, value in rows)]
     return "\n".join(lines)
+
+
+def run_jobs(jobs: int, work: Sequence[tuple[Any, ...]], what: str) -> None:
+    """Does `work`, a function of a module and its arguments each, in `jobs` processes, and says how far it is.
+
+    Functions return what to call them in the log. The first error ends the rest.
+    """
+    if jobs == 1:
+        for done, (function, *arguments) in enumerate(work, 1):
+            logging.info("%s %d of %d done (%s)", what, done, len(work), function(*arguments))
+        return
+    started = time.monotonic()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(function, *arguments) for function, *arguments in work]
+        try:
+            for done, job in enumerate(as_completed(running), 1):
+                result = job.result()
+                left = (time.monotonic() - started) / done * (len(running) - done)
+                logging.info("%s %d of %d done (%s), %.0f min left", what, done, len(running), result, left / 60)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_script(main: Callable[[], None]) -> int:

@@ -1,0 +1,314 @@
+"""What the regulariser's condition does to the generator: the ablation, at one budget for every arm.
+
+A small teacher and its adapters are taken from a run of the collapse experiment (`collapse`). From one common start,
+a generator trained by reconstruction losses alone, every arm and seed goes on for the same number of images with the
+real task and loop: by reconstruction alone, or with ICM under one of the conditions. Everything else is the same: the
+losses and their weights, the images of a seed, the learning rates. Each result is then measured on whole pictures,
+through the path that inference takes (`one_step.upscale`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ..base_folder import INFO_FILE, open_base
+from ..diffusers_backbone import build_networks
+from ..errors import IcmsrError
+from ..generator_file import read_tensors
+from ..metrics import metric
+from .ablation_pictures import make_photographs, measure, pairs_of
+from .adapter_file import make_adapter, save_adapter
+from .building import build_generator_task, check_generator, check_run, latent_factor, training_base
+from .collapse import adapter_stem
+from .conditioning import ConditionConfig, StructureConfig
+from .data import DataConfig, TrainingPairs
+from .generator import GeneratorConfig
+from .loop import LoopConfig, train
+from .networks import NetworkConfig, make_unet, save_base
+from .records import METRICS_FILE, read_metrics, replace_file
+from .script import start_processes
+from .task import to_signed
+
+START = "start"
+BICUBIC = "bicubic"
+REFERENCES = (BICUBIC, START)
+"""Measured beside the arms: no network at all, and the start that the arms have in common."""
+PHOTOGRAPHS, PAIRS = "photographs", "pairs"
+CURVES = {
+    "psnr": "loss/generator/psnr", "perceptual": "loss/generator/perceptual", "auxiliary": "loss/auxiliary/loss",
+}
+"""What a result keeps of the training log, beside the diagnostics."""
+LEVELS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
+"""Bins of t / T at which the diagnostics say whether the regulariser has collapsed (see `icm.diagnostics`)."""
+_VAE_TOLERANCE = 0.01  # of a latent of unit variance: far above rounding, far below another VAE's difference
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the ablation."""
+
+    name: str
+    """What tables and plots call it."""
+    structure: StructureConfig | None
+    """What teacher and auxiliary see; None: there is no regulariser."""
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("reconstruction", None),
+        Arm("none", StructureConfig("none")),
+        Arm("colormap", StructureConfig("colormap", cells=8)),
+        Arm("edges", StructureConfig("edges")),
+        Arm("icm", StructureConfig("icm", cells=8)),
+        Arm("image", StructureConfig("image")),
+    )
+}
+"""By name: no regulariser, one without a condition (what a text-free base has in place of text), and the conditions."""
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """The ablation of the regulariser's condition: table, plots and every value in RUN/report."""
+
+    run: str
+    """Run folder; the same command goes on with what is not yet there."""
+    collapse: str = "runs/collapse"
+    """Run folder of train/collapse.py: its teacher and its adapters."""
+    base: str = ""
+    """Base folder in whose latent that run was made; empty for the embedded nano. Its VAE alone is used."""
+    pairs: str = ""
+    """Folder of real pairs, with lr/ and hr/ of the same file names, to measure on as well; empty: none."""
+    every: int = 4
+    """Every how many of the pairs, in the order of their names, is measured."""
+    photographs: int = 12
+    """Held-out photographs to measure on: the middle of each, degraded with the preset `light`."""
+    side: int = 512
+    """Side of these in pixels."""
+    metrics: tuple[str, ...] = ("psnr", "ssim", "fsim", "dss", "srsim", "hf")
+    """What is measured (see `icmsr evaluate`), beside the shift of the mean colour."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Arms to run, by name."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the arms: their samples and noise."""
+    jobs: int = 1
+    """Processes, each on one core."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Photographs; data.hold_out of them are kept for measuring."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """The generator and its losses; losses.icm is the weight in the arms that have a regulariser. With networks.start,
+    the arms begin from that file, and none is trained for them."""
+    start: LoopConfig = field(default_factory=LoopConfig)
+    """Training of the common start."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Training of every arm; its seed is not used."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown or not self.arms:
+            raise IcmsrError(f"arms must be among {', '.join(ARMS)}, got {list(self.arms)}")
+        if not self.seeds:
+            raise IcmsrError("seeds is empty: name one or more")
+        for name in ("jobs", "every", "photographs"):
+            if getattr(self, name) < 1:
+                raise IcmsrError(f"{name} must be at least 1, got {getattr(self, name)}")
+        scale = self.data.scale
+        if self.side < 64 or self.side % scale:
+            raise IcmsrError(f"side must be a multiple of {scale} from 64 up, got {self.side}: try 512")
+        if not self.data.hold_out:
+            raise IcmsrError("data.hold_out is 0: nothing is left to measure on, set it to that of the collapse run")
+        if self.generator.networks.weights != "whole" or not self.generator.losses.icm:
+            raise IcmsrError(
+                "generator.networks.weights must be whole and generator.losses.icm above 0, got "
+                f"{self.generator.networks.weights} and {self.generator.losses.icm:g}: use train/configs/ablation.yaml"
+            )
+
+    def folder(self, *parts: str) -> Path:
+        """A place in the run folder."""
+        return Path(self.run, *parts)
+
+    def result_file(self, arm: str, seed: int) -> Path:
+        """Where the values of one run of an arm are kept."""
+        return self.folder("results", arm, f"{seed}.json")
+
+
+def check_ablation(config: AblationConfig) -> None:
+    """Raises `IcmsrError` for what can be seen to be wrong before a weight is read."""
+    training_base(config.base)
+    made = _collapse_settings(config)
+    size = made["collapse"]["crop"], made["data"]["hold_out"]
+    if size[0] != config.data.crop or size[1] < config.data.hold_out:
+        raise IcmsrError(
+            f"data.crop must be {size[0]} and data.hold_out at most {size[1]:g}, as in the collapse run "
+            f"{config.collapse}, got {config.data.crop} and {config.data.hold_out:g}: its adapters know no other "
+            "crops, and must not know the photographs that are measured"
+        )
+    for name in ("networks.safetensors", *(f"adapters/{file}" for file in _adapter_files(config).values())):
+        if not Path(config.collapse, name).is_file():
+            raise IcmsrError(f"{config.collapse}: {name} is missing: run train/collapse.py with that condition")
+    TrainingPairs(config.data, 0, held_out=True)
+    for name in config.metrics:
+        metric(name).prepare()
+    if config.pairs:
+        pairs_of(Path(config.pairs), config.every)
+
+
+def pack_base(config: AblationConfig) -> Path:
+    """The base folder RUN/base: the collapse run's teacher as the UNet, beside the VAE of `config.base`.
+
+    Raises `IcmsrError` when that VAE is not the one whose latents the collapse run was made in.
+    """
+    folder, source = config.folder("base"), training_base(config.base)
+    if (folder / INFO_FILE).is_file():  # written last
+        return folder
+    widths = tuple(_collapse_settings(config)["collapse"]["unet_channels"])
+    embedding = source.prompt_embedding()
+    if embedding is None:
+        raise IcmsrError(f"{source.path}: has no prompt embedding, so it is not the base of a collapse run")
+    vae = build_networks(source)[1]
+    with safe_open(str(Path(config.collapse, "crops.safetensors")), framework="pt") as file:
+        sharp, truth = (file.get_slice(f"held_out/{name}")[:4] for name in ("sharp", "truth"))
+    with torch.no_grad():
+        latent = vae.encode(to_signed(sharp)).latent_dist.mode() * float(vae.config.scaling_factor)
+    if latent.shape != truth.shape or float((latent - truth).abs().max()) > _VAE_TOLERANCE:
+        raise IcmsrError(f"{source.path}: its VAE is not that of the collapse run {config.collapse}: name its base")
+    unet = make_unet(NetworkConfig(
+        latent_channels=truth.shape[1], unet_channels=widths, context_tokens=embedding.shape[0],
+        context_width=embedding.shape[1],
+    ))
+    tensors = read_tensors(Path(config.collapse, "networks.safetensors"))[0]
+    unet.load_state_dict({
+        key.removeprefix("teacher/"): value for key, value in tensors.items() if key.startswith("teacher/")
+    })
+    save_base(folder, unet, vae, embedding, replace(source.info, name=f"{source.info.name}-half"), torch.float32)
+    return folder
+
+
+def pack_adapter(config: AblationConfig, arm: str) -> Path:
+    """The adapter folder RUN/adapters/ARM of an arm that has one."""
+    structure, folder = ARMS[arm].structure, config.folder("adapters", arm)
+    assert structure is not None
+    if folder.with_name(f"{arm}.safetensors").is_file() and (folder / "config.json").is_file():
+        return folder
+    base = open_base(config.folder("base"))
+    adapter = make_adapter(structure.channels, latent_factor(base), base.unet_config["block_out_channels"])
+    adapter.load_state_dict(read_tensors(Path(config.collapse, "adapters", _adapter_files(config)[arm]))[0])
+    save_adapter(folder, adapter, {"structure": structure.describe(), "base": base.info.name}, torch.float32)
+    return folder
+
+
+def train_start(config: AblationConfig) -> Path:
+    """The generator file that all arms begin from: of reconstruction losses alone, trained if it is not there."""
+    if config.generator.networks.start:
+        return Path(config.generator.networks.start)
+    file = config.folder(START, "generator.safetensors")
+    if not file.is_file():
+        _train(config, config.folder(START), config.start, _without_icm(config.generator), ConditionConfig("none"))
+    return file
+
+
+def run_arm(config: AblationConfig, name: str, seed: int) -> str:
+    """Trains and measures one run of an arm, into its result file."""
+    arm, folder = ARMS[name], config.folder("runs", name, str(seed))
+    networks = replace(config.generator.networks, start=str(train_start(config)))
+    generator, condition = replace(config.generator, networks=networks), ConditionConfig("none")
+    if arm.structure is None:
+        generator = _without_icm(generator)
+    elif arm.structure.names:
+        condition = ConditionConfig(**asdict(arm.structure), adapters=(str(pack_adapter(config, name)),))
+    _train(config, folder, replace(config.loop, seed=seed), generator, condition)
+    pictures = config.folder("pictures", name) if seed == config.seeds[0] else None
+    values = evaluate(config, folder / "generator.safetensors", pictures) | read_training(folder)
+    replace_file(config.result_file(name, seed), json.dumps(values).encode())
+    return f"{name}, seed {seed}"
+
+
+def run_reference(config: AblationConfig, name: str) -> str:
+    """Measures one of `REFERENCES`, into its result file."""
+    values = evaluate(config, train_start(config) if name == START else None, config.folder("pictures", name))
+    replace_file(config.result_file(name, 0), json.dumps(values).encode())
+    return name
+
+
+def prepare_photographs(config: AblationConfig) -> Path:
+    """The folder RUN/photographs with the held-out pictures to measure on, made if it is not there."""
+    held_out = TrainingPairs(config.data, 0, held_out=True).photographs
+    return make_photographs(config.folder(PHOTOGRAPHS), held_out, config.photographs, config.side)
+
+
+def evaluate(config: AblationConfig, generator: Path | None, pictures: Path | None) -> dict[str, Any]:
+    """The values of a generator, or of bicubic resizing, on the ``photographs`` and, if there are any, the ``pairs``.
+
+    The results for the photographs are written into the folder `pictures`.
+    """
+    sets = {PHOTOGRAPHS: pairs_of(prepare_photographs(config))}
+    if config.pairs:
+        sets[PAIRS] = pairs_of(Path(config.pairs), config.every)
+    return dict(measure(config.folder("base"), generator, sets, config.metrics, PHOTOGRAPHS, pictures))
+
+
+def read_training(run: Path) -> dict[str, Any]:
+    """From a run's log: ``diagnostics``, means over `LEVELS` and the last quarter, and ``curve``, line by line."""
+    rows = read_metrics(run / METRICS_FILE)
+    names = sorted({key.split("/")[1] for row in rows for key in row if key.startswith("icm/")})
+    curve = []
+    for row in rows:
+        point: dict[str, Any] = {"images": row["images"]}
+        point |= {name: row[key] for name, key in CURVES.items() if row.get(key) is not None}
+        for name in names:
+            found = [row[f"icm/{name}/{level}"] for level in LEVELS if row.get(f"icm/{name}/{level}") is not None]
+            if found:
+                point[name] = sum(found) / len(found)
+        curve.append(point)
+    last = [point for point in curve if point["images"] > 0.75 * curve[-1]["images"]]
+    diagnostics = {name: float(np.mean([point[name] for point in last if name in point])) for name in names}
+    return {"diagnostics": diagnostics, "curve": curve}
+
+
+def _train(
+    config: AblationConfig, folder: Path, loop: LoopConfig, generator: GeneratorConfig, condition: ConditionConfig
+) -> None:
+    base = open_base(config.folder("base"))
+    check_run(base, config.data, loop, generator.networks.base_dtype)
+    check_generator(base, generator, condition)
+    pairs = TrainingPairs(config.data, loop.seed)
+    settings = {"base": str(base.path)} | {
+        name: asdict(part)
+        for name, part in (("data", config.data), ("condition", condition), ("generator", generator), ("loop", loop))
+    }
+    accelerator, device = start_processes(config.device)
+    torch.manual_seed(loop.seed)  # the auxiliary's first weights
+    task = build_generator_task(
+        base, generator, condition, pairs.captions, loop.seed, settings, device=device,
+    )
+    train(task, pairs, loop, folder, settings, accelerator, device)
+
+
+def _without_icm(generator: GeneratorConfig) -> GeneratorConfig:
+    return replace(generator, losses=replace(generator.losses, icm=0.0))
+
+
+def _collapse_settings(config: AblationConfig) -> dict[str, Any]:
+    file = Path(config.collapse, "config.json")
+    if not file.is_file():
+        raise IcmsrError(f"{config.collapse}: not a run folder of train/collapse.py, config.json is missing")
+    settings: dict[str, Any] = json.loads(file.read_text())
+    return settings
+
+
+def _adapter_files(config: AblationConfig) -> dict[str, str]:
+    """The collapse run's adapter file for each arm that has one."""
+    structures = {name: ARMS[name].structure for name in config.arms}
+    return {
+        name: f"{adapter_stem(structure)}.safetensors"
+        for name, structure in structures.items() if structure is not None and structure.names
+    }

@@ -1,0 +1,76 @@
+"""Compares generators trained with the regulariser under different conditions, and without it, at one budget.
+
+    python train/ablation.py --config train/configs/ablation.yaml --data.folders="['PHOTOS']" --pairs PAIRS
+
+after train/collapse.py, whose teacher and adapters it takes.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from icmsr_core.errors import IcmsrError
+from icmsr_core.train.ablation import (
+    ARMS,
+    REFERENCES,
+    check_ablation,
+    pack_adapter,
+    pack_base,
+    prepare_photographs,
+    run_arm,
+    run_reference,
+    train_start,
+)
+from icmsr_core.train.ablation import AblationConfig as Config
+from icmsr_core.train.ablation_report import load_results, markdown, write_report
+from icmsr_core.train.records import replace_file
+from icmsr_core.train.script import parse_config, run_jobs, run_script, settings_of
+
+FREE_KEYS = ("run", "jobs", "device", "arms", "seeds")
+"""Settings that a run folder may be taken up again with: they change none of the results that are there."""
+
+
+def run_one(config: Config, name: str, seed: int) -> str:
+    """One run of an arm, in a process of its own or not."""
+    torch.set_num_threads(1)
+    return run_arm(config, name, seed)
+
+
+def main() -> None:
+    """Base and adapters, the common start, then every run that has no result yet, then the report."""
+    config = parse_config(Config)
+    check_ablation(config)
+    settings = {key: value for key, value in settings_of(config).items() if key not in FREE_KEYS}
+    mark, known = json.dumps(settings, default=str, sort_keys=True, indent=1), config.folder("config.json")
+    if known.exists() and known.read_text() != mark:
+        raise IcmsrError(f"{config.run}: was started with another configuration: choose another run folder")
+    replace_file(known, mark.encode())
+    prepare_photographs(config)
+    pack_base(config)
+    for name in config.arms:
+        structure = ARMS[name].structure
+        if structure is not None and structure.names:
+            pack_adapter(config, name)
+    logging.info("base, adapters and photographs are there")
+    logging.info("the common start is %s", train_start(config))
+    references = [(run_reference, config, name) for name in REFERENCES if not config.result_file(name, 0).exists()]
+    run_jobs(1, references, "references:")
+    # Seed by seed: what is there when a run is stopped compares all arms.
+    arms = [
+        (run_one, config, name, seed) for seed in config.seeds for name in config.arms
+        if not config.result_file(name, seed).exists()
+    ]
+    run_jobs(config.jobs, arms, "runs:")
+    results = load_results(config)
+    print(markdown(results))
+    for path in write_report(results, config):
+        logging.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
