@@ -226,18 +226,21 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+SCRIPTS = {"nano_prior_more": "prior", "teacher_view": "teacher_view"}
+SCRIPTS |= {name: name for name in ("prior", "adapter", "collapse", "ablation")}
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_configurations_are_valid(config, monkeypatch):
     """Every key and value of them, by the script that takes them."""
-    kind = config.stem.split("_")[-1]
-    name = kind if kind in ("prior", "adapter", "collapse") else "distill"
+    name = SCRIPTS.get(config.stem) or SCRIPTS.get(config.stem.split("_")[-1], "distill")
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "train" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)
     parsed = parse_config(script.Config, ["--config", str(config)])
-    assert parsed.run == f"runs/{config.stem}"
+    assert (parsed.out if name == "teacher_view" else parsed.run) == f"runs/{config.stem}"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Trains a small base model from photographs: an autoencoder, then a diffusion prior in its latent.
 
     python train/prior.py --config train/configs/nano_prior.yaml
+
+Or, with ``start``, the diffusion prior alone, in the latent of a base that stands already.
 """
 
 import logging
@@ -11,15 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from icmsr_core.base_folder import BaseInfo, default_prompt_embedding
+from icmsr_core.base_folder import BaseFolder, BaseInfo, default_prompt_embedding, open_base
+from icmsr_core.diffusers_backbone import build_networks
+from icmsr_core.errors import IcmsrError
 from icmsr_core.noise_schedule import NoiseSchedule
 from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.diffusion_prior import PriorTask
 from icmsr_core.train.loop import LoopConfig, train
 from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
-from icmsr_core.train.script import parse_config, plan, run_script, settings_of, start_processes
+from icmsr_core.train.script import Stage, parse_config, plan, run_script, settings_of, start_processes
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class Config:
     """Family that generator files will refer to."""
     licence: str = "Apache-2.0"
     """Licence of the weights (SPDX)."""
+    start: str = ""
+    """Base folder to go on from: its autoencoder is kept as it is, and `networks` describes the UNet alone."""
+    fresh_unet: bool = False
+    """With start: a UNet from scratch, in the shape of `networks`, instead of the base's own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ... (several processes: what accelerate gives each)."""
     dry_run: bool = False
@@ -54,8 +63,11 @@ def main() -> None:
     """Both halves, one after the other; a finished half is not repeated."""
     config = parse_config(Config)
     settings, run, seed = settings_of(config), Path(config.run), config.prior.seed
+    if config.fresh_unet and not config.start:
+        raise IcmsrError("fresh_unet is for a prior that goes on from a base: name its folder in start")
+    start = open_base(Path(config.start)) if config.start else None
     accelerator, device = start_processes(config.device)
-    pairs = TrainingPairs(config.data, config.autoencoder.seed, degraded=False)
+    pairs = TrainingPairs(config.data, config.autoencoder.seed if start is None else seed, degraded=False)
     context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width)
     info = BaseInfo(config.name, config.family, licence=config.licence)
     schedule = NoiseSchedule(info.beta_start, info.beta_end, info.steps)
@@ -64,24 +76,40 @@ def main() -> None:
             return AutoencoderTask(make_vae(config.networks), config.autoencoder_losses)
 
         def prior() -> PriorTask:
-            return PriorTask(make_unet(config.networks), make_vae(config.networks), context, schedule, info, seed)
+            return PriorTask(*_networks(config, start), context, schedule, info, seed)
 
-        stages = [("autoencoder", config.autoencoder, autoencoder), ("prior", config.prior, prior)]
+        stages: list[Stage] = [("prior", config.prior, prior)]
+        if start is None:
+            stages.insert(0, ("autoencoder", config.autoencoder, autoencoder))
         if accelerator.is_main_process:
             print(plan(settings, stages, pairs, accelerator.num_processes))
         return
-    torch.manual_seed(config.autoencoder.seed)
-    vae, unet = make_vae(config.networks).to(device), make_unet(config.networks).to(device)
+    torch.manual_seed(config.autoencoder.seed if start is None else seed)
+    unet, vae = (network.to(device) for network in _networks(config, start))
     logging.info("%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s", len(pairs.photographs),
                  *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)), device)
-    task = AutoencoderTask(vae, config.autoencoder_losses)
-    # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
-    train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
-    sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
-    vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
+    if start is None:
+        task = AutoencoderTask(vae, config.autoencoder_losses)
+        # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
+        train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
+        sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
+        vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
     prior_task = PriorTask(unet, vae, context, schedule, info, seed)
     for path in train(prior_task, pairs, config.prior, run / "prior", settings, accelerator, device):
         logging.info("wrote %s", path)
+
+
+def _networks(config: Config, start: BaseFolder | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    if start is None:
+        vae, unet = make_vae(config.networks), make_unet(config.networks)
+        return unet, vae
+    unet, vae = build_networks(start)
+    if config.fresh_unet:
+        channels, wanted = int(vae.config.latent_channels), config.networks.latent_channels
+        if channels != wanted:
+            raise IcmsrError(f"networks.latent_channels is {wanted}, the base in start has {channels}: set it to that")
+        unet = make_unet(config.networks)
+    return unet, vae
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ and, in turn, the auxiliary, trained by the diffusion loss on the generator's ow
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from ..base_folder import BaseFolder
 from ..errors import IcmsrError
-from ..generator_file import Generator, GeneratorInfo, save_generator
+from ..generator_file import Generator, GeneratorInfo, PartWeights, save_generator
 from ..noise_schedule import check_prediction
 from ..one_step import resize
 from .conditioning import ConditionConfig, StructureFeatures, picture_of
 from .draws import draw_noising
-from .generator_networks import GeneratorNetworks, NetworksConfig
+from .generator_networks import GeneratorNetworks, NetworksConfig, in_decoder
 from .icm import (
     BinnedMeans,
     TimestepConfig,
@@ -37,9 +38,14 @@ from .icm import (
     variety,
 )
 from .lpips import Lpips
+from .networks import save_base
 from .perceptual import DecoderPerceptual, PerceptualConfig, make_perceptual
-from .reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
+from .reconstruction import charbonnier, fourier_l1, gradient_l1, local_spectrum, with_low_frequencies
 from .task import Batch, Player, Task, latent_shape, shareable, stack_rows, to_signed
+
+AUTOENCODER_STRIDE = 4
+"""The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
+generator's own."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,12 @@ class LossWeights:
     """L1 of image gradients (ours)."""
     fourier: float = 0.0
     """L1 of Fourier magnitudes (ours)."""
+    spectrum: float = 0.0
+    """Log ratio of local amplitudes (ours; `reconstruction.local_spectrum`)."""
+    autoencoder: float = 0.0
+    """Charbonnier distance and half the L1 of gradients between the truth and what the decoder makes of the base's own
+    latent of it; with `networks.train_decoder` (ours). It keeps the decoder that of the base's latent, and the run
+    exports a base with it."""
     tone: float = 0.0
     """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
     warmup: dict[str, int] = field(default_factory=dict)
@@ -125,6 +137,8 @@ class GeneratorConfig:
                 "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
                 "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
             )
+        if self.losses.autoencoder and not self.networks.train_decoder:
+            raise IcmsrError("losses.autoencoder trains the decoder: set networks.train_decoder to true, or it to 0")
 
 
 @dataclass(frozen=True)
@@ -211,18 +225,36 @@ class GeneratorTask(Task):
         return stack_rows(*rows)
 
     def export(self, folder: Path) -> list[Path]:
-        """The generator file in `folder`."""
-        weights, config = self.networks.generator_weights(), self.config
-        lora = config.networks.weights == "lora"
+        """The generator file in `folder`, and the folder ``base`` where the base has got a new decoder."""
+        config, networks, start = self.config, self.config.networks, self.networks.start
+        weights = self.networks.generator_weights()
+        lora = networks.weights == "lora"
         info = GeneratorInfo(
             family=self.base.info.family, timestep=config.timestep, prediction=self.prediction,
-            base=self.base.info.name, base_hash=self.base.hash(), rank=config.networks.rank if lora else 0,
-            alpha=float(config.networks.rank) if lora else 0.0, licence=config.licence,
+            base=self.base.info.name, base_hash=self.base.hash(), rank=networks.rank if lora else 0,
+            alpha=float(networks.rank) if lora else 0.0, licence=config.licence,
             training=shareable(self.settings),
         )
-        path = folder / "generator.safetensors"
-        save_generator(path, Generator(info, weights["unet"], weights["vae"], self.constant.float().cpu()))
-        return [path]
+        embedding = self.constant.float().cpu()
+        path, written = folder / "generator.safetensors", []
+        if config.losses.autoencoder:
+            decoder = {name: value for name, value in weights["vae"].tensors.items() if in_decoder(name)}
+            encoder = {name: value for name, value in weights["vae"].tensors.items() if name not in decoder}
+            weights["vae"] = PartWeights(tensors=encoder)
+            vae = copy.deepcopy(self.networks.vae)
+            vae.load_state_dict({**vae.state_dict(), **decoder})
+            save_base(folder / "base", self.networks.unet, vae, embedding, self.base.info)
+            written.append(folder / "base")
+        if lora and start is not None:  # a second set, on top of the one that it began from
+            info = replace(
+                start.info, base=info.base, base_hash=info.base_hash, licence=config.licence,
+                realistic_rank=networks.rank, realistic_alpha=float(networks.rank), realistic_training=info.training,
+            )
+            generator = Generator(info, start.unet, start.vae, embedding, realistic=weights)
+        else:
+            generator = Generator(info, weights["unet"], weights["vae"], embedding)
+        save_generator(path, generator)
+        return [path, *written]
 
     def _latent(self, batch: Batch) -> Tensor:
         latent = self.networks.encode(input_of(batch))
@@ -245,10 +277,15 @@ class GeneratorTask(Task):
             terms["perceptual"] = self.perceptual(result, truth)
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "l2": F.mse_loss, "charbonnier": charbonnier, "gradient": gradient_l1, "fourier": fourier_l1,
+            "spectrum": local_spectrum,
         }
         terms |= {name: distance(result, truth) for name, distance in distances.items() if weights[name]}
         if weights["tone"]:
             terms["tone"] = charbonnier(raw, truth)
+        if weights["autoencoder"]:
+            some = truth[::AUTOENCODER_STRIDE]
+            again = self.networks.decode(self.networks.encode_truth(some))
+            terms["autoencoder"] = charbonnier(again, some) + 0.5 * gradient_l1(again, some)
         carried: Batch = {}
         if weights["icm"]:
             gradient, carried = self._icm_gradient(latent, batch)

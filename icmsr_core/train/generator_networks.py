@@ -14,12 +14,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..diffusers_backbone import merge_into
 from ..errors import IcmsrError
-from ..generator_file import PartWeights
+from ..generator_file import Generator, PartWeights
 from ..noise_schedule import NoiseSchedule, Prediction
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
 WEIGHTS = ("lora", "whole")
+DECODER_PARTS = ("decoder", "post_quant_conv")
 BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -33,6 +35,9 @@ class NetworksConfig:
     """LoRA rank of the generator, in the UNet and in the VAE's encoder; alpha equals it."""
     auxiliary_rank: int = 4
     """LoRA rank of the auxiliary."""
+    start: str = ""
+    """Generator file to begin from (its faithful set). Whole weights go on from it. LoRA is laid on top of it, and
+    exported as the realistic set of a file whose faithful set is this one."""
     train_decoder: bool = False
     """With whole weights: train the decoder too. The latent then is no longer the base's, so there can be no ICM."""
     zero_output: bool = False
@@ -57,31 +62,43 @@ class NetworksConfig:
                 raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
 
 
+def in_decoder(parameter: str) -> bool:
+    """Whether a VAE's parameter belongs to its decoder."""
+    return parameter.split(".")[0] in DECODER_PARTS
+
+
 class GeneratorNetworks(nn.Module):
     """Generator, teacher and auxiliary. Latents are scaled, pictures in [-1, 1]; results are float32."""
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, schedule: NoiseSchedule, prior: Prediction,
-        config: NetworksConfig, auxiliary: bool,
+        config: NetworksConfig, auxiliary: bool, start: Generator | None = None,
     ) -> None:
-        """`prior` is what the base predicts; without `auxiliary` there are no weights for it."""
+        """`prior` is what the base predicts; without `auxiliary` there are no weights for it; `start` is the generator
+        of `NetworksConfig.start`. Raises `IcmsrError` when that one does not fit the base."""
         super().__init__()
         self.unet, self.vae = unet.requires_grad_(False), vae.requires_grad_(False)
         self.schedule, self.prior, self.config = schedule, prior, config
         self.scaling = float(vae.config.scaling_factor)
-        self.generator_unet, self.generator_vae = unet, vae
+        self.generator_unet, self.generator_vae, self.start = unet, vae, start
         whole = config.weights == "whole"
-        if whole:
+        if whole or start is not None:  # networks of its own, beside the teacher's
             self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
-            self._train_whole()
-        ranks: dict[Role, int] = {} if whole else {"generator": config.rank}
-        if auxiliary:
-            ranks["auxiliary"] = config.auxiliary_rank
-        self.unet_roles = Roles(unet, ranks, UNET_TARGETS)
-        self.vae_roles = Roles(vae, {} if whole else {"generator": config.rank}, VAE_ENCODER_TARGETS)
+        if start is not None:
+            for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):
+                merge_into(config.start, network, getattr(start, part), start.info.alpha)
+        judges: dict[Role, int] = {"auxiliary": config.auxiliary_rank} if auxiliary else {}
+        own: dict[Role, int] = {} if whole else {"generator": config.rank}
+        shared = self.generator_unet is unet
+        self.unet_roles = Roles(unet, {**own, **judges} if shared else judges, UNET_TARGETS)
+        # With whole weights the generator's networks play no roles: switching the frozen ones has no effect on them.
+        self.generator_roles = self.unet_roles if shared or whole else Roles(self.generator_unet, own, UNET_TARGETS)
+        self.vae_roles = Roles(vae if whole else self.generator_vae, own, VAE_ENCODER_TARGETS)
         self._generator: Role = "teacher" if whole else "generator"  # the role in which the generator's networks run
+        if whole:
+            self._train_whole()
         if config.checkpointing:
-            for roles in (self.unet_roles, self.vae_roles):
+            for roles in {self.unet_roles, self.generator_roles, self.vae_roles}:
                 roles.enable_checkpointing()
             if whole:
                 for network in (self.generator_unet, self.generator_vae):
@@ -92,7 +109,8 @@ class GeneratorNetworks(nn.Module):
         if player == "auxiliary":
             parts: Mapping[str, Mapping[str, nn.Parameter]] = {"unet": self.unet_roles.parameters("auxiliary")}
         elif self.config.weights == "lora":
-            parts = {"unet": self.unet_roles.parameters("generator"), "vae": self.vae_roles.parameters("generator")}
+            roles = {"unet": self.generator_roles, "vae": self.vae_roles}
+            parts = {part: entry.parameters("generator") for part, entry in roles.items()}
         else:
             networks = {"unet": self.generator_unet, "vae": self.generator_vae}
             parts = {
@@ -104,7 +122,7 @@ class GeneratorNetworks(nn.Module):
     def generator_weights(self) -> dict[str, PartWeights]:
         """What the generator changes in ``unet`` and ``vae``, as a generator file holds it."""
         if self.config.weights == "lora":
-            roles = {"unet": self.unet_roles, "vae": self.vae_roles}
+            roles = {"unet": self.generator_roles, "vae": self.vae_roles}
             return {part: PartWeights(lora=entry.lora("generator")) for part, entry in roles.items()}
         trained = self.trained("generator")
         return {
@@ -123,13 +141,15 @@ class GeneratorNetworks(nn.Module):
     @torch.no_grad()
     def encode_truth(self, picture: Tensor) -> Tensor:
         """The base's own latent of `picture`."""
+        if self.vae is not self.generator_vae:
+            return self._latent(self.vae, picture)
         with self.vae_roles.use("teacher"):
             return self._latent(self.vae, picture)
 
     def denoise(self, latent: Tensor, t: int, prediction: Prediction, context: Tensor) -> Tensor:
         """The generator's one step: the clean latent from `latent` at timestep `t`; `context` [N, tokens, width]."""
         steps = torch.full((latent.shape[0],), t, device=latent.device)
-        with self.unet_roles.use(self._generator):
+        with self.generator_roles.use(self._generator):
             output = predict(self.generator_unet, latent, steps, context, None)
         return self.schedule.x0_from_output(prediction, latent, output, t)
 
@@ -152,11 +172,11 @@ class GeneratorNetworks(nn.Module):
     def _train_whole(self) -> None:
         self.generator_unet.requires_grad_(True)
         self.generator_vae.requires_grad_(False)
-        parts = ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if self.config.train_decoder else ()))
+        parts = ("encoder", "quant_conv", *(DECODER_PARTS if self.config.train_decoder else ()))
         for part in parts:
             module = getattr(self.generator_vae, part)
             if module is not None:  # a VAE may lack quant_conv
                 module.requires_grad_(True)
-        if self.config.zero_output:
+        if self.config.zero_output and self.start is None:
             nn.init.zeros_(self.generator_unet.conv_out.weight)
             nn.init.zeros_(self.generator_unet.conv_out.bias)

@@ -75,7 +75,7 @@ def stack_rows(*rows: Tensor) -> Tensor:
     return torch.cat([torch.cat(list(row.float()), dim=-1) for row in rows], dim=-2).add(1).div(2).clamp(0, 1)
 
 
-PATH_KEYS = ("base", "folders", "lists", "captions", "adapters", "weights")
+PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
 """Settings that may hold paths."""
 
 
