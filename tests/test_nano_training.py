@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.fft import dctn
 
 from icmsr_core.base_folder import open_base
@@ -16,7 +17,7 @@ from icmsr_core.train.building import build_generator_task, check_generator
 from icmsr_core.train.conditioning import ConditionConfig
 from icmsr_core.train.generator import GeneratorConfig, LossWeights, input_of
 from icmsr_core.train.generator_networks import NetworksConfig
-from icmsr_core.train.networks import NetworkConfig
+from icmsr_core.train.networks import NetworkConfig, make_vae
 from icmsr_core.train.reconstruction import local_spectrum
 from tests.model_files import write_base
 from tests.script_process import ScriptProcess
@@ -239,3 +240,25 @@ def test_a_prior_goes_on_from_a_base(base, tmp_path):
     code, output, _ = run("wrong", "--fresh_unet=true", "--networks.latent_channels=12")
     assert code == 1
     assert "the base in start has 4" in output
+
+
+@pytest.mark.parametrize("widths", [(32, 32, 64, 96), (32, 64, 96)])
+def test_an_untrained_vae_keeps_colours_and_coarse_shapes(widths):
+    torch.manual_seed(0)
+    vae = make_vae(NetworkConfig(vae_channels=widths))
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96), indexing="ij")
+    picture = torch.stack([0.7 * x, -0.4 + 0.3 * y, 0.5 - 0.5 * x * y])[None]
+    with torch.no_grad():
+        latent = vae.encode(picture).latent_dist.mode()
+        again = vae.decode(latent).sample
+    small = F.avg_pool2d(picture, 2 ** (len(widths) - 1))
+    inside = (..., slice(1, -1), slice(1, -1))
+    slope = (latent[:, :3][inside] * small[inside]).sum() / small[inside].square().sum()
+    assert (latent[:, :3] / slope - small)[inside].abs().max() < 0.08  # thumbnails, but for one factor
+    assert (again - picture)[..., 12:-12, 12:-12].abs().max() < 0.15
+    assert (again - picture)[..., 12:-12, 12:-12].mean((2, 3)).abs().max() < 0.05
+
+
+def test_groups_too_narrow_for_the_thumbnail_are_refused():
+    with pytest.raises(IcmsrError, match="fewer groups"):
+        make_vae(NetworkConfig(vae_groups=8))

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 
 from ..base_folder import PROMPT_FILE, WEIGHTS_FILE, BaseInfo, write_base_info
 from ..errors import IcmsrError
@@ -48,10 +51,14 @@ class NetworkConfig:
             raise IcmsrError(f"vae_groups must divide every VAE width, got {self.vae_groups} for {self.vae_channels}")
 
 
+CONSTANT = 2.0
+"""Level of the constant channels of `start_as_thumbnail`: above what pictures in [-1, 1] reach."""
+
+
 def make_vae(config: NetworkConfig) -> AutoencoderKL:
-    """An AutoencoderKL with random weights and no attention in its middle."""
+    """An AutoencoderKL without attention in its middle, that begins as a thumbnail codec (`start_as_thumbnail`)."""
     levels = len(config.vae_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=config.latent_channels,
@@ -63,6 +70,64 @@ def make_vae(config: NetworkConfig) -> AutoencoderKL:
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+    start_as_thumbnail(vae)
+    return vae
+
+
+@torch.no_grad()
+def start_as_thumbnail(vae: AutoencoderKL) -> None:
+    """Weights with which an untrained `vae` keeps the mean of every cell in its latent, decoded smoothly (ours).
+
+    With the usual random weights a small AutoencoderKL spends a thousand steps on finding out how to pass on a plain
+    colour, because its GroupNorms take the mean out of everything. Here residual blocks begin as the identity (their
+    second convolution is zero), the others as averaging, interpolation and plain copies of the first channels, which
+    hold R, G, B and -R, -G, -B. The rest begins with constants that outweigh a picture, so that the last GroupNorm
+    divides by nearly the same number whatever it shows, and silu(x) - silu(-x) = x makes a straight line of the last
+    activation. Random weights remain in the residual blocks' first convolutions and in the other channels.
+    Raises `IcmsrError` when a group of the GroupNorms has fewer than eight channels.
+    """
+    group = min(vae.config.block_out_channels) // vae.config.norm_num_groups
+    if group < 8:
+        raise IcmsrError(f"a group of the VAE's GroupNorms must have 8 channels or more, got {group}: use fewer groups")
+    middle = torch.zeros(3, 3)
+    middle[1, 1] = 1.0
+    box, tent = torch.zeros(3, 3), torch.tensor([0.25, 0.5, 0.25])
+    box[:2, :2] = 0.25  # the convolution of a Downsample2D looks at rows and columns 0, 1, 2 from its place
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            _fill(module.conv2)
+            if module.conv_shortcut is not None:
+                _fill(module.conv_shortcut, torch.ones(1, 1))
+        elif isinstance(module, Downsample2D):
+            _fill(module.conv, box)
+        elif isinstance(module, Upsample2D):
+            _fill(module.conv, torch.outer(tent, tent))
+    for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+        conv.weight[:6] = 0.0
+        for channel in range(3):
+            conv.weight[channel, channel] = middle
+            conv.weight[3 + channel, channel] = -middle
+        conv.bias[:6] = 0.0
+        conv.bias[6::2], conv.bias[7::2] = CONSTANT, -CONSTANT
+    for part in (vae.encoder, vae.decoder):
+        width = part.conv_norm_out.num_channels // part.conv_norm_out.num_groups
+        deviation = ((width - 6) / width * CONSTANT**2 + 6 / width * 0.2) ** 0.5  # 0.2: a photograph's mean square
+        part.conv_out.bias.zero_()
+        part.conv_out.weight[:3] = 0.0
+        for channel in range(3):
+            part.conv_out.weight[channel, channel] = deviation * middle
+            part.conv_out.weight[channel, 3 + channel] = -deviation * middle
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        _fill(conv, torch.ones(1, 1))
+
+
+def _fill(conv: nn.Conv2d, taps: Tensor | None = None) -> None:
+    """Each channel from the one of its number through `taps`, the channels beyond nothing; all zero without `taps`."""
+    conv.weight.zero_()
+    conv.bias.zero_()
+    if taps is not None:
+        for channel in range(min(conv.weight.shape[:2])):
+            conv.weight[channel, channel] = taps
 
 
 def make_unet(config: NetworkConfig) -> UNet2DConditionModel:
