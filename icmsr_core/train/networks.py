@@ -123,8 +123,8 @@ def start_as_thumbnail(vae: AutoencoderKL) -> None:
 
 def _fill(conv: nn.Conv2d, taps: Tensor | None = None) -> None:
     """Each channel from the one of its number through `taps`, the channels beyond nothing; all zero without `taps`."""
-    conv.weight.zero_()
-    conv.bias.zero_()
+    for parameter in conv.parameters():
+        parameter.zero_()
     if taps is not None:
         for channel in range(min(conv.weight.shape[:2])):
             conv.weight[channel, channel] = taps
