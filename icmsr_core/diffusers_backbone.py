@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +18,7 @@ from .base_folder import BaseFolder, open_base
 from .embedded import embedded_base
 from .errors import IcmsrError
 from .generator_file import Generator, PartWeights, load_generator
+from .hub_base import find_base
 from .merging import fidelity_to_use, merged_part, merged_tensors
 
 log = logging.getLogger(__name__)
@@ -79,61 +81,110 @@ def silence_diffusers() -> None:
 
 
 def build_networks(
-    base: BaseFolder, dtype: torch.dtype = torch.float32
+    base: BaseFolder,
+    dtype: torch.dtype = torch.float32,
+    generator: Generator | None = None,
+    fidelity: float | None = None,
+    name: str = "generator",
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """UNet and VAE of `base` in `dtype` on the CPU, strictly loaded, every parameter trainable.
 
-    Built without weights and filled tensor by tensor, each cast as it is read: the peak of memory is the two networks
-    and one tensor more. Raises `IcmsrError` when a tensor is missing, left over or of another shape.
+    With `generator`, it is merged in at `fidelity` (see `fidelity_to_use`); `name` names it in errors. Built without
+    weights and filled tensor by tensor, each merged in float32 and cast as it is read: the peak of memory is the two
+    networks and a few tensors more. Raises `IcmsrError` when a tensor is missing, left over or of another shape, in the
+    base or in the generator.
     """
-    networks = []
+    networks: dict[str, Any] = {}
     for part, kind, config in (
         ("unet", UNet2DConditionModel, base.unet_config), ("vae", AutoencoderKL, base.vae_config)
     ):
         # Only the parameters are left out: a buffer that is no part of the file is computed here, or by nobody.
         with init_empty_weights(include_buffers=False):
-            network = kind.from_config(dict(config))
-        state = dict(base.tensors(part, dtype))
+            networks[part] = kind.from_config(dict(config))
+        if generator is not None:  # on shapes alone, so before the first tensor is read
+            merged_part(name, generator, part, networks[part].state_dict(), fidelity)
+    for part, network in networks.items():
+        if generator is None:
+            state = dict(base.tensors(part, dtype))
+        else:
+            state = _collected(_merged(base, name, generator, part, fidelity), network.state_dict(), dtype)
         try:
             network.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             first_lines = " ".join(str(error).split()[:40])
-            raise IcmsrError(f"{base.path}/{part}: the weights do not fit the configuration: {first_lines}") from error
-        networks.append(network)
-    return networks[0], networks[1]
+            raise IcmsrError(f"{base.where(part)}: the weights do not fit the configuration: {first_lines}") from error
+    return networks["unet"], networks["vae"]
 
 
+def _collected(
+    tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """`tensors` in `dtype`, each in a place that was set aside for it before the first was read.
+
+    Otherwise what is kept lies between what merging leaves behind, and memory is full of holes: measured at half of
+    SD2.1's width, twice the result.
+    """
+    places = {key: torch.empty(value.shape, dtype=dtype) for key, value in expected.items()}
+    state = {}
+    for key, tensor in tensors:
+        place = places.get(key)
+        state[key] = tensor if place is None or place.shape != tensor.shape else place.copy_(tensor)
+    return state
+
+
+def _merged(
+    base: BaseFolder, name: str, generator: Generator, part: str, fidelity: float | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `base` in float32, with the generator merged into each in turn."""
+    faithful, realistic = generator.sets(part)
+    strength = fidelity_to_use(name, generator.has_two_sets, fidelity)
+    sets = [(faithful, generator.info.alpha, 1.0), (realistic, generator.info.realistic_alpha, strength)]
+    for parameter, tensor in base.tensors(part, torch.float32):
+        for weights, alpha, share in sets:
+            own = _weights_of(weights, parameter)
+            if own and share:
+                tensor = merged_tensors(name, own, {parameter: tensor}, alpha, share)[parameter]
+        yield parameter, tensor
+
+
+def _weights_of(weights: PartWeights, parameter: str) -> PartWeights:
+    """What of `weights` changes `parameter`."""
+    module = parameter.removesuffix(".weight")
+    lora = {module: weights.lora[module]} if module != parameter and module in weights.lora else {}
+    tensors = {parameter: weights.tensors[parameter]} if parameter in weights.tensors else {}
+    return PartWeights(lora, tensors)
+
+
+@torch.no_grad()
 def merge_into(name: str, network: torch.nn.Module, weights: PartWeights, alpha: float, strength: float = 1.0) -> None:
-    """Merges one set of weights into `network`'s parameters, in float32; see `merged_tensors` for the errors."""
-    state = network.state_dict()
-    merged = merged_tensors(name, weights, state, alpha, strength)
-    network.load_state_dict({**state, **merged}, strict=True)
+    """Merges one set of weights into `network`'s parameters, one by one in float32; errors as in `merged_tensors`.
 
-
-def merge_generator(
-    name: str, network: torch.nn.Module, generator: Generator, part: str, fidelity: float | None = None
-) -> None:
-    """Merges `generator`'s ``unet`` or ``vae`` into `network`'s parameters; see `merged_part` for values and errors."""
+    Nothing is changed when one of them does not fit.
+    """
     state = network.state_dict()
-    network.load_state_dict({**state, **merged_part(name, generator, part, state, fidelity)}, strict=True)
+    merged_tensors(name, weights, {key: value.to("meta") for key, value in state.items()}, alpha, strength)
+    for parameter in {*weights.tensors, *(f"{module}.weight" for module in weights.lora)}:
+        own = _weights_of(weights, parameter)
+        state[parameter].copy_(merged_tensors(name, own, state, alpha, strength)[parameter])
 
 
 def load_backbone(
-    base: Path | None = None,
+    base: Path | str | None = None,
     generator: Path | Generator | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     fidelity: float | None = None,
 ) -> DiffusersBackbone:
-    """A base folder with a generator merged into it, ready to run.
+    """A base with a generator merged into it, ready to run.
 
-    `base` defaults to the embedded nano; without `generator` the bare prior is loaded. `fidelity`, for a generator with
+    `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
+    embedded nano. Without `generator` the bare prior is loaded. `fidelity`, for a generator with
     a faithful and a realistic set of weights: 0 is faithful, 1 (the default) realistic, up to 2. Raises `IcmsrError`
     for files that are missing, damaged or of another family, and for a fidelity that is out of range or has no two sets
     to choose between.
     """
-    folder = open_base(base or embedded_base())
+    folder = open_base(find_base(base) if isinstance(base, str) else base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
     if isinstance(generator, Path):
         generator = load_generator(generator)
@@ -150,10 +201,10 @@ def load_backbone(
             f"{name}: its prompt embedding has width {embedding.shape[-1]}, the base {folder.path} takes {width}: "
             "choose files that belong together"
         )
-    unet, vae = build_networks(folder)
-    if generator is not None:
-        if generator.info.base_hash and generator.info.base_hash != folder.hash():
-            log.warning("%s was trained on other base weights than %s", name, folder.path)
-        merge_generator(name, unet, generator, "unet", fidelity)
-        merge_generator(name, vae, generator, "vae", fidelity)
+    if generator is not None and generator.info.base_hash and generator.info.base_hash != folder.hash():
+        log.warning(
+            "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
+            name, folder.path,
+        )
+    unet, vae = build_networks(folder, dtype, generator, fidelity, name)
     return DiffusersBackbone(unet, vae, descriptor, embedding, torch.device(device), dtype)

@@ -91,6 +91,8 @@ class GeneratorInfo:
     """LoRA alpha of the second set."""
     realistic_training: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that made the second set."""
+    notes: str = ""
+    """What a user must know beyond the rest, for people."""
     format_version: int = 1
     """Version of the layout it was read in; `save_generator` writes the one that the weights need."""
 
@@ -159,6 +161,8 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
     description = asdict(replace(generator.info, format_version=2 if two else 1))
     if not two:
         description = {key: value for key, value in description.items() if not key.startswith("realistic_")}
+    if not generator.info.notes:
+        del description["notes"]
     write_atomically(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .base_folder import WEIGHTS_FILE, open_base
 from .errors import IcmsrError
-from .generator_file import ADAPTER_FORMAT, PARTS, Generator, PartWeights, load_generator, read_tensors
+from .generator_file import ADAPTER_FORMAT, PARTS, Generator, PartWeights, load_generator, open_tensors, read_tensors
+from .single_file import PREFIXES
 
 
 def describe(path: Path) -> str:
@@ -19,9 +20,14 @@ def describe(path: Path) -> str:
     elif path.is_dir():
         rows = _base_rows(path)
     else:
-        tensors, metadata = read_tensors(path)
-        del tensors
-        rows = _adapter_rows(path) if metadata.get("format") == ADAPTER_FORMAT else _generator_rows(path)
+        with open_tensors(path) as file:
+            kind, keys = (file.metadata() or {}).get("format"), list(file.keys())
+        if kind == ADAPTER_FORMAT:
+            rows = _adapter_rows(path)
+        elif any(key.startswith(PREFIXES["unet"]) for key in keys):
+            rows = _base_rows(path)
+        else:
+            rows = _generator_rows(path)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -56,7 +62,7 @@ def _base_rows(path: Path) -> list[tuple[str, str]]:
     descriptor = base.descriptor()
     counts = {"unet": base.unet_state(), "vae": base.vae_state()}
     return [
-        ("kind", "base folder"),
+        ("kind", "base folder" if path.is_dir() else "base, a checkpoint in one file"),
         ("name", base.info.name),
         ("family", base.info.family),
         ("prior predicts", base.info.prediction),
@@ -92,6 +98,8 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
         rows.append(("training", json.dumps(info.training, sort_keys=True)))
     if info.realistic_training:
         rows.append(("realistic training", json.dumps(info.realistic_training, sort_keys=True)))
+    if info.notes:
+        rows.append(("notes", info.notes))
     return rows
 
 

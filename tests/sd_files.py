@@ -1,4 +1,4 @@
-"""Folders in the exact layout of published Stable Diffusion models, with random weights, for tests and measurements."""
+"""Folders and checkpoint files in the exact layout of published Stable Diffusion models, with random weights."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,12 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from icmsr_core.base_folder import BaseInfo, write_base_info
+from icmsr_core.base_folder import BaseFolder, BaseInfo, write_base_info
+from icmsr_core.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights
 
 CONTEXT_WIDTH = {"sd15": 768, "sd21": 1024}
 WEIGHTS = "diffusion_pytorch_model"
+ORIGINAL_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -32,15 +34,9 @@ def write_sd_folder(
     of files that the UNet's tensors are spread over, with an index if there are several; `old_attention_names` writes
     the VAE's attention as diffusers did before 0.17.
     """
-    random = torch.Generator().manual_seed(seed)
-    for part, kind, config in (
-        ("unet", UNet2DConditionModel, unet_config(family, width_divisor)),
-        ("vae", AutoencoderKL, vae_config(width_divisor)),
-    ):
-        write_json(folder / part / "config.json", config)
-        with init_empty_weights():
-            shapes = {key: value.shape for key, value in kind.from_config(config).state_dict().items()}
-        state = {key: random_tensor(key, shape, random).to(dtype) for key, shape in shapes.items()}
+    configs = {"unet": unet_config(family, width_divisor), "vae": vae_config(width_divisor)}
+    for part, state in random_states(family, width_divisor, dtype, seed).items():
+        write_json(folder / part / "config.json", configs[part])
         if part == "vae" and old_attention_names:
             state = {old_name(key): value for key, value in state.items()}
         write_weights(folder / part, state, variant, shards if part == "unet" else 1)
@@ -48,6 +44,53 @@ def write_sd_folder(
     if width_divisor != 1:
         write_base_info(folder, BaseInfo(f"random {family}", family, licence="CC0-1.0"))
     return folder
+
+
+def write_sd_checkpoint(
+    path: Path, family: str = "sd21", width_divisor: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """The tensors of `write_sd_folder` with the same arguments as one checkpoint in the original (CompVis) layout.
+
+    A few tensors of the text encoder, the running average and the noise schedule lie beside them, as in published
+    files. Narrow ones describe themselves in the metadata.
+    """
+    state = {}
+    for part, tensors in random_states(family, width_divisor, dtype, seed).items():
+        state |= {original_name(part, key): original_tensor(part, key, value) for key, value in tensors.items()}
+    encoder = {"sd15": "transformer.text_model.embeddings.token_embedding", "sd21": "model.token_embedding"}[family]
+    state |= {
+        f"cond_stage_model.{encoder}.weight": torch.ones(5, CONTEXT_WIDTH[family], dtype=dtype),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(3, dtype=torch.int32),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.ones(3),
+        "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square(),
+        "first_stage_model.loss.logvar": torch.zeros(()),
+    }
+    values = {"name": f"random {family}", "family": family, "licence": "CC0-1.0"}
+    own = {"format": "icmsr-base", "icmsr": json.dumps(values)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata={"format": "pt"} if width_divisor == 1 else own)
+    return path
+
+
+def lora_everywhere(
+    base: BaseFolder, prediction: str = "eps", rank: int = 2, seed: int = 3, base_hash: str = ""
+) -> Generator:
+    """A generator of the base's family: LoRA on every matrix of UNet and VAE encoder, and a prompt embedding."""
+    random = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, config in (("unet", base.unet_config), ("vae", base.vae_config)):
+        parts[part] = PartWeights({
+            key.removesuffix(".weight"): LoraPair(
+                torch.randn(rank, *shape[1:], generator=random) * 0.02,
+                torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.02,
+            )
+            for key, shape in shapes_of(part, dict(config)).items() if len(shape) > 1 and "decoder" not in key
+        })
+    info = GeneratorInfo(base.info.family, 999, prediction, base_hash=base_hash, rank=rank, alpha=4.0)
+    context = torch.randn(7, base.unet_config["cross_attention_dim"], generator=random)
+    return Generator(info, parts["unet"], parts["vae"], context)
 
 
 def write_text_encoder(folder: Path, width: int, layers: int = 2, variant: str | None = None, seed: int = 0) -> Path:
@@ -85,6 +128,82 @@ def write_text_encoder(folder: Path, width: int, layers: int = 2, variant: str |
     suffix = f".{variant}.safetensors" if variant else ".safetensors"
     save_file(state, folder / f"text_encoder/model{suffix}", metadata={"format": "pt"})
     return folder
+
+
+def shapes_of(part: str, config: dict) -> dict[str, torch.Size]:
+    """Shape of every tensor of the network, by its diffusers name."""
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    with init_empty_weights():
+        return {key: value.shape for key, value in kind.from_config(config).state_dict().items()}
+
+
+def random_states(family: str, width_divisor: int, dtype: torch.dtype, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Random tensors of UNet and VAE under their diffusers names."""
+    random = torch.Generator().manual_seed(seed)
+    configs = {"unet": unet_config(family, width_divisor), "vae": vae_config(width_divisor)}
+    return {
+        part: {key: random_tensor(key, shape, random).to(dtype) for key, shape in shapes_of(part, config).items()}
+        for part, config in configs.items()
+    }
+
+
+def original_name(part: str, key: str) -> str:
+    """The name that the original code (CompVis, Stability AI) gives to what diffusers calls `key`."""
+    return ORIGINAL_PREFIX[part] + {"unet": original_unet_name, "vae": original_vae_name}[part](key)
+
+
+def original_unet_name(key: str) -> str:
+    module, leaf = key.rsplit(".", 1)
+    outside = {
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    }
+    if module in outside:
+        return f"{outside[module]}.{leaf}"
+    pairs = []  # one list of modules, in the order in which a picture passes them there
+    for level in range(4):
+        for layer in range(2):
+            pairs.append((f"down_blocks.{level}.resnets.{layer}.", f"input_blocks.{1 + 3 * level + layer}.0."))
+            pairs.append((f"down_blocks.{level}.attentions.{layer}.", f"input_blocks.{1 + 3 * level + layer}.1."))
+        pairs.append((f"down_blocks.{level}.downsamplers.0.conv.", f"input_blocks.{3 + 3 * level}.0.op."))
+        for layer in range(3):
+            pairs.append((f"up_blocks.{level}.resnets.{layer}.", f"output_blocks.{3 * level + layer}.0."))
+            pairs.append((f"up_blocks.{level}.attentions.{layer}.", f"output_blocks.{3 * level + layer}.1."))
+        # The deepest level has no attention, so that its upsampler comes second there and third elsewhere.
+        pairs.append((
+            f"up_blocks.{level}.upsamplers.0.conv.", f"output_blocks.{2 + 3 * level}.{1 if level == 0 else 2}.conv."
+        ))
+    pairs += [
+        ("mid_block.resnets.0.", "middle_block.0."), ("mid_block.attentions.0.", "middle_block.1."),
+        ("mid_block.resnets.1.", "middle_block.2."),
+    ]
+    (name,) = [key.replace(theirs, original, 1) for theirs, original in pairs if key.startswith(theirs)]
+    if ".resnets." in key:
+        for theirs, original in (
+            ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
+            ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"),
+        ):
+            name = name.replace(f".{theirs}.", f".{original}.")
+    return name
+
+
+def original_vae_name(key: str) -> str:
+    for theirs, original in (
+        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
+        ("mid_block.attentions.0.to_k", "mid.attn_1.k"), ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"),
+        *((f"down_blocks.{level}", f"down.{level}") for level in range(4)),
+        *((f"up_blocks.{level}", f"up.{3 - level}") for level in range(4)),
+        ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("resnets", "block"),
+    ):
+        key = key.replace(f".{theirs}.", f".{original}.")
+    return key
+
+
+def original_tensor(part: str, key: str, value: torch.Tensor) -> torch.Tensor:
+    """The VAE's attention is 1x1 convolutions there."""
+    return value[:, :, None, None] if part == "vae" and ".attentions." in key and value.ndim == 2 else value
 
 
 def unet_config(family: str, width_divisor: int = 1) -> dict:
@@ -161,18 +280,19 @@ def scheduler_config(family: str) -> dict:
 
 def write_weights(folder: Path, state: dict[str, torch.Tensor], variant: str | None = None, shards: int = 1) -> None:
     """The tensors as diffusers saves them: one file, or `shards` of them under an index."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    middle = f".{variant}" if variant else ""
     if shards == 1:
-        save_file(state, folder / f"{WEIGHTS}{suffix}", metadata={"format": "pt"})
+        save_file(state, folder / f"{WEIGHTS}{middle}.safetensors", metadata={"format": "pt"})
         return
     weight_map, keys = {}, list(state)
     for number in range(shards):
-        name = f"{WEIGHTS}-{number + 1:05}-of-{shards:05}{suffix}"
+        name = f"{WEIGHTS}{middle}-{number + 1:05}-of-{shards:05}.safetensors"
         own = {key: state[key] for key in keys[number::shards]}
         save_file(own, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(own, name)
     size = sum(value.nbytes for value in state.values())
-    write_json(folder / f"{WEIGHTS}{suffix}.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / f"{WEIGHTS}.safetensors.index{middle}.json", index)
 
 
 def write_json(path: Path, values: dict) -> None:
