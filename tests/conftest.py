@@ -4,11 +4,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.comfy_harness import Server, find_comfyui, find_uv, prepare_python
 from tests.script_process import ROOT, ScriptProcess
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, put the pack into its custom_nodes, or clone it to ~/.cache/icm-sr/ComfyUI"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, as in the ComfyUI process; beside other work, more threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

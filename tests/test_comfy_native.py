@@ -17,20 +17,11 @@ from icmsr_core.train.networks import NetworkConfig
 from tests.comfy_harness import run_script
 from tests.model_files import random_generator, write_base, write_generator
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
 
 SETTINGS = UpscaleSettings(tile=128, overlap=32)
 TOLERANCE = 1e-4
 """Largest difference that two correct implementations may show, over the scale of the output."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the ComfyUI process; beside other work, more threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Outcome(NamedTuple):
