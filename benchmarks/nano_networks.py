@@ -27,6 +27,9 @@ NETWORKS = {
     "f8x12": NetworkConfig(latent_channels=12),
     "f8x32": NetworkConfig(latent_channels=32),
     "f4x8": NetworkConfig(latent_channels=8, vae_channels=(32, 64, 96), unet_channels=(32, 64)),
+    "f4x8s": NetworkConfig(8, (32, 32, 64), unet_channels=(64, 128), unet_self_attention=False),
+    "f4x8m": NetworkConfig(8, (32, 64, 96), unet_channels=(64, 128), unet_self_attention=False),
+    "f4x16s": NetworkConfig(16, (32, 32, 64), unet_channels=(64, 128), unet_self_attention=False),
 }
 BATCH, CROP, SIZE, PICTURES, HOLD_OUT = 8, 96, 256, 12, 0.06
 

@@ -13,7 +13,7 @@ from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.generator_file import load_generator
-from icmsr_core.train.building import build_generator_task, check_generator
+from icmsr_core.train.building import build_generator_task, check_generator, exchange_decoder
 from icmsr_core.train.conditioning import ConditionConfig
 from icmsr_core.train.generator import GeneratorConfig, LossWeights, input_of
 from icmsr_core.train.generator_networks import NetworksConfig
@@ -240,6 +240,51 @@ def test_a_prior_goes_on_from_a_base(base, tmp_path):
     code, output, _ = run("wrong", "--fresh_unet=true", "--networks.latent_channels=12")
     assert code == 1
     assert "the base in start has 4" in output
+
+
+def test_a_prior_takes_the_decoder_that_was_trained_along(base, faithful, tmp_path):
+    """The decoder of the distilled base, everything else of the prior's own; another latent's decoder is refused."""
+    vae = build_networks(open_base(base))[1]
+    distilled = open_base(faithful / "base")
+    exchange_decoder(vae, distilled)
+    before, donor = build_networks(open_base(base))[1].state_dict(), distilled.vae_state()
+    changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.split(".")[0] in ("decoder", "post_quant_conv") for name in changed)
+    assert all(torch.equal(vae.state_dict()[name], donor[name].float()) for name in changed)
+    with pytest.raises(IcmsrError, match="reads another latent"):
+        exchange_decoder(vae, open_base(write_base(tmp_path / "other", TINY, seed=5)))
+    wider = write_base(tmp_path / "wider", replace(TINY, vae_channels=(32, 32, 32, 64)))
+    with pytest.raises(IcmsrError, match="another shape"):
+        exchange_decoder(vae, open_base(wider))
+
+
+def test_the_autoencoder_alone_makes_a_base(tmp_path):
+    """With the other half's decoder then exchanged by the script, as the recipe of the embedded model does."""
+    def run(name: str, *flags):
+        process = ScriptProcess(
+            "prior.py", "--run", tmp_path / name, "--device", "cpu", "--data.synthetic=1", "--data.crop=32",
+            *(f"--{half}.{flag}" for half in ("autoencoder", "prior") for flag in ("images=4", "batch=2", "workers=0")),
+            *flags, folder=tmp_path,
+        )
+        return process.wait(120), process.output()
+
+    alone = "--autoencoder_only=true"
+    code, output = run("a", alone, "--networks.latent_channels=4", "--networks.vae_channels=[32,32]",
+                       "--networks.unet_channels=[32,32]", "--networks.unet_self_attention=false")
+    assert code == 0, output
+    folder = open_base(tmp_path / "a" / "autoencoder" / "base")
+    assert folder.descriptor().latent_factor == 2
+    assert not [name for name, _ in build_networks(folder)[0].mid_block.named_modules() if "attentions." in name]
+    code, output = run("b", "--start", folder.path, "--decoder", folder.path)
+    assert code == 0, output
+    for flags, words in (
+        (["--decoder", folder.path], "decoder is for a prior that goes on from a base"),
+        ([alone, "--start", folder.path], "leave one of them out"),
+    ):
+        code, output = run("c", *flags)
+        assert code == 1
+        assert words in output
 
 
 @pytest.mark.parametrize("widths", [(32, 32, 64, 96), (32, 64, 96)])

@@ -226,7 +226,7 @@ def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-SCRIPTS = {"nano_prior_more": "prior", "teacher_view": "teacher_view"}
+SCRIPTS = {"nano_base": "prior", "nano_autoencoder": "prior", "teacher_view": "teacher_view"}
 SCRIPTS |= {name: name for name in ("prior", "adapter", "collapse", "ablation")}
 
 

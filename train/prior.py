@@ -1,8 +1,9 @@
 """Trains a small base model from photographs: an autoencoder, then a diffusion prior in its latent.
 
+    python train/prior.py --config train/configs/nano_autoencoder.yaml
     python train/prior.py --config train/configs/nano_prior.yaml
 
-Or, with ``start``, the diffusion prior alone, in the latent of a base that stands already.
+With ``autoencoder_only`` the first half alone, with ``start`` the second alone, in the latent of a base that stands.
 """
 
 import logging
@@ -20,10 +21,11 @@ from icmsr_core.diffusers_backbone import build_networks
 from icmsr_core.errors import IcmsrError
 from icmsr_core.noise_schedule import NoiseSchedule
 from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
+from icmsr_core.train.building import exchange_decoder
 from icmsr_core.train.data import DataConfig, TrainingPairs
 from icmsr_core.train.diffusion_prior import PriorTask
 from icmsr_core.train.loop import LoopConfig, train
-from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
+from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae, save_base
 from icmsr_core.train.script import Stage, parse_config, plan, run_script, settings_of, start_processes
 
 
@@ -43,6 +45,11 @@ class Config:
     """Base folder to go on from: its autoencoder is kept as it is, and `networks` describes the UNet alone."""
     fresh_unet: bool = False
     """With start: a UNet from scratch, in the shape of `networks`, instead of the base's own."""
+    decoder: str = ""
+    """With start: base folder whose decoder the result gets, for the same encoder: distillation trains such a one."""
+    autoencoder_only: bool = False
+    """Stop after the autoencoder: RUN/autoencoder/base then has a UNet of random weights, as a generator with
+    networks.zero_output may begin from."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ... (several processes: what accelerate gives each)."""
     dry_run: bool = False
@@ -63,8 +70,11 @@ def main() -> None:
     """Both halves, one after the other; a finished half is not repeated."""
     config = parse_config(Config)
     settings, run, seed = settings_of(config), Path(config.run), config.prior.seed
-    if config.fresh_unet and not config.start:
-        raise IcmsrError("fresh_unet is for a prior that goes on from a base: name its folder in start")
+    for name in ("fresh_unet", "decoder"):
+        if getattr(config, name) and not config.start:
+            raise IcmsrError(f"{name} is for a prior that goes on from a base: name its folder in start")
+    if config.autoencoder_only and config.start:
+        raise IcmsrError("autoencoder_only trains a new autoencoder, start keeps a base's: leave one of them out")
     start = open_base(Path(config.start)) if config.start else None
     accelerator, device = start_processes(config.device)
     pairs = TrainingPairs(config.data, config.autoencoder.seed if start is None else seed, degraded=False)
@@ -78,7 +88,7 @@ def main() -> None:
         def prior() -> PriorTask:
             return PriorTask(*_networks(config, start), context, schedule, info, seed)
 
-        stages: list[Stage] = [("prior", config.prior, prior)]
+        stages: list[Stage] = [] if config.autoencoder_only else [("prior", config.prior, prior)]
         if start is None:
             stages.insert(0, ("autoencoder", config.autoencoder, autoencoder))
         if accelerator.is_main_process:
@@ -94,6 +104,11 @@ def main() -> None:
         train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
         sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
         vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
+        if config.autoencoder_only:
+            if accelerator.is_main_process:
+                save_base(run / "autoencoder" / "base", unet, vae, context, info)
+                logging.info("wrote %s", run / "autoencoder" / "base")
+            return
     prior_task = PriorTask(unet, vae, context, schedule, info, seed)
     for path in train(prior_task, pairs, config.prior, run / "prior", settings, accelerator, device):
         logging.info("wrote %s", path)
@@ -109,6 +124,8 @@ def _networks(config: Config, start: BaseFolder | None) -> tuple[UNet2DCondition
         if channels != wanted:
             raise IcmsrError(f"networks.latent_channels is {wanted}, the base in start has {channels}: set it to that")
         unet = make_unet(config.networks)
+    if config.decoder:
+        exchange_decoder(vae, open_base(Path(config.decoder)))
     return unet, vae
 
 

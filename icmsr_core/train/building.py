@@ -162,3 +162,20 @@ def _contexts(
 def _blank_prompt(base: BaseFolder) -> Tensor:
     own = base.prompt_embedding()
     return torch.zeros(SD_TOKENS if own is None else own.shape[0], int(base.unet_config["cross_attention_dim"]))
+
+
+def exchange_decoder(vae: AutoencoderKL, donor: BaseFolder) -> None:
+    """Gives `vae` the decoder of `donor`, a base that distillation exported with ``losses.autoencoder``.
+
+    Raises `IcmsrError` unless both have one and the same encoder: another's decoder reads another latent.
+    """
+    own, given = vae.state_dict(), donor.vae_state()
+    for name, value in own.items():
+        if name not in given or given[name].shape != value.shape:
+            raise IcmsrError(f"decoder {donor.path}: its VAE is of another shape than that of start ({name})")
+    for name, value in own.items():
+        # To the precision of the files: base folders hold half precision.
+        if not in_decoder(name) and not torch.equal(given[name].half(), value.half()):
+            raise IcmsrError(f"decoder {donor.path}: its encoder is not that of start ({name}), so its decoder reads "
+                             "another latent: name a base that was distilled from start's")
+    vae.load_state_dict({name: given[name].to(value) if in_decoder(name) else value for name, value in own.items()})

@@ -36,6 +36,10 @@ class NetworkConfig:
     """Groups of the VAE's GroupNorms: few, so that statistics of small crops and whole pictures agree."""
     unet_channels: tuple[int, ...] = (64, 128)
     """Width of each UNet level, whole multiples of the first."""
+    unet_self_attention: bool = True
+    """Whether the attention blocks look at other places of the picture beside the context. Without, the middle is one
+    residual block and the UNet convolutions all through: no cost grows with the square of the cells, and attention does
+    not meet more cells at inference than in training."""
     head_width: int = 32
     """Channels per attention head."""
     context_width: int = 32
@@ -141,6 +145,9 @@ def make_unet(config: NetworkConfig) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attending,
         attention_head_dim=[width // config.head_width for width in config.unet_channels],
+        only_cross_attention=[not config.unet_self_attention] * len(config.unet_channels),
+        # Diffusers' usual middle attends to itself whatever `only_cross_attention` says; this one is a residual block.
+        mid_block_type="UNetMidBlock2DCrossAttn" if config.unet_self_attention else "UNetMidBlock2D",
         cross_attention_dim=config.context_width,
         use_linear_projection=True,
     )
