@@ -21,6 +21,8 @@ from .native_keys import native_unet_keys, native_vae_key
 
 CORE_WIDTH = 320
 """First width of Stable Diffusion's UNet, for which core's memory estimates hold at a factor of 1."""
+MIDDLES = {"UNetMidBlock2DCrossAttn": 1, "UNetMidBlock2D": -1}
+"""Core's `transformer_depth_middle` for diffusers' kinds of middle block; -1 is a single residual block."""
 CORE_VAE_WIDTH = 128
 """First width of Stable Diffusion's VAE, for which core's memory estimates hold."""
 
@@ -172,6 +174,12 @@ def _unet_config(base: BaseFolder) -> dict[str, Any]:
             f"got {widths} with {heads} heads"
         )
     attends = [1] * (levels - 1) + [0]
+    # The middle attends to itself in diffusers whatever this says, and so it does here.
+    only_cross = config.get("only_cross_attention", False)
+    only_cross = list(only_cross) if isinstance(only_cross, Iterable) else [only_cross] * levels
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle not in MIDDLES:
+        raise IcmsrError(f"{base.path}/unet: ComfyUI's UNet has a middle of {' or '.join(MIDDLES)}, got {middle}")
     return {
         "image_size": 32,
         "in_channels": config["in_channels"],
@@ -181,7 +189,8 @@ def _unet_config(base: BaseFolder) -> dict[str, Any]:
         "num_res_blocks": [layers] * levels,
         "transformer_depth": [depth for depth in attends for _ in range(layers)],
         "transformer_depth_output": [depth for depth in attends for _ in range(layers + 1)],
-        "transformer_depth_middle": 1,
+        "transformer_depth_middle": MIDDLES[middle],
+        "disable_self_attentions": only_cross,
         "num_head_channels": head_widths.pop(),
         "context_dim": config["cross_attention_dim"],
         "use_linear_in_transformer": bool(config.get("use_linear_projection", False)),

@@ -31,11 +31,11 @@ class Outcome(NamedTuple):
     adapter: torch.nn.Module
 
 
-def write_adapter(path: Path, channels: list[int], in_channels: int = 4):
+def write_adapter(path: Path, channels: list[int]):
     """A diffusers T2IAdapter with random weights, saved as diffusers saves it."""
     from diffusers import T2IAdapter
 
-    adapter = T2IAdapter(in_channels, channels, 2, downscale_factor=8, adapter_type="full_adapter")
+    adapter = T2IAdapter(4, channels, 2, downscale_factor=8, adapter_type="full_adapter")
     save_file(adapter.state_dict(), path)
     return adapter
 
@@ -48,6 +48,8 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     weights.mkdir(parents=True)
     base = write_base(job / "base")
     write_base(job / "four channels", NetworkConfig(latent_channels=4))
+    convolutions = NetworkConfig(8, (32, 32, 64), unet_channels=(64, 128), unet_self_attention=False, context_tokens=3)
+    write_generator(weights / "factor 4.safetensors", write_base(job / "factor 4", convolutions))
     shutil.copytree(base, job / "missing")
     unet_file = job / "missing" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: value for key, value in load_file(unet_file).items() if key != "conv_out.bias"}, unet_file)
@@ -68,7 +70,6 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     adapter = write_adapter(weights / "adapter.safetensors", [64, 128])
     write_adapter(weights / "wide.safetensors", [96, 192])
     write_adapter(weights / "four levels.safetensors", [32, 64, 128, 128])
-    write_adapter(weights / "one channel.safetensors", [64, 128], in_channels=1)
     inputs = {
         "image": torch.rand(2, 3, 64, 96) * 2 - 1,
         "latent": torch.randn(2, 12, 8, 12),
@@ -99,6 +100,18 @@ def test_native_networks_agree_with_diffusers(outcome):
         assert_same(results["encode"], backbone.encode(results["image"]))
         assert_same(results["unet"], backbone.predict_noise(results["latent"], backbone.descriptor.timestep))
         assert_same(results["decode"], backbone.decode(results["latent"]))
+
+
+def test_factor_4_without_self_attention_agrees_with_diffusers(outcome):
+    """Core would attend over the picture and only cross-attend to the context unless it is told, without a word."""
+    backbone = load_backbone(outcome.job / "factor 4", outcome.job / "models" / "icmsr" / "factor 4.safetensors")
+    assert backbone.descriptor.latent_factor == 4
+    results, latent = outcome.results, outcome.results["latent"][:, :8]
+    with torch.inference_mode():
+        assert_same(results["factor 4 encode"], backbone.encode(results["image"]))
+        assert_same(results["factor 4 unet"], backbone.predict_noise(latent, backbone.descriptor.timestep))
+        assert_same(results["factor 4 decode"], backbone.decode(latent))
+    assert_same(results["factor 4"].movedim(-1, 1), upscale(backbone, results["picture"].movedim(-1, 1), SETTINGS))
 
 
 @pytest.mark.parametrize(("result", "name"), [("upscale", "a.safetensors"), ("upscale b", "b.safetensors")])
@@ -252,8 +265,7 @@ def test_the_bare_base_has_no_fidelity(outcome):
         ("hint of 3 channels", "hint has 3 channels, this control_net takes 4"),
         ("hint batch", "hint must hold 1 picture"),
         ("adapter of another family", "choose an adapter of its family"),
-        ("adapter of one channel", "Load ControlNet Model"),
-        ("no adapter", "not an adapter of ICM-SR"),
+        ("no adapter", "not a T2I-Adapter: its tensors are those of neither"),
         ("a controlnet", "must be a T2I-Adapter"),
         ("tile", "try 128"),
         ("nan in the unet", "the UNet gave NaN"),
