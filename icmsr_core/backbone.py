@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise_schedule import NoiseSchedule, Prediction
+from .tiled_vae_steps import VaeHalf, VaePart
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,10 @@ class Backbone(Protocol):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Image [N, 3, h*f, w*f], nominally in [-1, 1] and not clamped, of a scaled latent."""
+
+    def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
+        """The VAE's encoder or decoder step by step, ready to run over stripes of `pixels` of the picture at a time.
+
+        The encoder gives what `encode` gives, the decoder what `decode` gives. Raises `IcmsrError` for a VAE with
+        layers that are not known.
+        """

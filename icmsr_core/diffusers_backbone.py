@@ -17,9 +17,23 @@ from .backbone import BackboneDescriptor
 from .base_folder import BaseFolder, open_base
 from .embedded import embedded_base
 from .errors import IcmsrError
+from .fixed_step import fix_step
 from .generator_file import Generator, PartWeights, load_generator
 from .hub_base import find_base
 from .merging import fidelity_to_use, merged_part, merged_tensors
+from .tiled_vae_steps import (
+    Attention,
+    Norm,
+    Pointwise,
+    Residual,
+    Step,
+    TensorMap,
+    VaeHalf,
+    VaePart,
+    conv_step,
+    down_step,
+    up_steps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +60,7 @@ class DiffusersBackbone:
             # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
             torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)
         self._context = prompt_embedding.to(device, dtype)[None]
+        fix_step(unet, descriptor.timestep, self._context)
 
     @property
     def descriptor(self) -> BackboneDescriptor:
@@ -64,7 +79,7 @@ class DiffusersBackbone:
         residuals = None if features is None else [entry.to(self.device, self.dtype) for entry in features]
         output = self.unet(
             latent.to(self.device, self.dtype),
-            torch.tensor(timestep, device=self.device),
+            timestep,  # a number: a tensor would have to be read back from the device
             encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
             down_intrablock_additional_residuals=residuals,
         )
@@ -73,6 +88,79 @@ class DiffusersBackbone:
     def decode(self, latent: Tensor) -> Tensor:
         """See `Backbone`."""
         return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
+
+    def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
+        """See `Backbone`."""
+        factor = self.vae.config.scaling_factor
+        if part == "encoder":
+            steps = (
+                Pointwise(lambda image: image.to(self.dtype)),
+                *encoder_steps(self.vae),
+                Pointwise(lambda moments: moments.chunk(2, 1)[0].float() * factor),
+            )
+        else:
+            # Cast and scaled in the order of `decode`, which rounds as it does.
+            steps = (Pointwise(lambda latent: latent.to(self.dtype) / factor), *decoder_steps(self.vae))
+        return VaeHalf(steps, self.device, self._room)
+
+    def _room(self) -> float:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
+
+
+def encoder_steps(vae: AutoencoderKL) -> tuple[Step, ...]:
+    """The encoder of `vae` with its quant_conv: [N, 3, H, W] to the moments [N, 2C, h, w].
+
+    Raises `IcmsrError` for a VAE with layers that have no step.
+    """
+    encoder = vae.encoder
+    steps: list[Step] = [conv_step(encoder.conv_in)]
+    for block in encoder.down_blocks:
+        steps += _level(block)
+        steps += [down_step(layer.conv) for layer in block.downsamplers or ()]
+    steps += [*_level(encoder.mid_block), *_head(encoder)]
+    return (*steps, *([conv_step(vae.quant_conv)] if vae.quant_conv is not None else []))
+
+
+def decoder_steps(vae: AutoencoderKL) -> tuple[Step, ...]:
+    """The decoder of `vae` with its post_quant_conv: [N, C, h, w] to [N, 3, H, W]; errors as in `encoder_steps`."""
+    decoder = vae.decoder
+    steps: list[Step] = [conv_step(vae.post_quant_conv)] if vae.post_quant_conv is not None else []
+    steps += [conv_step(decoder.conv_in), *_level(decoder.mid_block)]
+    for block in decoder.up_blocks:
+        steps += _level(block)
+        for layer in block.upsamplers or ():
+            steps += up_steps(layer.conv)
+    return (*steps, *_head(decoder))
+
+
+def _level(block: Any) -> list[Step]:
+    """The residual blocks of one level, or of the middle, with the attention after the first of them."""
+    resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or ())
+    steps: list[Step] = []
+    for index, resnet in enumerate(resnets):
+        main: list[Step] = []
+        for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
+            main += [_norm(norm), Pointwise(resnet.nonlinearity), conv_step(conv)]
+        steps.append(Residual(tuple(main), resnet.conv_shortcut))
+        attention = attentions[index] if index < len(attentions) else None
+        if attention is not None:
+            layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+            query, key, value, output = (_on_channels(layer) for layer in layers)
+            attend = Attention(query, key, value, output, attention.heads)
+            steps.append(Residual((_norm(attention.group_norm), attend)))
+    return steps
+
+
+def _head(half: Any) -> list[Step]:
+    return [_norm(half.conv_norm_out), Pointwise(half.conv_act), conv_step(half.conv_out)]
+
+
+def _norm(module: torch.nn.GroupNorm) -> Norm:
+    return Norm(module.num_groups, module.eps, lambda: (module.weight, module.bias))
+
+
+def _on_channels(layer: torch.nn.Linear) -> TensorMap:
+    return lambda x: layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def silence_diffusers() -> None:

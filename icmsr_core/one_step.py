@@ -18,14 +18,12 @@ from torch import Tensor
 from .backbone import Backbone
 from .color import COLOR_FIXES, apply_color_fix
 from .errors import IcmsrError
-from .tiled_vae import decode_tiled, encode_tiled
+from .tiled_vae import VAE_MODES, decode_tiled, encode_tiled, is_exact, plan_stripes
 from .tiling import Box, TilePlan, plan_tiles, run_tiles
 
 TILE_MULTIPLE = 64
 """Tiles are multiples of this many pixels in every family, so that a workflow carries over between them."""
 MIN_SCALE, MAX_SCALE = 1.0, 8.0
-STAGES = 3
-"""Tiled passes over a picture: encode, UNet, decode. Progress counts each of them."""
 
 
 class TileFeatures(Protocol):
@@ -43,13 +41,17 @@ class UpscaleSettings:
     size: tuple[int, int] | None = None
     """Exact (width, height) of the result in pixels."""
     tile: int = 512
-    """Largest tile in pixels of the result, a multiple of 64; 0 for the whole picture at once."""
+    """Largest tile of the UNet in pixels of the result, a multiple of 64, and the area of the VAE's stripes; 0 for the
+    whole picture at once."""
     overlap: int = 128
     """Least overlap of neighbouring tiles in pixels of the result, at most half of the tile."""
     batch: int = 1
-    """Tiles that run through the networks together."""
+    """Tiles that run through the UNet together."""
     color_fix: str = "wavelet"
     """Colour correction against the input: wavelet, adain or none."""
+    vae: str = "auto"
+    """exact (as if the VAE saw the whole picture at once), bounded (its memory is set by the tile), or auto: exact up
+    to 2048 pixels along the longer side."""
 
     def __post_init__(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -68,6 +70,8 @@ class UpscaleSettings:
             raise IcmsrError(f"batch must be at least 1, got {self.batch}")
         if self.color_fix not in COLOR_FIXES:
             raise IcmsrError(f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}")
+        if self.vae not in VAE_MODES:
+            raise IcmsrError(f"vae must be one of {', '.join(VAE_MODES)}, got {self.vae!r}")
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the result for an input of `height` x `width`."""
@@ -125,11 +129,13 @@ def make_plan(backbone: Backbone, height: int, width: int, settings: UpscaleSett
 
 
 def count_tiles(backbone: Backbone, height: int, width: int, settings: UpscaleSettings) -> int:
-    """Steps that `upscale` reports for one input of `height` x `width`, for a progress bar."""
+    """Steps that `upscale` reports for one input of `height` x `width`: the UNet's tiles, twice the VAE's stripes."""
     multiple = backbone.descriptor.multiple_of
     target = settings.target_size(height, width)
     padded_height, padded_width = (-(-length // multiple) * multiple for length in target)
-    return STAGES * len(make_plan(backbone, padded_height, padded_width, settings))
+    tiles = len(make_plan(backbone, padded_height, padded_width, settings))
+    factor = backbone.descriptor.latent_factor
+    return tiles + 2 * plan_stripes(padded_height // factor, padded_width // factor, settings.tile // factor).number
 
 
 @torch.inference_mode()
@@ -166,24 +172,26 @@ def upscale(
 
     result = torch.empty((image.shape[0], 3, height, width), dtype=torch.float32, device=image.device)
     for index in range(image.shape[0]):
-        one = image[index : index + 1]
-        result[index] = _upscale_one(backbone, one, (height, width), settings, advance, features)[0]
+        one = slice(index, index + 1)
+        _upscale_one(backbone, image[one], result[one], settings, advance, features)
     return result
 
 
 def _upscale_one(
     backbone: Backbone,
     image: Tensor,
-    size: tuple[int, int],
+    out: Tensor,
     settings: UpscaleSettings,
     advance: Callable[[int], None],
     features: TileFeatures | None,
-) -> Tensor:
+) -> None:
     descriptor = backbone.descriptor
-    height, width = size
+    height, width = out.shape[2:]
     padded = pad_to_multiple(resize(image, height, width), descriptor.multiple_of)
     plan = make_plan(backbone, padded.shape[-2], padded.shape[-1], settings)
-    latent = encode_tiled(backbone, padded.mul(2).sub_(1), plan, batch=settings.batch, progress=advance)
+    tile = settings.tile // descriptor.latent_factor
+    exact = is_exact(settings.vae, padded.shape[-2], padded.shape[-1])
+    latent = encode_tiled(backbone, padded, tile=tile, exact=exact, progress=advance)
 
     def clean(tiles: Tensor, boxes: tuple[Box, ...]) -> Tensor:
         residuals = None if features is None else features(boxes)
@@ -191,7 +199,5 @@ def _upscale_one(
         return descriptor.schedule.x0_from_output(descriptor.prediction, tiles, output, descriptor.timestep)
 
     latent = run_tiles(latent, plan, clean, batch=settings.batch, progress=advance)
-    decoded = decode_tiled(backbone, latent, plan, batch=settings.batch, progress=advance)
-    decoded = decoded[:, :, :height, :width].add_(1).div_(2).to(image.device)
-    fixed = apply_color_fix(settings.color_fix, decoded, padded[:, :, :height, :width])
-    return fixed.clamp_(0, 1)
+    decode_tiled(backbone, latent, out, tile=tile, exact=exact, progress=advance)
+    apply_color_fix(settings.color_fix, out, padded[:, :, :height, :width], out=out).clamp_(0, 1)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..icmsr_core.backbone import BackboneDescriptor
 from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.tiled_vae_steps import Pointwise, VaeHalf, VaePart
 from .generator_patches import wrong_vae
-from .model_description import ATTACHMENT, ModelDescription
+from .model_description import ATTACHMENT, ModelDescription, describe
+from .native_vae_steps import decoder_steps, encoder_steps
 
 
 class ComfyBackbone:
@@ -22,10 +24,13 @@ class ComfyBackbone:
     Only one network is asked for at a time, so that a card that holds one of them is enough.
     """
 
-    def __init__(self, model, vae, conditioning=None) -> None:
-        """Checks that the parts belong together; loads nothing. Raises `IcmsrError` that says what to connect."""
-        description: ModelDescription | None = model.get_attachment(ATTACHMENT)
-        if description is None or not description.generator:
+    def __init__(self, model, vae, conditioning=None, *, bare: bool = False) -> None:
+        """Checks that the parts belong together; loads nothing. Raises `IcmsrError` that says what to connect.
+
+        With `bare` a MODEL without a generator will do: the base's own prior, a checkpoint of core's loaders included.
+        """
+        description: ModelDescription | None = describe(model) if bare else model.get_attachment(ATTACHMENT)
+        if description is None or not (bare or description.generator):
             raise IcmsrError(
                 "this MODEL carries no ICM-SR generator: put ICM-SR Apply Generator before this node, or take MODEL "
                 "and VAE from ICM-SR Load Embedded with generator = embedded"
@@ -92,6 +97,29 @@ class ComfyBackbone:
         image = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
         return _finite(image, "the VAE's decoder", vae.vae_dtype)
 
+    def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
+        """See `Backbone`."""
+        vae, model, factor = self._vae, self._model.model, self._descriptor.latent_factor
+        # Core's estimate for as many pixels as a stripe has: it depends on the area alone.
+        if part == "encoder":
+            self._load(vae.patcher, vae.memory_used_encode((1, 3, factor, pixels // factor), vae.vae_dtype))
+            steps = (
+                Pointwise(lambda image: image.to(vae.vae_dtype)),
+                *encoder_steps(vae.first_stage_model, vae.device),
+                Pointwise(lambda moments: moments.float()[:, : self._descriptor.latent_channels]),
+                Pointwise(lambda latent: _finite(latent, "the VAE's encoder", vae.vae_dtype)),
+                Pointwise(model.process_latent_in),
+            )
+        else:
+            cells = (1, self._descriptor.latent_channels, 1, pixels // factor**2)
+            self._load(vae.patcher, vae.memory_used_decode(cells, vae.vae_dtype))
+            steps = (
+                Pointwise(lambda latent: model.process_latent_out(latent).to(vae.vae_dtype)),
+                *decoder_steps(vae.first_stage_model, vae.device),
+                Pointwise(lambda image: _finite(image.float(), "the VAE's decoder", vae.vae_dtype)),
+            )
+        return VaeHalf(steps, vae.device, lambda: _room(vae.device))
+
     def _load(self, patcher, memory: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._active is patcher and memory <= self._reserved:
@@ -144,6 +172,12 @@ def _context(model, description: ModelDescription, conditioning) -> Tensor:
             "(an empty prompt through CLIP Text Encode)"
         )
     return description.prompt_embedding[None]
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that whole maps may take on `device`; what core leaves free for other programs is not for them."""
+    free = comfy.model_management.get_free_memory(device)
+    return free - comfy.model_management.extra_reserved_memory()
 
 
 def _finite(tensor: Tensor, part: str, dtype: torch.dtype) -> Tensor:

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
+from icmsr_core import tiled_vae
 from icmsr_core.backbone import Backbone, BackboneDescriptor
 from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.one_step import UpscaleSettings, count_tiles, make_plan, pad_to_multiple, resize, upscale
+from icmsr_core.tiled_vae_steps import Pointwise, VaeHalf
 from icmsr_core.tiling import Box
 from tests.model_files import write_base, write_generator
 
@@ -37,10 +39,16 @@ class Toy:
         self.tone = 0.0
         self.seen: list[tuple[str, tuple[int, ...]]] = []
         self.timesteps: set[int] = set()
+        self.pixels: list[int] = []
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         self.seen.append(("encode", tuple(image.shape)))
         return F.pixel_unshuffle(image, 8)
+
+    def vae_half(self, part: str, pixels: int) -> VaeHalf:
+        self.pixels.append(pixels)
+        step = Pointwise(self.encode, down=8) if part == "encoder" else Pointwise(self.decode, up=8)
+        return VaeHalf((step,), torch.device("cpu"))
 
     def predict_noise(self, latent, timestep, features=None) -> torch.Tensor:
         self.seen.append(("unet", tuple(latent.shape)))
@@ -259,15 +267,55 @@ def test_tiled_equals_untiled_for_a_local_network(batch: int) -> None:
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-6)
     assert [shape for _, shape in whole_toy.seen] == [(1, 3, 208, 288), (1, 192, 26, 36), (1, 192, 26, 36)]
     for name, shape in tiled_toy.seen:
-        assert max(shape[-2:]) <= (128 if name == "encode" else 16)
-        assert shape[0] <= batch
+        if name == "unet":
+            assert max(shape[-2:]) <= 16
+            assert shape[0] <= batch
+        else:  # stripes along the longer side, with the area of a tile
+            assert shape[-2] == (208 if name == "encode" else 26)
+            assert shape[-2] * shape[-1] <= (128**2 if name == "encode" else 16**2)
     assert max(shape[0] for _, shape in tiled_toy.seen) == batch
+    assert tiled_toy.pixels == [208 * 72] * 2
+    assert whole_toy.pixels == []
 
 
 def test_tile_batches_give_the_same_picture_with_real_networks(nano: Backbone) -> None:
     image = photo(60, 80)
     one, three = (upscale(nano, image, UpscaleSettings(scale=2, tile=64, overlap=16, batch=n)) for n in (1, 3))
     torch.testing.assert_close(one, three, rtol=0, atol=1e-4)
+
+
+class WithoutUNet:
+    """`nano` whose UNet changes nothing, so that only the VAE's mode tells results apart."""
+
+    def __init__(self, backbone: DiffusersBackbone) -> None:
+        self.descriptor, self.encode, self.decode = backbone.descriptor, backbone.encode, backbone.decode
+        self.vae_half = backbone.vae_half
+
+    def predict_noise(self, latent, timestep, features=None) -> torch.Tensor:
+        return torch.zeros_like(latent)
+
+
+def test_exact_does_not_depend_on_the_tile_and_bounded_does_not_depend_on_the_batch(nano: DiffusersBackbone) -> None:
+    image, still = photo(96, 120), WithoutUNet(nano)
+    whole = upscale(still, image, plain(scale=2, tile=0))
+    for tile in (64, 128):
+        exact = upscale(still, image, plain(scale=2, tile=tile, overlap=16, vae="exact"))
+        torch.testing.assert_close(exact, whole, rtol=0, atol=1e-5)
+    bounded = upscale(still, image, plain(scale=2, tile=64, overlap=16, vae="bounded"))
+    assert 1e-4 < (bounded - whole).abs().max() < 0.2
+    batched = upscale(still, image, plain(scale=2, tile=64, overlap=16, vae="bounded", batch=3))
+    torch.testing.assert_close(batched, bounded, rtol=0, atol=1e-6)
+
+
+def test_auto_is_exact_up_to_a_size(nano: DiffusersBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, still = photo(48, 60), WithoutUNet(nano)
+    results = {
+        mode: upscale(still, image, plain(scale=2, tile=64, overlap=16, vae=mode)) for mode in ("exact", "bounded")
+    }
+    assert not torch.equal(results["exact"], results["bounded"])
+    for largest, mode in ((96 * 128, "exact"), (96 * 128 - 1, "bounded")):
+        monkeypatch.setattr(tiled_vae, "LARGEST_EXACT", largest)
+        assert torch.equal(upscale(still, image, plain(scale=2, tile=64, overlap=16)), results[mode])
 
 
 def test_pictures_of_a_batch_equal_each_alone(nano: Backbone) -> None:
@@ -303,9 +351,9 @@ def test_an_overlap_that_leaves_a_family_no_step_is_named_in_pixels() -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "batch"), [(1, 1), (2, 4)])
-def test_progress_reaches_its_total(count: int, batch: int) -> None:
-    chosen = plain(tile=64, overlap=16, batch=batch)
+@pytest.mark.parametrize(("count", "batch", "vae"), [(1, 1, "exact"), (2, 4, "exact"), (1, 1, "bounded")])
+def test_progress_reaches_its_total(count: int, batch: int, vae: str) -> None:
+    chosen = plain(tile=64, overlap=16, batch=batch, vae=vae)
     toy, steps = Toy(), []
     upscale(toy, picture(30, 45, count), chosen, progress=lambda done, total: steps.append((done, total)))
     total = count * count_tiles(toy, 30, 45, chosen)
@@ -313,7 +361,8 @@ def test_progress_reaches_its_total(count: int, batch: int) -> None:
     assert {entry for _, entry in steps} == {total}
     assert done == sorted(set(done))
     assert done[-1] == total
-    assert total == sum(shape[0] for _, shape in toy.seen) > 3 * count
+    seen = [shape[0] for name, shape in toy.seen if vae == "exact" or shape[0] == 1]  # bounded looks at samples too
+    assert total == sum(seen) > 3 * count
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 6])
@@ -439,6 +488,7 @@ def test_padding_does_not_enter_the_colour_statistics() -> None:
         ({"overlap": -1}, r"overlap must be between 0 and half of the tile \(256\), got -1: try 128"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"color_fix": "rgb"}, "color_fix must be one of wavelet, adain, none, got 'rgb'"),
+        ({"vae": "tiled"}, "vae must be one of auto, exact, bounded, got 'tiled'"),
     ],
 )
 def test_settings_are_checked_when_made(values: dict, text: str) -> None:
