@@ -1,0 +1,229 @@
+"""What the benchmarks measure with: fresh processes, stage times, counted work, the matmul rate, peak memory.
+
+Free of the pack's own modules, so that it can be used in a ComfyUI process, where the pack has another name.
+"""
+
+import gc
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STAGES = ("encode", "unet", "decode")
+PRELOAD = ["torch", "torch.utils.flop_counter", "diffusers", "diffusers.models.unets.unet_2d_condition",
+           "diffusers.models.autoencoders.autoencoder_kl", "accelerate"]
+"""Imported once by the server that the measuring processes are forked from, where the platform forks."""
+CLOCKS = ("wall", "cpu")
+"""What is timed: the clock on the wall, or the processor time of the process shared by its threads, which on a machine
+that does other work comes near to what the wall clock would show without it."""
+
+
+class ChildFailed(Exception):
+    """A measuring process ended without a result; the message says why in one line."""
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` of `arguments` in a process of its own that holds nothing of earlier measurements.
+
+    Raises `ChildFailed` when it raised or died (a lack of memory, as a rule).
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        result, error = None, "the process died: most likely out of memory"
+    process.join()
+    if error is not None:
+        raise ChildFailed(error)
+    return result
+
+
+def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        answer = (function(*arguments), None)
+    except Exception as error:
+        answer = (None, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+    sender.send(answer)
+
+
+class Stopwatch:
+    """Seconds on one of `CLOCKS`, after `device` has done what it was given."""
+
+    def __init__(self, device: torch.device, clock: str = "wall") -> None:
+        self._device, self._clock = device, clock
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.process_time() / torch.get_num_threads() if self._clock == "cpu" else time.perf_counter()
+
+
+def use_threads(count: int) -> None:
+    """Sets torch's threads if `count` is not 0."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, watch: Stopwatch, side: int = 0) -> float:
+    """Operations a second (2 per multiply-add) of a square matrix product: the best of five."""
+    side = side or (8192 if device.type == "cuda" else 1024)
+    one = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):  # the first of them warms up
+        started = watch.now()
+        one @ one
+        best = min(best, watch.now() - started)
+    return 2 * side**3 / best
+
+
+class Peak:
+    """The most memory in use since `reset`: of the process, or of the card as torch allocates it. Bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        """Forgets what has been."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        # Linux: the peak resident size begins anew. Elsewhere it counts from the start of the process, with loading.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> float:
+        """The peak; NaN where the platform does not say."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            pass
+        try:
+            import resource
+        except ImportError:  # Windows
+            return float("nan")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return float(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+class Run(NamedTuple):
+    """One run of a procedure, in `STAGES`."""
+
+    seconds: tuple[float, ...]
+    operations: tuple[float, ...]
+    """2 per multiply-add, attention counted; zeros if they were not counted."""
+
+    @property
+    def total(self) -> float:
+        """Seconds from picture to picture."""
+        return sum(self.seconds)
+
+
+def run_in_stages(
+    procedure: Callable[[], Tensor], unet: torch.nn.Module, watch: Stopwatch, count: bool = False
+) -> Run:
+    """`procedure` once. Encoding ends where `unet` begins first, decoding begins where it ends last.
+
+    What comes before the networks (resizing) counts as encoding, what comes after (colours) as decoding. With `count`
+    the operations are counted, which takes some time of its own on small networks.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted()) if count else None
+    marks: list[tuple[float, float]] = []
+
+    def mark(*_: Any) -> None:
+        marks.append((watch.now(), counter.get_total_flops() if counter is not None else 0.0))
+
+    hooks = [unet.register_forward_pre_hook(mark), unet.register_forward_hook(mark)]
+    try:
+        with counter or nullcontext():
+            mark()
+            procedure()
+            mark()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(marks) < 4:
+        raise RuntimeError("the procedure never ran the UNet it was to be measured with")
+    steps = [marks[0], marks[1], marks[-2], marks[-1]]
+    seconds, operations = (
+        tuple(after[index] - before[index] for before, after in pairwise(steps)) for index in range(2)
+    )
+    return Run(seconds, operations)
+
+
+def _uncounted() -> dict[Any, Callable[..., int]]:
+    """Attention on the CPU, which torch's counter does not know."""
+
+    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+        batch, heads, length, width = query
+        return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+
+
+class Measurement(NamedTuple):
+    """What one measuring process found."""
+
+    runs: tuple[Run, ...]
+    operations: tuple[float, ...]
+    """Of one run, in `STAGES`."""
+    peak_bytes: float
+    matmul_rate: float
+    """Operations a second, measured in the same process just before."""
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Median of each stage."""
+        return tuple(statistics.median(run.seconds[stage] for run in self.runs) for stage in range(len(STAGES)))
+
+    @property
+    def total(self) -> float:
+        """Median of the whole."""
+        return statistics.median(run.total for run in self.runs)
+
+    @property
+    def peak_share(self) -> float:
+        """Operations a second over the matmul rate."""
+        return sum(self.operations) / self.total / self.matmul_rate
+
+
+def measure(
+    procedure: Callable[[], Tensor], unet: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, clock: str,
+    runs: int, warmup: int, notes: Sequence[str] = (),
+) -> Measurement:
+    """Runs `procedure`, loaded and ready, `warmup` times and then `runs` times.
+
+    The operations are counted in the first run, also where that is one of those whose time counts.
+    """
+    watch, peak = Stopwatch(device, clock), Peak(device)
+    rate = matmul_rate(device, dtype, watch)
+    peak.reset()
+    first = run_in_stages(procedure, unet, watch, count=True)
+    for _ in range(warmup - 1):
+        run_in_stages(procedure, unet, watch)
+    done = [] if warmup else [first]
+    done += [run_in_stages(procedure, unet, watch) for _ in range(runs - len(done))]
+    return Measurement(tuple(done), first.operations, peak.bytes(), rate, torch.get_num_threads(), tuple(notes))

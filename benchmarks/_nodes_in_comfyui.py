@@ -1,0 +1,57 @@
+"""Times ICMSR_Upscale and the library in turns, in a ComfyUI process that `nodes.py` starts; JSON on the last line."""
+
+import argparse
+import importlib
+import json
+import runpy
+from pathlib import Path
+
+import torch
+
+SCALE = 4
+
+
+def main() -> None:
+    """Loads nano through its node, then runs pairs on one MODEL and one VAE."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("comfyui", "pack", "job", "starter"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("size", "runs", "threads", "tile", "overlap"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--clock", required=True)
+    options = parser.parse_args()
+    core, pack = runpy.run_path(str(options.starter))["start"](options)
+
+    from _measurement import Stopwatch, use_threads
+
+    use_threads(options.threads)
+    one_step = importlib.import_module(f"{pack.__name__}.icmsr_core.one_step")
+    backbones = importlib.import_module(f"{pack.__name__}.nodes.comfy_backbone")
+    model, vae = core.NODE_CLASS_MAPPINGS["ICMSR_LoadEmbedded"].execute().result
+    node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
+    tiles = {"tile": options.tile, "overlap": options.overlap}
+    settings = one_step.UpscaleSettings(scale=SCALE, **tiles)
+    image = torch.rand(1, options.size // SCALE, options.size // SCALE, 3, generator=torch.Generator().manual_seed(0))
+
+    def by_node() -> torch.Tensor:
+        return node.execute(model, vae, image, scale=float(SCALE), **tiles).result[0].movedim(-1, 1)
+
+    def by_library() -> torch.Tensor:
+        with backbones.ComfyBackbone(model, vae) as backbone:
+            return one_step.upscale(backbone, image.movedim(-1, 1), settings)
+
+    watch = Stopwatch(torch.device("cpu"), options.clock)
+    times: dict[str, list[float]] = {"node": [], "library": []}
+    with torch.inference_mode():
+        difference = float((by_node() - by_library()).abs().max())  # warms both up
+        for number in range(options.runs):
+            pair = [("node", by_node), ("library", by_library)]
+            for name, run in pair if number % 2 else reversed(pair):
+                started = watch.now()
+                run()
+                times[name].append(watch.now() - started)
+    print(json.dumps({"times": times, "difference": difference, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
