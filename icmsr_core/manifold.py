@@ -98,12 +98,14 @@ def manifold_grid(
     timesteps: Sequence[int],
     rows: Mapping[str, Sequence[FloatArray]],
     maps: Mapping[str, Mapping[str, FloatArray]] | None = None,
+    truth_label: str = "truth",
 ) -> FloatArray:
     """The truth [H, W, 3] and what became of it at each of `timesteps`, as one labelled picture in [0, 1].
 
     `rows` has, by name, a picture like the truth for each timestep: the decoded noised latent, the clean estimate
     without condition, with it. Over each stands its timestep and its PSNR of Y against the truth. `maps` has, by the
-    name of its row, what the network was shown, by name: it stands at the row's left. The truth begins the first row.
+    name of its row, what the network was shown, by name: it stands at the row's left. The truth begins the first row,
+    under `truth_label`.
     Raises `IcmsrError` where a row has not one picture for each timestep, or one of another size than the truth.
     """
     shown: dict[str, list[Cell]] = {name: list((maps or {}).get(name, {}).items()) for name in rows}
@@ -112,7 +114,7 @@ def manifold_grid(
             raise IcmsrError(f"row {name!r} must have a picture for each of {len(timesteps)} timesteps, "
                              f"got {len(pictures)}")
     if rows:
-        shown[next(iter(rows))].insert(0, ("truth", truth))
+        shown[next(iter(rows))].insert(0, (truth_label, truth))
     width = max(map(len, shown.values()), default=0)
     grid = {}
     for name, pictures in rows.items():

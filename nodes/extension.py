@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .conditions import ExtractCondition
+from .inspect_manifold import InspectManifold
 from .loaders import ApplyGenerator, LoadAdapter, LoadEmbedded
 from .model_folders import register_folder
 from .upscale import Upscale
@@ -15,4 +16,4 @@ class IcmsrExtension(ComfyExtension):
         register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadEmbedded, ApplyGenerator, LoadAdapter, ExtractCondition, Upscale]
+        return [LoadEmbedded, ApplyGenerator, LoadAdapter, ExtractCondition, Upscale, InspectManifold]

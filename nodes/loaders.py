@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..icmsr_core.base_folder import open_base
 from ..icmsr_core.embedded import embedded_base, embedded_generator
 from ..icmsr_core.generator_file import load_generator
 from ..icmsr_core.merging import MAX_FIDELITY
-from .adapter_features import load_adapter
+from .adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
 from .generator_patches import apply_generator
 from .model_description import ATTACHMENT, ModelDescription
-from .model_folders import FOLDER, file_stamp, find_file, list_files
+from .model_folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
 from .native_models import load_unet, load_vae
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "image/upscaling/ICM-SR"
 FIDELITY_RANGE = {"default": 1.0, "min": 0.0, "max": MAX_FIDELITY, "step": 0.05}
-EMBEDDED = "nano (embedded)"
 GENERATOR_FOLDERS = (FOLDER, "loras")
-ADAPTER_FOLDERS = (FOLDER, "controlnet")
+NO_ADAPTER = "none"
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -135,28 +137,46 @@ class ApplyGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, model, vae, generator: str, strength: float = 1.0, fidelity: float = 1.0) -> io.NodeOutput:
         weights = load_generator(cls._path(generator))
-        return io.NodeOutput(*apply_generator(model, vae, weights, generator, strength, fidelity))
+        patched = apply_generator(model, vae, weights, generator, strength, fidelity)
+        notes = weights.info.notes
+        if notes:
+            log.info("%s: %s", generator, notes)
+        return io.NodeOutput(*patched, ui=ui.PreviewText(notes) if notes else None)
 
 
 class LoadAdapter(io.ComfyNode):
-    """A 4-channel T2I-Adapter."""
+    """A T2I-Adapter, or the pair of a colour and an edge adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = list_adapters()
         return io.Schema(
             node_id="ICMSR_LoadAdapter",
             display_name="ICM-SR Load Adapter",
             category=CATEGORY,
             description=(
-                "Loads a T2I-Adapter for ICM-SR's 4-channel condition (colours and edges). Core's Load ControlNet "
-                "Model would misread these files."
+                "Loads a T2I-Adapter for ICM-SR's condition (colours and edges), or a pair of them. Core's Load "
+                "ControlNet Model would misread ICM-SR's own 4-channel files."
             ),
             search_aliases=["t2i adapter", "controlnet", "icm"],
             inputs=[
                 io.Combo.Input(
                     "adapter",
-                    options=list_files(*ADAPTER_FOLDERS),
-                    tooltip="Adapter files (.safetensors, diffusers T2IAdapter) in models/icmsr and models/controlnet.",
+                    options=files,
+                    tooltip=(
+                        "T2I-Adapters of ICM-SR, diffusers or TencentARC in models/icmsr and models/controlnet. For a "
+                        "diffusers folder choose the weights file in it."
+                    ),
+                ),
+                io.Combo.Input(
+                    "second_adapter",
+                    options=[NO_ADAPTER, *files],
+                    default=NO_ADAPTER,
+                    optional=True,  # prompts saved before it was there run as they did
+                    tooltip=(
+                        "For the public pair of Stable Diffusion 1.5: the colour adapter in one input, the canny "
+                        "adapter in the other. Their features are summed."
+                    ),
                 ),
             ],
             outputs=[
@@ -168,9 +188,10 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter: str) -> str:
-        return file_stamp(find_file(adapter, *ADAPTER_FOLDERS))
+    def fingerprint_inputs(cls, adapter: str, second_adapter: str = NO_ADAPTER) -> str:
+        return " ".join(adapter_stamp(name) for name in (adapter, second_adapter) if name != NO_ADAPTER)
 
     @classmethod
-    def execute(cls, adapter: str) -> io.NodeOutput:
-        return io.NodeOutput(load_adapter(find_file(adapter, *ADAPTER_FOLDERS)))
+    def execute(cls, adapter: str, second_adapter: str = NO_ADAPTER) -> io.NodeOutput:
+        second = None if second_adapter == NO_ADAPTER else find_adapter(second_adapter)
+        return io.NodeOutput(load_adapter(find_adapter(adapter), second))

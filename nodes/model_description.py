@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-import comfy.model_base
+import comfy.model_sampling
 from torch import Tensor
 
 from ..icmsr_core.backbone import BackboneDescriptor
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.generator_file import Generator
+from ..icmsr_core.generator_fit import check_prior
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,15 @@ def describe(model) -> ModelDescription:
             "'ICM-SR Load Embedded', or from a checkpoint of Stable Diffusion 1.5 or 2.1-base"
         )
     factor = model.model.latent_format.spacial_downscale_ratio
+    # Not model_type, which core guesses from a weight's statistics: ModelSamplingDiscrete may have corrected it.
+    sampling = model.get_model_object("model_sampling")
     descriptor = BackboneDescriptor(
         family=family,
         latent_channels=model.model.latent_format.latent_channels,
         latent_factor=factor,
         multiple_of=factor * 2 ** (len(config["channel_mult"]) - 1),
         timestep=0,
-        prediction="v" if model.model.model_type == comfy.model_base.ModelType.V_PREDICTION else "eps",
+        prediction="v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps",
     )
     return ModelDescription(descriptor, f"{family} checkpoint")
 
@@ -67,7 +70,8 @@ def describe(model) -> ModelDescription:
 def with_generator(description: ModelDescription, generator: Generator, name: str) -> ModelDescription:
     """`description` after `generator`, called `name`, is applied.
 
-    Raises `IcmsrError` for another family, or when a generator is there already: two would be merged into nonsense.
+    Raises `IcmsrError` for another family, for a base that predicts something else than the one it was trained on, or
+    when a generator is there already: two would be merged into nonsense.
     """
     info, descriptor = generator.info, description.descriptor
     if description.generator:
@@ -80,6 +84,11 @@ def with_generator(description: ModelDescription, generator: Generator, name: st
             f"{name}: the generator is for the family {info.family!r}, the MODEL ({description.base}) is of "
             f"{descriptor.family!r}: choose files of one family"
         )
+    where = f"the MODEL, {description.base}"
+    if not description.base_hash:  # nothing but core's judgement stands behind it
+        where += "; where ComfyUI took it for the wrong kind, ModelSamplingDiscrete before this node says which it is"
+    own = bool(info.base_hash) and info.base_hash == description.base_hash
+    check_prior(generator, descriptor.prediction, where, lambda: own)
     if info.base_hash and description.base_hash and info.base_hash != description.base_hash:
         log.warning("%s was trained on other weights of %s than these: results may suffer", name, description.base)
     descriptor.schedule.check_timestep(info.timestep)

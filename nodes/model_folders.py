@@ -11,6 +11,8 @@ from ..icmsr_core.errors import IcmsrError
 
 FOLDER = "icmsr"
 EXTENSION = ".safetensors"
+EMBEDDED = "nano (embedded)"
+"""What lists call the weights that ship with the pack."""
 
 
 def register_folder() -> None:

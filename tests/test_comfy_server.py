@@ -13,11 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from icmsr_core import conditions
-from icmsr_core.diffusers_backbone import load_backbone
+from icmsr_core import conditions, manifold
+from icmsr_core.base_folder import open_base
+from icmsr_core.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
 from icmsr_core.embedded import embedded_base, embedded_generator
 from icmsr_core.generator_file import save_generator
+from icmsr_core.image_io import from_tensor, to_tensor
 from icmsr_core.one_step import UpscaleSettings, pad_to_multiple, resize, upscale
+from icmsr_core.train.adapter_file import save_adapter
 from tests.comfy_harness import PACK_NAME, ROOT, to_prompt
 from tests.model_files import random_generator, write_generator
 
@@ -29,6 +32,7 @@ NODES = {
     "ICMSR_LoadAdapter": ["CONTROL_NET"],
     "ICMSR_ExtractCondition": ["IMAGE", "IMAGE", "IMAGE"],
     "ICMSR_Upscale": ["IMAGE"],
+    "ICMSR_InspectManifold": ["IMAGE"],
 }
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
@@ -118,7 +122,13 @@ def test_input_names_and_their_order_are_kept(object_info):
     assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {
         "required": ["model", "vae", "generator", "strength"], "optional": ["fidelity"]
     }
-    assert object_info["ICMSR_LoadAdapter"]["input_order"] == {"required": ["adapter"]}
+    assert object_info["ICMSR_LoadAdapter"]["input_order"] == {
+        "required": ["adapter"], "optional": ["second_adapter"]
+    }
+    assert object_info["ICMSR_InspectManifold"]["input_order"] == {
+        "required": ["model", "vae", "image", "timesteps", "seed"],
+        "optional": ["control_net", "hint", "strength", "conditioning"],
+    }
     assert object_info["ICMSR_ExtractCondition"]["input_order"] == {
         "required": ["image", "low_threshold", "high_threshold"]
     }
@@ -249,6 +259,103 @@ def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run
     assert float((conditioned - expected).abs().max()) > 1 / 255  # the trained adapter is in the graph
 
 
+def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
+    """A labelled grid over the bare base, with an adapter that takes the edges alone."""
+    from diffusers import T2IAdapter
+
+    base = open_base(embedded_base())
+    backbone = DiffusersBackbone(
+        *build_networks(base), base.descriptor(), base.prompt_embedding(), torch.device("cpu"), torch.float32
+    )
+    descriptor = backbone.descriptor
+    torch.manual_seed(2)
+    adapter = T2IAdapter(1, [64, 128], 2, downscale_factor=descriptor.latent_factor).requires_grad_(False)
+    save_adapter(comfy_server.base / "models" / "controlnet" / "edges", adapter, {}, torch.float32)
+    picture = photograph(50, 37, seed=4)
+    prompt = {
+        "image": {"class_type": "LoadImage", "inputs": {"image": comfy_server.upload(picture, "manifold.png")}},
+        "base": {"class_type": "ICMSR_LoadEmbedded", "inputs": {"generator": "none"}},
+        "adapter": {
+            "class_type": "ICMSR_LoadAdapter",
+            "inputs": {"adapter": "edges.safetensors", "second_adapter": "none"},
+        },
+        "condition": {
+            "class_type": "ICMSR_ExtractCondition",
+            "inputs": {"image": ["image", 0], "low_threshold": 20.0, "high_threshold": 60.0},
+        },
+        "inspect": {
+            "class_type": "ICMSR_InspectManifold",
+            "inputs": {
+                "model": ["base", 0], "vae": ["base", 1], "image": ["image", 0], "timesteps": "100, 800", "seed": 3,
+                "control_net": ["adapter", 0], "hint": ["condition", 0], "strength": 2.0,
+            },
+        },
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["inspect", 0], "filename_prefix": "manifold"}},
+    }  # fmt: skip
+    kind, data, entry = comfy_server.run(prompt)
+    assert kind == "execution_success", data
+    source = tensor(picture)
+    latent = backbone.encode(pad_to_multiple(source, descriptor.multiple_of) * 2 - 1)
+    noise = manifold.seeded_noise(latent, 3)
+    hint = pad_to_multiple(conditions.canny_edges(source, 20, 60), descriptor.multiple_of)
+    features = [2 * level for level in adapter(hint)]
+    latents = {
+        "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in (100, 800)],
+        "no condition": manifold.clean_estimates(backbone, latent, (100, 800), noise),
+        "with condition": manifold.clean_estimates(backbone, latent, (100, 800), noise, features),
+    }
+
+    def decoded(one: torch.Tensor):
+        return manifold.decoded_pictures(backbone, one)[0][:37, :50]
+
+    rows = {name: [decoded(one) for one in some] for name, some in latents.items()}
+    shown = {"colormap": conditions.colormap(source), "edges": conditions.canny_edges(source, 20, 60)}
+    maps = {
+        "noised": {"its latent, decoded": decoded(latent)},
+        "with condition": {name: from_tensor(one.expand(-1, 3, -1, -1)) for name, one in shown.items()},
+    }
+    grid = manifold.manifold_grid(from_tensor(source), (100, 800), rows, maps)
+    assert_same_picture(comfy_server.picture(entry), to_tensor(grid))
+    assert max(abs(a - b).max() for a, b in zip(rows["no condition"], rows["with condition"])) > 4 / 255
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"generator": "embedded"}, "which predicts a residual at one timestep and knows no noise: connect the bare"),
+        ({"timesteps": "some"}, "timesteps must be 1 to 16 whole numbers separated by commas, got 'some'"),
+        ({"timesteps": "200, 1000"}, "1000"),
+    ],
+)
+def test_a_prior_that_cannot_be_looked_at_is_the_node_s_error(comfy_server, settings, words):
+    settings = {"generator": "none", "timesteps": "500", **settings}
+    nodes = graph(
+        comfy_server.upload(photograph(20, 20), "small.png"),
+        before={"model": {"class_type": "ICMSR_LoadEmbedded", "inputs": {"generator": settings.pop("generator")}}},
+    )
+    inputs = {key: nodes["upscale"]["inputs"][key] for key in ("model", "vae", "image")}
+    nodes["upscale"] = {"class_type": "ICMSR_InspectManifold", "inputs": {**inputs, "seed": 0, **settings}}
+    outcome, data, _ = comfy_server.run(nodes)
+    assert outcome == "execution_error"
+    assert data["node_type"] == "ICMSR_InspectManifold"
+    assert words in data["exception_message"]
+    assert "\n" not in data["exception_message"].strip()
+
+
+def test_what_a_generator_file_notes_is_shown(comfy_server):
+    notes = "Takes its prompt from an image tagger, which is no part of this file."
+    generator = random_generator(embedded_base())
+    path = comfy_server.base / "models" / "icmsr" / "with notes.safetensors"
+    save_generator(path, replace(generator, info=replace(generator.info, notes=notes)))
+    write_generator(path.with_name("without notes.safetensors"), embedded_base())
+    image = comfy_server.upload(photograph(20, 20), "small.png")
+    for name, expected in (("with notes", [notes]), ("without notes", None)):
+        kind, data, entry = comfy_server.run(graph(image, before=base_with(f"{name}.safetensors"), scale=1.0))
+        assert kind == "execution_success", data
+        assert entry["outputs"].get("model", {}).get("text") == expected
+    assert f"with notes.safetensors: {notes}" in comfy_server.log()
+
+
 def test_weights_are_found_in_every_folder(comfy_server):
     models = comfy_server.base / "models"
     folders = {"here": models / "icmsr", "there": comfy_server.elsewhere, "loras": models / "loras"}
@@ -256,6 +363,16 @@ def test_weights_are_found_in_every_folder(comfy_server):
         folder.mkdir(parents=True, exist_ok=True)
         write_generator(folder / f"found {name}.safetensors", embedded_base())
     (models / "icmsr" / "notes.txt").write_text("not a weights file")
+    adapters = ["canny.pth", "color/diffusion_pytorch_model.bin", "color/diffusion_pytorch_model.safetensors"]
+    (models / "controlnet" / "color").mkdir(parents=True, exist_ok=True)
+    for name in (*adapters, "color/config.json"):
+        (models / "controlnet" / name).touch()
+    inputs = comfy_server.get("/object_info/ICMSR_LoadAdapter")["ICMSR_LoadAdapter"]["input"]
+    for group, socket in (("required", "adapter"), ("optional", "second_adapter")):
+        listed = inputs[group][socket][1]["options"]
+        assert set(adapters) <= set(listed)
+        assert not [name for name in listed if name.endswith((".txt", ".json"))]
+    assert inputs["optional"]["second_adapter"][1]["options"][0] == "none"
     options = comfy_server.get("/object_info/ICMSR_ApplyGenerator")["ICMSR_ApplyGenerator"]["input"]["required"]
     listed = options["generator"][1]["options"]
     assert listed[0] == "nano (embedded)"
@@ -289,8 +406,18 @@ def test_interrupt_stops_between_tiles_and_leaves_a_working_server(comfy_server)
     assert_same_picture(comfy_server.picture(entry), expected)
 
 
+class Trap:
+    """Writes a file when it is unpickled by a reader that runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
 def _damaged(folder: Path, kind: str) -> str:
-    generator = random_generator(embedded_base())
+    generator = random_generator(embedded_base(), prediction="v" if kind == "prior" else "residual")
     path = folder / f"{kind}.safetensors"
     if kind == "family":
         generator = replace(generator, info=replace(generator.info, family="sd21"))
@@ -306,7 +433,13 @@ def _damaged(folder: Path, kind: str) -> str:
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
     if kind == "foreign":
-        save_file({"lora": torch.zeros(2)}, path)
+        save_file({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(2, 2)}, path)
+    if kind == "vae":
+        save_file(open_base(embedded_base()).vae_state(), path)
+    if kind == "code":
+        torch.save({"unet.conv_in.weight": Trap(folder / "ran")}, path)
+        torch.load(path, weights_only=False)
+        (folder / "ran").unlink()  # it works where code is run
     return path.name
 
 
@@ -317,6 +450,9 @@ def _damaged(folder: Path, kind: str) -> str:
         ("nan", "NaN or infinite values in unet.conv_in.bias"),
         ("truncated", "not a readable .safetensors file"),
         ("foreign", "not an ICM-SR generator file"),
+        ("vae", "not an ICM-SR generator file"),
+        ("code", "not a readable .safetensors file"),
+        ("prior", "the generator is for a base that predicts v, this one predicts eps (the MODEL, nano"),
     ],
 )
 def test_a_bad_generator_file_is_the_node_s_error(comfy_server, kind, words):
@@ -327,6 +463,7 @@ def test_a_bad_generator_file_is_the_node_s_error(comfy_server, kind, words):
     assert data["node_type"] == "ICMSR_ApplyGenerator"
     assert words in data["exception_message"]
     assert "\n" not in data["exception_message"].strip()
+    assert not (comfy_server.base / "models" / "icmsr" / "ran").exists()
 
 
 @pytest.mark.parametrize(

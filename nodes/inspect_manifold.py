@@ -1,0 +1,228 @@
+"""The node that shows what a diffusion prior takes a noised picture for, with the condition and without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.one_step import pad_to_multiple, resize
+from ..icmsr_core.tiling import plan_tiles
+from .adapter_features import AdapterFeatures, check_hint
+from .comfy_backbone import ComfyBackbone
+from .image_sockets import to_image, to_pictures
+from .loaders import CATEGORY
+from .model_description import ModelDescription, describe
+
+log = logging.getLogger(__name__)
+
+LONGEST_SIDE = 512
+"""Largest side of the picture that is looked at, in pixels: what the bases are trained on, and the grid stays small."""
+MOST_TIMESTEPS = 16
+"""Columns of the grid."""
+
+
+class InspectManifold(io.ComfyNode):
+    """The prior's clean estimates as a labelled grid."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ICMSR_InspectManifold",
+            display_name="ICM-SR Inspect Manifold",
+            category=CATEGORY,
+            description=(
+                "Shows what a diffusion model takes a noised picture for at several timesteps, without ICM-SR's "
+                "condition and with it: how much structure the condition holds on to when the noise hides the picture."
+            ),
+            search_aliases=["teacher", "clean estimate", "x0", "icm"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "A bare base: ICM-SR Load Embedded with generator = none, or a checkpoint of Stable Diffusion "
+                        "1.5 or 2.1."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the same base."),
+                io.Image.Input(
+                    "image",
+                    tooltip=f"A sharp picture; each one of a batch gets a grid. Shrunk to {LONGEST_SIDE} pixels.",
+                ),
+                io.String.Input(
+                    "timesteps",
+                    default="200, 500, 800",
+                    tooltip="Noise levels, separated by commas: 0 is hardly any noise, 999 hardly any picture.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the noise, which is the same at all timesteps, with the condition and without.",
+                ),
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
+                ),
+                io.Image.Input(
+                    "hint",
+                    optional=True,
+                    tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For control_net: how strongly the condition acts.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="A prompt: needed for checkpoints, replaces the constant prompt embedding of nano.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="IMAGE",
+                    tooltip="A grid for each picture: the timesteps, and the PSNR of Y against the picture.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        image: Tensor,
+        timesteps: str = "200, 500, 800",
+        seed: int = 0,
+        control_net=None,
+        hint: Tensor | None = None,
+        strength: float = 1.0,
+        conditioning=None,
+    ) -> io.NodeOutput:
+        chosen = parse_timesteps(timesteps)
+        check_hint(control_net, hint, image.shape[0])
+        description = describe(model)
+        _check_prior(description, conditioning is not None)
+        for t in chosen:
+            description.descriptor.schedule.check_timestep(t)
+        pictures = to_pictures(image)
+        size = _size_to_show(*pictures.shape[-2:])
+        label = "truth" if size == pictures.shape[-2:] else "truth, shrunk"
+        rows = 1 if control_net is None else 2
+        bar = comfy.utils.ProgressBar(len(pictures) * rows * len(chosen))
+        grids = []
+        with ComfyBackbone(model, vae, conditioning, bare=True) as backbone:
+            for index, picture in enumerate(pictures.split(1)):
+                picture = resize(picture, *size)
+                shown = None if hint is None else hint[index % len(hint)][None].movedim(-1, 1)  # one hint, or each
+                grids.append(_grid(backbone, picture, label, chosen, seed, control_net, shown, strength, bar))
+        return io.NodeOutput(to_image(torch.cat(grids)))
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """The whole numbers in `text`, separated by commas or spaces. Raises `IcmsrError` for none, many, other words."""
+    words = text.replace(",", " ").split()
+    if not 1 <= len(words) <= MOST_TIMESTEPS or not all(word.isascii() and word.isdigit() for word in words):
+        raise IcmsrError(
+            f"timesteps must be 1 to {MOST_TIMESTEPS} whole numbers separated by commas, got {text!r}: "
+            "try 200, 500, 800"
+        )
+    return tuple(map(int, words))
+
+
+def _check_prior(description: ModelDescription, prompted: bool) -> None:
+    if description.descriptor.prediction == "residual":
+        raise IcmsrError(
+            f"this MODEL carries the generator {description.generator!r}, which predicts a residual at one timestep "
+            "and knows no noise: connect the bare base (ICM-SR Load Embedded with generator = none, or the checkpoint)"
+        )
+    if description.prompt_embedding is None and not prompted:
+        raise IcmsrError(
+            f"the {description.base} comes without a prompt: connect a conditioning (an empty prompt through CLIP Text "
+            "Encode)"
+        )
+
+
+def _size_to_show(height: int, width: int) -> tuple[int, int]:
+    """Height and width with no side above `LONGEST_SIDE`; a line in the log where that is smaller."""
+    factor = LONGEST_SIDE / max(height, width)
+    if factor >= 1:
+        return height, width
+    shown = max(1, round(height * factor)), max(1, round(width * factor))
+    log.info("ICM-SR Inspect Manifold shows %d x %d pixels, shrunk from %d x %d", *shown[::-1], width, height)
+    return shown
+
+
+def _grid(
+    backbone: ComfyBackbone,
+    picture: Tensor,
+    label: str,
+    timesteps: Sequence[int],
+    seed: int,
+    control_net,
+    hint: Tensor | None,
+    strength: float,
+    bar: comfy.utils.ProgressBar,
+) -> Tensor:
+    """The grid [1, 3, h, w] of one picture [1, 3, H, W] in [0, 1], called `label` there; `hint` is [1, C, H', W']."""
+    # OpenCV draws it: only once it is needed.
+    from ..icmsr_core.image_io import FloatArray, from_tensor, to_tensor
+    from ..icmsr_core.manifold import clean_estimates, decoded_pictures, manifold_grid, seeded_noise
+
+    descriptor, (height, width) = backbone.descriptor, picture.shape[-2:]
+
+    def decoded(latent: Tensor) -> FloatArray:
+        return decoded_pictures(backbone, latent)[0][:height, :width]
+
+    def estimates(features: list[Tensor] | None) -> list[Tensor]:
+        found = []
+        for t in timesteps:
+            found += clean_estimates(backbone, latent, [t], noise, features)
+            bar.update(1)
+        return found
+
+    padded = pad_to_multiple(picture, descriptor.multiple_of)
+    latent = backbone.encode(padded * 2 - 1)
+    noise = seeded_noise(latent, seed)
+    latents = {
+        "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in timesteps],
+        "no condition": estimates(None),
+    }
+    maps: dict[str, dict[str, FloatArray]] = {"noised": {"its latent, decoded": decoded(latent)}}
+    if hint is not None:
+        features = AdapterFeatures(
+            control_net,
+            hint,
+            (height, width),
+            descriptor.multiple_of,
+            strength=strength,
+            dtype=backbone.dtype,
+            keep=False,
+        )
+        whole = plan_tiles(*latent.shape[-2:], max(latent.shape[-2:]), 0)
+        latents["with condition"] = estimates(features(whole.boxes))
+        maps["with condition"] = {name: from_tensor(shown) for name, shown in _shown(hint, height, width).items()}
+    rows = {name: [decoded(one) for one in some] for name, some in latents.items()}
+    return to_tensor(manifold_grid(from_tensor(picture), timesteps, rows, maps, label))
+
+
+def _shown(hint: Tensor, height: int, width: int) -> dict[str, Tensor]:
+    """What a hint [1, C, H, W] holds, as pictures [1, 3, height, width] by name."""
+    hint = torch.nn.functional.interpolate(hint.float().clamp(0, 1), (height, width), mode="nearest-exact")
+    if hint.shape[1] == 4:
+        return {"colormap": hint[:, :3], "edges": hint[:, 3:].expand(-1, 3, -1, -1)}
+    return {"hint": hint[:, :3] if hint.shape[1] >= 3 else hint[:, :1].expand(-1, 3, -1, -1)}
