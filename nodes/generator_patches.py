@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from ..icmsr_core.generator_file import REALISTIC, Generator, PartWeights
 from ..icmsr_core.merging import fidelity_to_use, misfit, not_for_this_base
 from .model_description import ATTACHMENT, describe, with_generator
 from .native_keys import native_unet_keys, native_vae_key, vae_levels
+
+log = logging.getLogger(__name__)
 
 
 class Patches(NamedTuple):
@@ -46,6 +49,7 @@ def apply_generator(model, vae, generator: Generator, name: str, strength: float
     unet_patches = _native_patches(
         name, generator, "unet", model.model_state_dict(), lambda key: f"diffusion_model.{unet_keys.get(key, key)}"
     )
+    _warn_of_eight_bits(name, model, unet_patches)
     model_copy = model.clone()
     _add(model_copy, *unet_patches, strength, fidelity)
     model_copy.set_attachments(ATTACHMENT, description)
@@ -69,6 +73,18 @@ def wrong_vae(got: int, expected: int) -> IcmsrError:
     return IcmsrError(
         f"this VAE has {got} latent channels, the MODEL takes {expected}: connect the VAE of the same loader"
     )
+
+
+def _warn_of_eight_bits(name: str, model, sets: tuple[Patches, Patches]) -> None:
+    """Core rounds what it merges to the precision of the weights it keeps, and in 8 bits that is most of a LoRA."""
+    state = model.model_state_dict()
+    keys = {key for patches in sets for part in patches for key in part}
+    dtypes = sorted({str(state[key].dtype).removeprefix("torch.") for key in keys if state[key].element_size() == 1})
+    if dtypes:
+        log.warning(
+            "%s: this MODEL keeps its weights in %s, and the generator is rounded to that as well: "
+            "load the checkpoint in 16 bits for the result it was trained for", name, " and ".join(dtypes),
+        )  # fmt: skip
 
 
 def _native_patches(

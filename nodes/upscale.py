@@ -132,68 +132,96 @@ class Upscale(io.ComfyNode):
         strength: float = 1.0,
         conditioning=None,
     ) -> io.NodeOutput:
-        settings: UpscaleSettings | None = UpscaleSettings(
-            scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix
-        )
-        pictures = to_pictures(image)
+        settings = UpscaleSettings(scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix)
         if (control_net is None) != (hint is None):
             given, missing = ("hint", "control_net") if control_net is None else ("control_net", "hint")
             raise IcmsrError(f"{given} is connected without {missing}: connect both or neither")
         if control_net is not None:
-            check_hint(control_net, hint, pictures.shape[0])
+            check_hint(control_net, hint, image.shape[0])
             if strength == 0:
                 control_net = hint = None
-        backbone = ComfyBackbone(model, vae, conditioning)
-        with backbone:
-            while True:
-                try:
-                    result = _upscale_batch(backbone, pictures, settings, control_net, hint, strength)
-                    break
-                except Exception as error:
-                    comfy.model_management.raise_non_oom(error)
-                    smaller = _smaller(settings)
-                    if smaller is None:
-                        raise
-                # Out of the except block, where the error no longer holds the tensors that did not fit.
-                log.warning("out of memory with %s: trying again with %s", _words(settings), _words(smaller))
-                settings = smaller
-                comfy.model_management.soft_empty_cache()
-        return io.NodeOutput(to_image(result))
+        with ComfyBackbone(model, vae, conditioning) as backbone:
+            return io.NodeOutput(_upscale_batch(backbone, image, settings, control_net, hint, strength))
 
 
 def _upscale_batch(
     backbone: ComfyBackbone,
-    pictures: torch.Tensor,
+    image: torch.Tensor,
     settings: UpscaleSettings,
     control_net,
     hint: torch.Tensor | None,
     strength: float,
 ) -> torch.Tensor:
-    """Every picture of [N, 3, H, W] on its own, with one progress bar over all their tiles."""
-    count, _, height, width = pictures.shape
-    tiles = count_tiles(backbone, height, width, settings)
-    bar = comfy.utils.ProgressBar(count * tiles)
-    results, features = [], None
+    """The result for every picture of the IMAGE, each on its own, with one progress bar over all their tiles.
+
+    The result is one tensor from the start, so that beside it memory holds one picture at a time. A picture that does
+    not fit is begun again with smaller tiles, which the rest of the batch keeps; those before it stand.
+    """
+    count, height, width = image.shape[:3]
+    result = _empty_image(count, *settings.target_size(height, width))
+    _check_finite(image)
+    bar, before = comfy.utils.ProgressBar(count), 0
+    features: AdapterFeatures | None = None
     for index in range(count):
-        if control_net is not None and (features is None or hint.shape[0] > 1):
-            features = AdapterFeatures(
-                control_net,
-                hint[index : index + 1].movedim(-1, 1),
-                settings.target_size(height, width),
-                backbone.descriptor.multiple_of,
-                strength=strength,
-                dtype=backbone.dtype,
-                keep=hint.shape[0] == 1 and count > 1,
+        picture = to_pictures(image[index : index + 1])
+        while True:
+            tiles = count_tiles(backbone, height, width, settings)
+            total = before + (count - index) * tiles
+            if control_net is not None and (features is None or hint.shape[0] > 1):
+                features = AdapterFeatures(
+                    control_net,
+                    hint[index : index + 1].movedim(-1, 1),
+                    settings.target_size(height, width),
+                    backbone.descriptor.multiple_of,
+                    strength=strength,
+                    dtype=backbone.dtype,
+                    keep=hint.shape[0] == 1 and count > 1,
+                )
+
+            def progress(done: int, _own: int, before: int = before, total: int = total) -> None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                bar.update_absolute(before + done, total)
+
+            try:
+                result[index] = to_image(upscale(backbone, picture, settings, progress=progress, features=features))[0]
+                break
+            except Exception as error:
+                comfy.model_management.raise_non_oom(error)
+                smaller = _smaller(settings)
+                if smaller is None:
+                    raise
+            # Out of the except block, where the error no longer holds the tensors that did not fit.
+            log.warning(
+                "picture %d of %d: out of memory with %s: trying again with %s",
+                index + 1, count, _words(settings), _words(smaller),
+            )  # fmt: skip
+            settings, features = smaller, None  # what is kept of an adapter belongs to the larger tiles
+            comfy.model_management.soft_empty_cache()
+        before += tiles
+    return result
+
+
+def _check_finite(image: torch.Tensor) -> None:
+    """Looks at a whole batch before its first picture is computed, one at a time: a video's last frame comes late."""
+    for index in range(image.shape[0]):
+        if not bool(image[index, ..., :3].isfinite().all()):
+            raise IcmsrError(
+                f"image: NaN or infinite values in picture {index + 1} of {image.shape[0]}: mend the step that made it"
             )
 
-        def progress(done: int, _total: int, before: int = index * tiles) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(before + done)
 
-        results.append(
-            upscale(backbone, pictures[index : index + 1], settings, progress=progress, features=features)
+def _empty_image(count: int, height: int, width: int) -> torch.Tensor:
+    """An IMAGE [N, H, W, 3] to be filled, where core keeps what passes between nodes."""
+    try:
+        return torch.empty(
+            (count, height, width, 3), dtype=torch.float32, device=comfy.model_management.intermediate_device()
         )
-    return torch.cat(results)
+    except RuntimeError as error:
+        gigabytes = count * height * width * 12 / 1e9
+        raise IcmsrError(
+            f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, more than is "
+            "free: upscale fewer pictures at a time or at a smaller scale"
+        ) from error
 
 
 def _smaller(settings: UpscaleSettings) -> UpscaleSettings | None:

@@ -1,6 +1,7 @@
 """Folders and checkpoint files in the exact layout of published Stable Diffusion models, with random weights."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 
 from icmsr_core.base_folder import BaseFolder, BaseInfo, write_base_info
 from icmsr_core.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights
+from icmsr_core.single_file import BASE_FORMAT
+from icmsr_core.train.roles import UNET_TARGETS, VAE_ENCODER_TARGETS
 
 CONTEXT_WIDTH = {"sd15": 768, "sd21": 1024}
 WEIGHTS = "diffusion_pytorch_model"
@@ -72,6 +75,73 @@ def write_sd_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata={"format": "pt"} if width_divisor == 1 else own)
     return path
+
+
+def core_configs(family: str, full: bool = False) -> dict[str, dict]:
+    """Configurations of UNet and VAE as ComfyUI's core knows `family`: by the first width and the text's width.
+
+    Published size with `full`; otherwise a UNet of a sixth of the parameters with the same keys: the second level is
+    the widest, so that no shortcut between levels is missing. The VAE is the published one: core builds no other.
+    """
+    unet = unet_config(family)
+    if not full:
+        unet["block_out_channels"] = [320, 640, 320, 320]
+        if family == "sd21":
+            unet["attention_head_dim"] = [5, 10, 5, 5]
+    return {"unet": unet, "vae": vae_config()}
+
+
+def write_core_base(
+    folder: Path, checkpoint: Path, family: str, full: bool = False, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> None:
+    """The same random tensors as a diffusers folder and as a checkpoint in the original layout, both in `dtype`.
+
+    The UNet is that of `core_configs`. Nothing of a text encoder is in the checkpoint: core then gives no CLIP. What
+    is not `full` describes itself, as `write_sd_folder`'s narrower networks do.
+    """
+    random, state = torch.Generator().manual_seed(seed), {}
+    pool = torch.empty(1 << 24).normal_(0.0, 0.02, generator=random).to(dtype)
+    values = {"name": f"random {family}", "family": family, "licence": "CC0-1.0"}
+    for part, config in core_configs(family, full).items():
+        tensors = {key: pooled_tensor(key, shape, pool, random) for key, shape in shapes_of(part, config).items()}
+        write_json(folder / part / "config.json", config)
+        write_weights(folder / part, tensors)
+        state |= {original_name(part, key): original_tensor(part, key, value) for key, value in tensors.items()}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler_config(family))
+    if not full:
+        write_base_info(folder, BaseInfo(**values))
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    own = {"format": BASE_FORMAT, "icmsr": json.dumps(values)}
+    save_file(state, checkpoint, metadata={"format": "pt"} if full else own)
+
+
+def complete_generator(
+    base: BaseFolder, prediction: str = "eps", rank: int = 4, seed: int = 3, timestep: int = 999
+) -> Generator:
+    """What training makes of a base: LoRA on each of its standard targets in UNet and VAE encoder, and the prompt."""
+    random = torch.Generator().manual_seed(seed)
+
+    def is_target(part: str, module: str) -> bool:
+        if part == "vae":
+            return re.fullmatch(VAE_ENCODER_TARGETS, module) is not None
+        return any(module == target or module.endswith(f".{target}") for target in UNET_TARGETS)
+
+    parts = {}
+    for part, config in (("unet", base.unet_config), ("vae", base.vae_config)):
+        modules = {
+            key.removesuffix(".weight"): shape
+            for key, shape in shapes_of(part, dict(config)).items() if key.endswith(".weight") and len(shape) > 1
+        }
+        parts[part] = PartWeights({
+            module: LoraPair(
+                torch.randn(rank, *shape[1:], generator=random) * 0.05,
+                torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.05,
+            )
+            for module, shape in modules.items() if is_target(part, module)
+        })
+    info = GeneratorInfo(base.info.family, timestep, prediction, rank=rank, alpha=float(rank), licence="CC0-1.0")
+    context = torch.randn(77, base.unet_config["cross_attention_dim"], generator=random)
+    return Generator(info, parts["unet"], parts["vae"], context)
 
 
 def lora_everywhere(
@@ -309,6 +379,14 @@ def random_tensor(key: str, shape: torch.Size, random: torch.Generator) -> torch
     """Weights that keep activations small: normal * 0.02, around 1 for the scales of the norms."""
     centre = 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
     return torch.empty(shape).normal_(centre, 0.02, generator=random)
+
+
+def pooled_tensor(key: str, shape: torch.Size, pool: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """As `random_tensor`, out of numbers that are drawn already: at the published size drawing takes longest."""
+    count = shape.numel()
+    start = int(torch.randint(max(1, len(pool) - count), (1,), generator=random))
+    values = pool.repeat(-(-count // len(pool)))[start : start + count] if count > len(pool) else pool[start:][:count]
+    return values.reshape(shape) + (1.0 if len(shape) == 1 and key.endswith("weight") else 0.0)
 
 
 def old_name(key: str) -> str:
