@@ -61,7 +61,7 @@ def test_both_backbones_agree(outcome, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_backbones_agree_at_the_published_size(comfyui, comfy_python, tmp_path, family):
-    """14 GB of memory, 8 GB of disk, some minutes. Core takes a diffusers folder at this size only."""
+    """10 GB of memory, 8 GB of disk, some minutes. Core takes a diffusers folder at this size only."""
     check_everything(run_job(tmp_path, comfy_python, comfyui, [family], full=True), family)
     shutil.rmtree(tmp_path)
 
