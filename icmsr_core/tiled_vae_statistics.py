@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled_vae_steps import Attention, Sample, TensorMap, VaeHalf
-from .tiled_vae_stream import Estimate, ExactStream, Flow, Statistics, combine
+from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine
+from .tiled_vae_steps import Attention, Sample, VaeHalf
+from .tiled_vae_stream import Flow
 
 FIELD, EDGE = 8, 1
 """Side of a field in latent cells, and the width of its rim, where the field's own edge is felt most."""
@@ -39,13 +40,11 @@ class Fields(NamedTuple):
     """Float64 [number of fields], above 0; they add up to 1."""
 
 
-def estimate_whole(
-    half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int, prepare: TensorMap | None = None
-) -> Estimate:
+def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int) -> Estimate:
     """What `half` has to know of the whole of `source` [1, C, H, W], from a part of it; the same every time.
 
-    `unit` samples of `source` are one cell, `factor` pixels of the picture; `prepare` makes of `source` what the half
-    takes. The convolutions' memory is that of `tile` x `tile` cells.
+    `unit` samples of `source` are one cell, `factor` pixels of the picture. The memory of the convolutions is that of
+    `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
     rows, columns = fields.size
@@ -55,7 +54,7 @@ def estimate_whole(
     ])
     stream = _SampledStream(half, fields, source.shape[2] // unit, source.shape[3] // unit)
     nominal = unit * max(1, tile * tile // (len(fields.corners) * columns))
-    for _ in stream.through(half.steps, stream.source(crops, nominal, prepare)).chunks:
+    for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
         pass
     return Estimate(stream.statistics, stream.samples)
 

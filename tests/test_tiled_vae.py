@@ -21,9 +21,10 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.image_io import read_picture, to_tensor
 from icmsr_core.one_step import UpscaleSettings, upscale
 from icmsr_core.tiled_vae import decode_tiled, encode_tiled, is_exact, plan_stripes
+from icmsr_core.tiled_vae_modes import BoundedStream, Estimate, ExactStream, Statistics, combine
 from icmsr_core.tiled_vae_statistics import calibrate, draw, draw_fields, estimate_whole
 from icmsr_core.tiled_vae_steps import Norm, Pointwise, Residual, Sample, Step, VaeHalf, conv_step, down_step
-from icmsr_core.tiled_vae_stream import BoundedStream, Estimate, ExactStream, Flow, Statistics, combine
+from icmsr_core.tiled_vae_stream import Flow
 from icmsr_core.train.networks import NetworkConfig, make_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
