@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine
+from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine, moments
 from .tiled_vae_steps import Attention, Sample, VaeHalf
 from .tiled_vae_stream import Flow
 
@@ -100,10 +100,8 @@ class _SampledStream(ExactStream):
 
 def _moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each map and group of `maps` [N, C, h, w]: float64 [N, groups] on the CPU."""
-    found = [
-        torch.var_mean(part.float().reshape(part.shape[0], groups, -1), dim=2, correction=0) for part in maps.split(8)
-    ]
-    variance, mean = (torch.cat(values).cpu().double() for values in zip(*found))
+    parts = [moments(groups, part) for part in maps.split(8)]
+    mean, variance = (torch.cat(values).cpu().double() for values in zip(*parts))
     return mean, variance
 
 
