@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine, moments
-from .tiled_vae_steps import Attention, Sample, VaeHalf
-from .tiled_vae_stream import Flow
+from .tiled_vae_steps import Attention, Sample, TensorMap, VaeHalf
+from .tiled_vae_stream import Estimate, ExactStream, Flow, Statistics, combine
 
 FIELD, EDGE = 8, 1
 """Side of a field in latent cells, and the width of its rim, where the field's own edge is felt most."""
@@ -40,11 +39,13 @@ class Fields(NamedTuple):
     """Float64 [number of fields], above 0; they add up to 1."""
 
 
-def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int) -> Estimate:
+def estimate_whole(
+    half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int, prepare: TensorMap | None = None
+) -> Estimate:
     """What `half` has to know of the whole of `source` [1, C, H, W], from a part of it; the same every time.
 
-    `unit` samples of `source` are one cell, `factor` pixels of the picture. The memory of the convolutions is that of
-    `tile` x `tile` cells.
+    `unit` samples of `source` are one cell, `factor` pixels of the picture; `prepare` makes of `source` what the half
+    takes. The convolutions' memory is that of `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
     rows, columns = fields.size
@@ -54,7 +55,7 @@ def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: 
     ])
     stream = _SampledStream(half, fields, source.shape[2] // unit, source.shape[3] // unit)
     nominal = unit * max(1, tile * tile // (len(fields.corners) * columns))
-    for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
+    for _ in stream.through(half.steps, stream.source(crops, nominal, prepare)).chunks:
         pass
     return Estimate(stream.statistics, stream.samples)
 
@@ -100,8 +101,10 @@ class _SampledStream(ExactStream):
 
 def _moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each map and group of `maps` [N, C, h, w]: float64 [N, groups] on the CPU."""
-    parts = [moments(groups, part) for part in maps.split(8)]
-    mean, variance = (torch.cat(values).cpu().double() for values in zip(*parts))
+    found = [
+        torch.var_mean(part.float().reshape(part.shape[0], groups, -1), dim=2, correction=0) for part in maps.split(8)
+    ]
+    variance, mean = (torch.cat(values).cpu().double() for values in zip(*found))
     return mean, variance
 
 
