@@ -9,15 +9,17 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .tiled_vae_modes import BoundedStream, ExactStream
 from .tiled_vae_statistics import estimate_whole
-from .tiled_vae_steps import TensorMap, VaeHalf
-from .tiled_vae_stream import BoundedStream, ExactStream, Flow
+from .tiled_vae_steps import Pointwise, VaeHalf
+from .tiled_vae_stream import Flow
 
 VAE_MODES = ("auto", "exact", "bounded")
 LARGEST_EXACT = 2048 * 2048
@@ -76,7 +78,8 @@ def encode_tiled(
     half = backbone.vae_half("encoder", stripes.cells * factor * image.shape[5 - stripes.axis])
     shape = [1, backbone.descriptor.latent_channels, image.shape[2] // factor, image.shape[3] // factor]
     latent = torch.empty(shape, dtype=torch.float32, device=half.device)
-    for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker, _signed):
+    half = replace(half, steps=(Pointwise(_signed), *half.steps))
+    for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
         latent.narrow(stripes.axis, position, chunk.shape[stripes.axis]).copy_(chunk)
     return latent
 
@@ -103,7 +106,7 @@ def decode_tiled(
         ticker.reach(1)
         return
     half = backbone.vae_half("decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis])
-    for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker, None):
+    for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
         room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
         if room > 0:
             part = chunk.narrow(stripes.axis, 0, room)[:, :, :height, :width]
@@ -127,7 +130,6 @@ def _run(
     stripes: Stripes,
     exact: bool,
     ticker: _Ticker,
-    prepare: TensorMap | None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The stripes of the result, each with its place along the axis; `unit` samples of `source` are one cell."""
     stream: ExactStream | BoundedStream
@@ -135,10 +137,10 @@ def _run(
         stream = ExactStream(half, stripes.axis, ticker.reach)
         before = stream.share_before_the_end
     else:
-        estimate = estimate_whole(half, source, unit, factor, tile, prepare)
+        estimate = estimate_whole(half, source, unit, factor, tile)
         stream = BoundedStream(half, stripes.axis, estimate, WINDOW, CONTEXT)
         before = 0.0
-    flow = stream.through(half.steps, stream.source(source, stripes.cells * unit, prepare))
+    flow = stream.through(half.steps, stream.source(source, stripes.cells * unit))
     return _numbered(flow, stripes.axis, before, ticker)
 
 

@@ -5,7 +5,7 @@ black frame or a patch of sky decides over the variance, and there are too few p
 So the picture is cut into small fields, of which cheap features are known everywhere. Fields are drawn with a chance
 that grows with how unusual they are (sampling with probability proportional to size, systematic and without random
 numbers), and weighted so that their features add up to the whole picture's (calibration, Deville and Sarndal 1992).
-The drawn fields run through the network together. docs/performance.md has the comparison.
+The drawn fields run through the network together.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled_vae_steps import Attention, Sample, TensorMap, VaeHalf
-from .tiled_vae_stream import Estimate, ExactStream, Flow, Statistics, combine
+from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine, moments
+from .tiled_vae_steps import Attention, Sample, VaeHalf
+from .tiled_vae_stream import Flow
 
 FIELD, EDGE = 8, 1
 """Side of a field in latent cells, and the width of its rim, where the field's own edge is felt most."""
@@ -39,13 +40,11 @@ class Fields(NamedTuple):
     """Float64 [number of fields], above 0; they add up to 1."""
 
 
-def estimate_whole(
-    half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int, prepare: TensorMap | None = None
-) -> Estimate:
+def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int) -> Estimate:
     """What `half` has to know of the whole of `source` [1, C, H, W], from a part of it; the same every time.
 
-    `unit` samples of `source` are one cell, `factor` pixels of the picture; `prepare` makes of `source` what the half
-    takes. The convolutions' memory is that of `tile` x `tile` cells.
+    `unit` samples of `source` are one cell, `factor` pixels of the picture. The memory of the convolutions is that of
+    `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
     rows, columns = fields.size
@@ -55,7 +54,7 @@ def estimate_whole(
     ])
     stream = _SampledStream(half, fields, source.shape[2] // unit, source.shape[3] // unit)
     nominal = unit * max(1, tile * tile // (len(fields.corners) * columns))
-    for _ in stream.through(half.steps, stream.source(crops, nominal, prepare)).chunks:
+    for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
         pass
     return Estimate(stream.statistics, stream.samples)
 
@@ -101,15 +100,13 @@ class _SampledStream(ExactStream):
 
 def _moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each map and group of `maps` [N, C, h, w]: float64 [N, groups] on the CPU."""
-    found = [
-        torch.var_mean(part.float().reshape(part.shape[0], groups, -1), dim=2, correction=0) for part in maps.split(8)
-    ]
-    variance, mean = (torch.cat(values).cpu().double() for values in zip(*found))
+    parts = [moments(groups, part) for part in maps.split(8)]
+    mean, variance = (torch.cat(values).cpu().double() for values in zip(*parts))
     return mean, variance
 
 
 def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
-    """The fields of `source` [1, C, H, W] that stand for it; `unit` and `factor` as in `estimate_statistics`."""
+    """The fields of `source` [1, C, H, W] that stand for it; `unit` and `factor` as in `estimate_whole`."""
     height, width = source.shape[2] // unit, source.shape[3] // unit
     rows, columns = min(FIELD, height), min(FIELD, width)
     tops, lefts = _starts(height, rows), _starts(width, columns)

@@ -21,9 +21,10 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.image_io import read_picture, to_tensor
 from icmsr_core.one_step import UpscaleSettings, upscale
 from icmsr_core.tiled_vae import decode_tiled, encode_tiled, is_exact, plan_stripes
+from icmsr_core.tiled_vae_modes import BoundedStream, Estimate, ExactStream, Statistics, combine, moments
 from icmsr_core.tiled_vae_statistics import calibrate, draw, draw_fields, estimate_whole
 from icmsr_core.tiled_vae_steps import Norm, Pointwise, Residual, Sample, Step, VaeHalf, conv_step, down_step
-from icmsr_core.tiled_vae_stream import BoundedStream, Estimate, ExactStream, Flow, Statistics, combine
+from icmsr_core.tiled_vae_stream import Flow
 from icmsr_core.train.networks import NetworkConfig, make_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +176,16 @@ def test_parts_combine_to_the_variance_of_the_whole() -> None:
     )
     torch.testing.assert_close(mean, whole.double().mean(1))
     torch.testing.assert_close(variance, whole.double().var(1, correction=0))
+
+
+def test_moments_are_group_norms_mean_and_variance() -> None:
+    maps = 20 + 3 * torch.randn(2, 6, 40, 30, generator=torch.Generator().manual_seed(0))
+    maps[1, :2] = 7.0
+    grouped = maps.double().reshape(2, 3, -1)
+    for given in (maps, torch.cat([maps, maps], 2)[:, :, 20:60].roll(20, 2), maps.transpose(2, 3)):
+        mean, variance = moments(3, given)
+        torch.testing.assert_close(mean.double(), grouped.mean(2), rtol=1e-6, atol=0)
+        torch.testing.assert_close(variance.double(), grouped.var(2, correction=0), rtol=2e-6, atol=1e-12)
 
 
 # --- bounded ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""How a `Stream` gets past a GroupNorm, whose statistics are the whole map's: it waits, or it is told them beforehand.
+
+`ExactStream` keeps the whole map there and reads it again, `BoundedStream` takes an `Estimate`. Source: ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiled_vae_steps import Attention, Norm, Residual, Sample, Step, TensorMap, VaeHalf
+from .tiled_vae_stream import Flow, Stream
+
+
+class Statistics(NamedTuple):
+    """Of one `Norm` over one map, per group: float64 [groups] on the CPU."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Estimate(NamedTuple):
+    """What a `BoundedStream` has to know of the whole picture."""
+
+    statistics: Mapping[Norm, Statistics]
+    """Of every norm."""
+    samples: Mapping[Attention, Sample] = MappingProxyType({})
+    """For an attention, the map that it looks at; without one it sees its windows only."""
+
+
+class ExactStream(Stream):
+    """Every map before a GroupNorm is kept whole, attention is over the whole map: the untiled result."""
+
+    def __init__(self, half: VaeHalf, axis: int, progress: Callable[[float], None] | None = None) -> None:
+        """`progress` is called with the share of the work that is done."""
+        super().__init__(half, axis)
+        self.statistics: dict[Norm, Statistics] = {}
+        """Of every norm that has run."""
+        self._progress = progress or (lambda share: None)
+        self._stages, self._stage = count_norms(half.steps) + 1, 0
+
+    @property
+    def share_before_the_end(self) -> float:
+        """Share of the work that is done when the last steps begin to give stripes."""
+        return 1 - 1 / self._stages
+
+    def store(self, flow: Flow) -> Tensor:
+        """The whole map of `flow` [N, C, H, W]."""
+        if flow.stored is not None:
+            return flow.stored
+        whole, position = None, 0
+        for chunk in flow.chunks:
+            if whole is None:
+                whole = self._place(flow, chunk)
+            whole.narrow(self.axis, position, chunk.shape[self.axis]).copy_(chunk)
+            position += chunk.shape[self.axis]
+            del chunk
+            self._progress(min(1.0, (self._stage + position / flow.length) / self._stages))
+        assert whole is not None  # a map has at least one stripe
+        self._stage += 1
+        return whole
+
+    def _place(self, flow: Flow, chunk: Tensor) -> Tensor:
+        shape = list(chunk.shape)
+        shape[self.axis] = flow.length
+        if flow.spare is not None and list(flow.spare.shape) == shape and flow.spare.dtype == chunk.dtype:
+            return flow.spare
+        # Twice its size, because what it is computed from and what comes of it need a place too.
+        fits = 2 * math.prod(shape) * chunk.element_size() <= self.half.room()
+        return torch.empty(shape, dtype=chunk.dtype, device=chunk.device if fits else "cpu")
+
+    def _read(self, whole: Tensor, nominal: int) -> Flow:
+        chunks = self._moved(whole.split(nominal, self.axis))
+        return Flow(chunks, whole.shape[self.axis], nominal, stored=whole)
+
+    def _normalised(self, step: Norm, flow: Flow) -> Flow:
+        flow = self._read(self.store(flow), flow.nominal)
+        assert flow.stored is not None
+        known = self.statistics[step] = self.measure(step.groups, flow.stored, flow.nominal)
+        return Flow(map(normaliser(step, known), flow.chunks), flow.length, flow.nominal)
+
+    def measure(self, groups: int, whole: Tensor, nominal: int) -> Statistics:
+        """Of every one of `groups` groups of the channels of `whole` [1, C, H, W], read in stripes of `nominal`."""
+        parts = []
+        for chunk in self._read(whole, nominal).chunks:
+            mean, variance = moments(groups, chunk)
+            parts.append((chunk.shape[self.axis], mean[0], variance[0]))
+            del chunk
+        weights = torch.tensor([size for size, *_ in parts], dtype=torch.float64) / whole.shape[self.axis]
+        # Only the few parts are left, in float64 and on the CPU, which every machine has.
+        means, variances = (torch.stack(values).cpu().double() for values in zip(*(part[1:] for part in parts)))
+        return combine(weights, means, variances)
+
+    def _forked(self, flow: Flow) -> tuple[Flow, Callable[[int], Tensor], Tensor | None]:
+        whole, position = self.store(flow), 0
+
+        def again(count: int) -> Tensor:
+            nonlocal position
+            position += count
+            return whole.narrow(self.axis, position - count, count).to(self.half.device)
+
+        return self._read(whole, flow.nominal), again, whole
+
+    def _attended(self, step: Attention, flow: Flow) -> Flow:
+        return self._windows(step, flow, 2**62, 0)
+
+
+class BoundedStream(Stream):
+    """Statistics are given, attention is to windows and a sample of the rest: memory is set by the stripes."""
+
+    def __init__(self, half: VaeHalf, axis: int, estimate: Estimate, window: int, context: int) -> None:
+        """`window` and `context` of the attention are in samples of its map."""
+        super().__init__(half, axis)
+        self._estimate, self._window, self._context = estimate, window, context
+
+    def _normalised(self, step: Norm, flow: Flow) -> Flow:
+        return flow._replace(chunks=map(normaliser(step, self._estimate.statistics[step]), flow.chunks), spare=None)
+
+    def _forked(self, flow: Flow) -> tuple[Flow, Callable[[int], Tensor], Tensor | None]:
+        pending: deque[Tensor] = deque()
+
+        def passing(chunk: Tensor) -> Tensor:
+            pending.append(chunk)
+            return chunk
+
+        def again(count: int) -> Tensor:
+            parts = []
+            while count:
+                oldest = pending.popleft()
+                size = oldest.shape[self.axis]
+                if size > count:
+                    pending.appendleft(oldest.narrow(self.axis, count, size - count))
+                    oldest = oldest.narrow(self.axis, 0, count)
+                parts.append(oldest)
+                count -= oldest.shape[self.axis]
+            return torch.cat(parts, self.axis) if len(parts) > 1 else parts[0]
+
+        return flow._replace(chunks=map(passing, flow.chunks)), again, None
+
+    def _attended(self, step: Attention, flow: Flow) -> Flow:
+        return self._windows(step, flow, self._window, self._context, self._estimate.samples.get(step))
+
+
+def moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each map and group of the channels of `maps` [N, C, h, w]: float32 [N, groups]."""
+    count, channels, height, width = maps.shape
+    # As GroupNorm computes them: with its result, which goes unused, still several times cheaper than var_mean.
+    _, mean, inverse = torch.native_group_norm(
+        maps.float().contiguous(), None, None, count, channels, height * width, groups, 0.0
+    )
+    return mean, inverse.pow(-2)
+
+
+def combine(weights: Tensor, means: Tensor, variances: Tensor) -> Statistics:
+    """Statistics of a whole whose parts have `means` and `variances` [n, groups] and `weights` [n] that sum to 1."""
+    share = weights[:, None]
+    mean = (share * means).sum(0)
+    return Statistics(mean, (share * (variances + (means - mean).square())).sum(0))
+
+
+def normaliser(step: Norm, known: Statistics) -> TensorMap:
+    """The GroupNorm `step` of a map whose statistics are `known`, in the map's type, computed in float32."""
+    weight, bias = (value.detach().cpu().double() for value in step.affine())
+    each = weight.shape[0] // step.groups
+    scale = weight / (known.variance + step.eps).sqrt().repeat_interleave(each)
+    shift = bias - known.mean.repeat_interleave(each) * scale
+    scale, shift = (value.float()[None, :, None, None] for value in (scale, shift))
+
+    def run(chunk: Tensor) -> Tensor:
+        return torch.addcmul(shift.to(chunk.device), chunk.float(), scale.to(chunk.device)).to(chunk.dtype)
+
+    return run
+
+
+def count_norms(steps: Sequence[Step]) -> int:
+    """How many `Norm`s are among `steps` and in their residuals."""
+    return sum(
+        count_norms(step.main) if isinstance(step, Residual) else isinstance(step, Norm) for step in steps
+    )
