@@ -14,6 +14,7 @@ layers' shape, not their class, so that this module needs no diffusers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ class FixedStep:
         self._seen = seen
 
 
-class _Layer:
+class _Layer(ABC):
     """A module whose ``forward`` has a short way beside the plain one."""
 
     def __init__(self, module: Any) -> None:
@@ -158,12 +159,13 @@ class _Layer:
     def _find_sources(self) -> tuple[nn.Module, ...]:
         return ()
 
+    @abstractmethod
     def prepare(self, embedding: Tensor, context: Tensor) -> None:
         """Computes the constants from the time embedding [1, D] and the context [1, tokens, width]."""
 
+    @abstractmethod
     def short(self, hidden: Tensor) -> Tensor:
         """The module's result for its first argument."""
-        raise NotImplementedError
 
 
 class _Residual(_Layer):
@@ -223,6 +225,9 @@ class _Norm(_Layer):
     def __init__(self, module: Any, attention: _ToContext) -> None:
         super().__init__(module)
         self._attention = attention
+
+    def prepare(self, embedding: Tensor, context: Tensor) -> None:
+        """Nothing to compute: it is left out, or runs as it is."""
 
     def short(self, hidden: Tensor) -> Tensor:
         return self._plain(hidden) if self._attention.constant is None else hidden
