@@ -21,8 +21,9 @@ from .tiled_vae_stream import Flow
 
 FIELD, EDGE = 8, 1
 """Side of a field in latent cells, and the width of its rim, where the field's own edge is felt most."""
-SHARE, FEWEST, LARGEST = 1 / 12, 48, 2**19
-"""How much of the picture is drawn, within a least number of fields and a largest area in pixels."""
+SHARE, FEWEST, LARGEST = 1 / 8, 128, 3 * 2**18
+"""How much of the picture is drawn, within a least number of fields and a largest area in pixels; with 128 fields the
+worst of five photographs and mosaics was 55 dB from exact, with 48 it was 37."""
 RIDGE = 0.1
 """How dear it is to move the weights off their chances, against a feature's miss in standard deviations."""
 LAGS = (1, 4)
