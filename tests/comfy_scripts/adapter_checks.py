@@ -3,9 +3,9 @@
 What comes out is judged by test_comfy_adapters.py, which computes the same with diffusers.
 """
 
-import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import comfy_process
@@ -23,33 +23,13 @@ wanted = json.loads((job / "wanted.json").read_text())
 results: dict[str, torch.Tensor] = {}
 report: dict = {"errors": {}, "loaded": {}}
 
-
-def part(name: str):
-    return importlib.import_module(f"{pack.__name__}.{name}")
-
-
-base_folder = part("icmsr_core.base_folder")
+part = comfy_process.parts_of(pack)
+error_of = partial(comfy_process.note_error, report["errors"])
+load_base = partial(comfy_process.load_base, part)
 description = part("nodes.model_description")
-native_models = part("nodes.native_models")
 adapter_node = core.NODE_CLASS_MAPPINGS["ICMSR_LoadAdapter"]
 apply_node = core.NODE_CLASS_MAPPINGS["ICMSR_ApplyGenerator"]
 upscale_node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
-
-
-def load_base(folder: Path):
-    base = base_folder.open_base(folder)
-    model, vae = native_models.load_unet(base), native_models.load_vae(base)
-    about = description.ModelDescription(base.descriptor(), base.info.name, base.hash(), base.prompt_embedding())
-    model.set_attachments(description.ATTACHMENT, about)
-    return model, vae
-
-
-def error_of(name: str, function, *arguments, **settings) -> None:
-    try:
-        function(*arguments, **settings)
-        report["errors"][name] = None
-    except Exception as error:
-        report["errors"][name] = f"{type(error).__name__}: {error}"
 
 
 def features_of(control, hint: torch.Tensor) -> list[torch.Tensor]:

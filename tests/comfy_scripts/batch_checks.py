@@ -1,6 +1,5 @@
 """Batches through ICMSR_Upscale with the embedded model: report.json, judged by test_comfy_memory.py."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 job: Path = options.job
 report: dict = {}
-upscale_module = importlib.import_module(f"{pack.__name__}.nodes.upscale")
-model_folders = importlib.import_module(f"{pack.__name__}.nodes.model_folders")
+part = comfy_process.parts_of(pack)
+upscale_module = part("nodes.upscale")
+model_folders = part("nodes.model_folders")
 upscale_node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
 model, vae = core.NODE_CLASS_MAPPINGS["ICMSR_LoadEmbedded"].execute().result
 

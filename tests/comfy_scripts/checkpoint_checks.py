@@ -6,7 +6,6 @@ test_comfy_checkpoints.py, which computes the same with diffusers, and by test_c
 
 import ctypes
 import gc
-import importlib
 import json
 import logging
 import math
@@ -34,12 +33,7 @@ inputs = load_file(job / "inputs.safetensors")
 results: dict[str, torch.Tensor] = {}
 report: dict = {}
 
-
-def part(name: str):
-    return importlib.import_module(f"{pack.__name__}.{name}")
-
-
-description = part("nodes.model_description")
+part = comfy_process.parts_of(pack)
 comfy_backbone = part("nodes.comfy_backbone")
 load_node = core.NODE_CLASS_MAPPINGS["CheckpointLoaderSimple"]
 apply_node = core.NODE_CLASS_MAPPINGS["ICMSR_ApplyGenerator"]

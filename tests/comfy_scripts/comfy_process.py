@@ -2,8 +2,11 @@
 
 import argparse
 import asyncio
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 def arguments() -> argparse.Namespace:
@@ -25,3 +28,27 @@ def start(options: argparse.Namespace):
 
     assert asyncio.run(nodes.load_custom_node(str(options.pack))), "the pack did not load"
     return nodes, sys.modules[str(options.pack).replace(".", "_x_")]
+
+
+def parts_of(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """A function that imports a module of the pack by its name within it: the pack's own name is its path."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+def load_base(part: Callable[[str], ModuleType], folder: Path):
+    """MODEL and VAE of a base folder, described as ICMSR_LoadEmbedded describes its own."""
+    description, native_models = part("nodes.model_description"), part("nodes.native_models")
+    base = part("icmsr_core.base_folder").open_base(folder)
+    model, vae = native_models.load_unet(base), native_models.load_vae(base)
+    about = description.ModelDescription(base.descriptor(), base.info.name, base.hash(), base.prompt_embedding())
+    model.set_attachments(description.ATTACHMENT, about)
+    return model, vae
+
+
+def note_error(errors: dict, name: str, function, *arguments, **settings) -> None:
+    """Notes under `name` the message with which `function` refuses, or None."""
+    try:
+        function(*arguments, **settings)
+        errors[name] = None
+    except Exception as error:
+        errors[name] = f"{type(error).__name__}: {error}"

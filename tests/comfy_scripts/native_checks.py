@@ -3,10 +3,10 @@
 What comes out is judged by test_comfy_native.py, which computes the same with diffusers.
 """
 
-import importlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import comfy_process
@@ -25,15 +25,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 job: Path = options.job
 weights = job / "models" / "icmsr"
 
-
-def part(name: str):
-    return importlib.import_module(f"{pack.__name__}.{name}")
-
-
+part = comfy_process.parts_of(pack)
+load = partial(comfy_process.load_base, part)
 description = part("nodes.model_description")
-native_models = part("nodes.native_models")
 comfy_backbone = part("nodes.comfy_backbone")
-base_folder = part("icmsr_core.base_folder")
 generator_file = part("icmsr_core.generator_file")
 patches = part("nodes.generator_patches")
 loaders = part("nodes.loaders")
@@ -43,16 +38,9 @@ adapter_node = core.NODE_CLASS_MAPPINGS["ICMSR_LoadAdapter"]
 
 results: dict[str, torch.Tensor] = {}
 report: dict = {"errors": {}}
+error_of = partial(comfy_process.note_error, report["errors"])
 inputs = load_file(job / "inputs.safetensors")
 picture, hint, latent, image = (inputs[name] for name in ("picture", "hint", "latent", "image"))
-
-
-def load(folder: Path):
-    base = base_folder.open_base(folder)
-    model, vae = native_models.load_unet(base), native_models.load_vae(base)
-    about = description.ModelDescription(base.descriptor(), base.info.name, base.hash(), base.prompt_embedding())
-    model.set_attachments(description.ATTACHMENT, about)
-    return model, vae
 
 
 def upscaled(model, vae, pictures=picture, **settings):
@@ -65,15 +53,6 @@ def bare(model, vae):
     context = model.get_attachment(description.ATTACHMENT).prompt_embedding[None].expand(2, -1, -1)
     output = model.model.diffusion_model(latent, torch.full((2,), 200.0), context=context)
     return output, vae.encode(image.movedim(1, -1) / 2 + 0.5), vae.decode(latent)
-
-
-def error_of(name: str, function, *arguments, **settings) -> None:
-    """Notes the message with which `function` refuses."""
-    try:
-        function(*arguments, **settings)
-        report["errors"][name] = None
-    except Exception as error:
-        report["errors"][name] = f"{type(error).__name__}: {error}"
 
 
 with torch.inference_mode():

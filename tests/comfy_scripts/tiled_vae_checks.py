@@ -1,6 +1,5 @@
 """Runs core's VAEs in stripes and untiled in a ComfyUI process: results.safetensors for test_comfy_tiled_vae.py."""
 
-import importlib
 from pathlib import Path
 
 import comfy_process
@@ -14,16 +13,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 job: Path = options.job
 
-
-def part(name: str):
-    return importlib.import_module(f"{pack.__name__}.{name}")
-
-
+part = comfy_process.parts_of(pack)
 tiled_vae = part("icmsr_core.tiled_vae")
 comfy_backbone = part("nodes.comfy_backbone")
-native_models = part("nodes.native_models")
-base_folder = part("icmsr_core.base_folder")
-description = part("nodes.model_description")
 apply_node = core.NODE_CLASS_MAPPINGS["ICMSR_ApplyGenerator"]
 inputs = load_file(job / "inputs.safetensors")
 results: dict[str, torch.Tensor] = {}
@@ -52,11 +44,7 @@ class StandIn:
 
 
 with torch.inference_mode():
-    base = base_folder.open_base(job / "base")
-    model, vae = native_models.load_unet(base), native_models.load_vae(base)
-    about = description.ModelDescription(base.descriptor(), base.info.name, base.hash(), base.prompt_embedding())
-    model.set_attachments(description.ATTACHMENT, about)
-    model, vae = apply_node.execute(model, vae, "generator.safetensors").result
+    model, vae = apply_node.execute(*comfy_process.load_base(part, job / "base"), "generator.safetensors").result
     image = inputs["image"]
     with comfy_backbone.ComfyBackbone(model, vae) as backbone:
         latent = results["latent"] = backbone.encode(2 * image - 1)
