@@ -1,4 +1,4 @@
-"""The features of an adapter's hint, tile by tile, and whether adapter, hint and MODEL go together."""
+"""An adapter and its hint at a node: their inputs, whether they and the MODEL go together, the features of a tile."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ from collections.abc import Mapping, Sequence
 
 import comfy.controlnet
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.one_step import pad_to_multiple
 from ..icmsr_core.tiling import Box
 from .adapters import HintNetwork, wrong_channels
+
+
+def condition_inputs() -> list[io.Input]:
+    """The optional inputs ``control_net`` and ``hint``, which `check_hint` judges."""
+    return [
+        io.ControlNet.Input(
+            "control_net",
+            optional=True,
+            tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
+        ),
+        io.Image.Input(
+            "hint",
+            optional=True,
+            tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
+        ),
+    ]
 
 
 def check_hint(control_net, hint: Tensor | None, pictures: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.one_step import pad_to_multiple, resize
 from ..icmsr_core.tiling import plan_tiles
-from .adapter_features import AdapterFeatures, check_hint
+from .adapter_features import AdapterFeatures, check_hint, condition_inputs
 from .comfy_backbone import ComfyBackbone
 from .image_sockets import to_image, to_pictures
 from .loaders import CATEGORY
@@ -67,16 +67,7 @@ class InspectManifold(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Of the noise, which is the same at all timesteps, with the condition and without.",
                 ),
-                io.ControlNet.Input(
-                    "control_net",
-                    optional=True,
-                    tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
-                ),
-                io.Image.Input(
-                    "hint",
-                    optional=True,
-                    tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
-                ),
+                *condition_inputs(),
                 io.Float.Input(
                     "strength",
                     default=1.0,

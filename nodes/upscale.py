@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..icmsr_core.color import COLOR_FIXES
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.one_step import MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, UpscaleSettings, count_tiles, upscale
-from .adapter_features import AdapterFeatures, check_hint
+from .adapter_features import AdapterFeatures, check_hint, condition_inputs
 from .comfy_backbone import ComfyBackbone
 from .image_sockets import to_image, to_pictures
 from .loaders import CATEGORY
@@ -87,16 +87,7 @@ class Upscale(io.ComfyNode):
                     tooltip="Tiles that run together: faster on a large graphics card, for more memory.",
                     advanced=True,
                 ),
-                io.ControlNet.Input(
-                    "control_net",
-                    optional=True,
-                    tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
-                ),
-                io.Image.Input(
-                    "hint",
-                    optional=True,
-                    tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
-                ),
+                *condition_inputs(),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -133,13 +124,9 @@ class Upscale(io.ComfyNode):
         conditioning=None,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix)
-        if (control_net is None) != (hint is None):
-            given, missing = ("hint", "control_net") if control_net is None else ("control_net", "hint")
-            raise IcmsrError(f"{given} is connected without {missing}: connect both or neither")
-        if control_net is not None:
-            check_hint(control_net, hint, image.shape[0])
-            if strength == 0:
-                control_net = hint = None
+        check_hint(control_net, hint, image.shape[0])
+        if strength == 0:
+            control_net = hint = None
         with ComfyBackbone(model, vae, conditioning) as backbone:
             return io.NodeOutput(_upscale_batch(backbone, image, settings, control_net, hint, strength))
 
