@@ -16,11 +16,12 @@ from diffusers import T2IAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..adapter_layouts import CONFIG_FILE
 from ..base_folder import WEIGHTS_FILE
 from ..errors import IcmsrError
 from ..generator_file import ADAPTER_FORMAT, read_tensors, write_atomically
+from ..import_pickles import read_pickle
 
-CONFIG_FILE = "config.json"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
 _BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
@@ -121,12 +122,9 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """Public adapters come as pickles; with weights_only nothing in them is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for what it does not take
-        raise IcmsrError(f"{path}: damaged, or more than weights (nothing in it was run): download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    """Public adapters come as pickles."""
+    state = read_pickle(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise IcmsrError(f"{path}: not the weights of a network by name: download it again")
     return state
 
