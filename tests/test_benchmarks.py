@@ -7,10 +7,14 @@ import signal
 from pathlib import Path
 from types import ModuleType
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from icmsr_core.base_folder import BaseInfo
+from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae, save_base
 from tests.script_process import ROOT, start_server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,3 +253,27 @@ def test_help(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         load(name).main(["--help"])
     assert stopped.value.code == 0
     assert "--runs" in capsys.readouterr().out
+
+
+def test_autoencoder_prints_what_comes_back(load, tmp_path, capsys) -> None:
+    """An untrained thumbnail codec knows plain colours and coarse shapes, and no fine ones."""
+    torch.manual_seed(0)
+    config = NetworkConfig(8, (32, 32, 32), unet_channels=(32, 32))
+    info = BaseInfo("t", "nano", licence="none")
+    save_base(tmp_path / "base", make_unet(config), make_vae(config), torch.zeros(1, 32), info)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    fine = 255 * (np.indices((70, 90)).sum(0) % 2)
+    cv2.imwrite(str(pictures / "fine.png"), fine.astype(np.uint8))
+    cv2.imwrite(str(pictures / "plain.png"), np.full((64, 64, 3), 90, np.uint8))
+    benchmark = load("autoencoder")
+    assert benchmark.main([str(tmp_path / "base"), "--pictures", str(pictures)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    values = dict(zip(benchmark.COLUMNS, line))
+    assert values["pictures"] == "2"
+    assert float(values["worst"]) < 8 < 20 < 2 * float(values["PSNR, RGB"]) - float(values["worst"])
+    for name, colour in benchmark.PLAIN.items():
+        got = [float(value) for value in values[f"{name} {colour}"].strip("()").split(", ")]
+        assert got == pytest.approx(colour, abs=0.12)
+    assert benchmark.main([str(tmp_path / "none"), "--pictures", str(pictures)]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
