@@ -185,7 +185,7 @@ def test_nano_has_its_own(monkeypatch) -> None:
 
 
 def test_nano_takes_no_text() -> None:
-    with pytest.raises(IcmsrError, match=r"text conditions need a base with a text encoder, and nano-1 lacks"):
+    with pytest.raises(IcmsrError, match=r"text conditions need a base with a text encoder, and nano-2 lacks"):
         embed_prompts(open_base(embedded_base()), ["a cat"], None, "cpu")
 
 
