@@ -290,7 +290,7 @@ def load_script(monkeypatch):
     ("flags", "words"),
     [
         (["--timesteps=[200,1000]"], ["between 0 and 999, got 1000"]),
-        (["--crop=72"], ["multiple of 16", "72"]),
+        (["--crop=76"], ["multiple of 8", "76"]),
         (["--crop=96"], ["0.png", "90 x 80 is smaller than the crop of 96"]),
         (["--pictures={empty}"], ["0 pictures", "choose another folder"]),
         (["--pictures=/none/at/all"], ["/none/at/all", "no such folder"]),
