@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,32 +86,70 @@ def upscale_picture(
     return replace(picture, rgb=result, alpha=alpha)
 
 
-def run_job(backbone: Backbone, job: Job, settings: UpscaleSettings, progress: Progress | None = None) -> Picture:
-    """Reads, upscales and writes one picture; the result appears whole or not at all."""
-    result = upscale_picture(backbone, read_picture(job.source), settings, progress)
-    write_picture(job.target, result)
-    return result
-
-
 def run_jobs(
     backbone: Backbone,
-    jobs: list[Job],
+    jobs: Sequence[Job],
     settings: UpscaleSettings,
     *,
     report: Callable[[str], None],
     progress: Callable[[Job], Progress | None] = lambda _: None,
+    done: Callable[[Job], None] = lambda _: None,
 ) -> int:
     """All of `jobs`, going on past pictures that fail; returns how many did.
 
-    `report` gets one line with the file's name for each that failed, whatever the reason (a lack of memory for one
-    picture, say); an interrupt is no such failure and ends the run.
+    While a picture is computed, a thread reads the next one and another writes the last result. No more than that: the
+    next but one is not read before the next begins, and a result waits until the one before it is written. So memory
+    holds at most two pictures that were read and two results, however many jobs there are.
+
+    The functions are called in this thread and in the order of the jobs: `progress` when a picture's turn comes,
+    `report` with one line that names the file for each that failed, whatever the reason (a lack of memory for one
+    picture, say), and `done` when a result stands under its name or has failed. An interrupt is no such failure and
+    ends the run: what is being read or written at that moment is finished first, so that no half file is left.
     """
     failed = 0
-    for job in jobs:
-        try:
-            run_job(backbone, job, settings, progress(job))
-        except Exception as error:
-            failed += 1
-            message = str(error) or type(error).__name__
-            report(message if os.fspath(job.source) in message else f"{job.source}: {message}")
+    writing: deque[tuple[Job, Future[None]]] = deque()
+
+    def fail(job: Job, error: Exception) -> None:
+        nonlocal failed
+        failed += 1
+        message = str(error) or type(error).__name__
+        report(message if os.fspath(job.source) in message else f"{job.source}: {message}")
+        done(job)
+
+    def settle() -> None:
+        while writing:
+            job, written = writing.popleft()
+            try:
+                written.result()
+            except Exception as error:
+                fail(job, error)
+            else:
+                done(job)
+
+    with _thread("reader") as reader, _thread("writer") as writer:
+        reading = deque(reader.submit(read_picture, job.source) for job in jobs[:1])
+        for index, job in enumerate(jobs):
+            advance = progress(job)
+            picture = reading.popleft()
+            reading.extend(reader.submit(read_picture, following.source) for following in jobs[index + 1 : index + 2])
+            try:
+                result = upscale_picture(backbone, picture.result(), settings, advance)
+            except Exception as error:
+                settle()  # what came before is told of before
+                fail(job, error)
+                continue
+            settle()
+            writing.append((job, writer.submit(write_picture, job.target, result)))
+            del result  # the writer has it
+        settle()
     return failed
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """One thread for work that is done in the order in which it was submitted; what has not begun is dropped."""
+    executor = ThreadPoolExecutor(1, f"icmsr-{name}")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
