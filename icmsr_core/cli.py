@@ -201,14 +201,13 @@ def run_upscale(options: argparse.Namespace) -> int:
     ) as tiles:
 
         def progress(job: Job) -> Progress:
-            files.update(min(1, files.n + 1) if job is not jobs[0] else 0)
             tiles.set_description(job.source.name)
             tiles.reset()
             return bar_progress(tiles)
 
         failed = run_jobs(
             backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
-            progress=progress,
+            progress=progress, done=lambda _: files.update(),
         )
     done = len(jobs) - failed
     where = jobs[0].target if len(jobs) == 1 else jobs[0].target.parent

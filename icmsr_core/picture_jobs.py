@@ -93,7 +93,7 @@ def run_jobs(
     *,
     report: Callable[[str], None],
     progress: Callable[[Job], Progress | None] = lambda _: None,
-    done: Callable[[Job], None] = lambda _: None,
+    done: Callable[[Job], object] = lambda _: None,
 ) -> int:
     """All of `jobs`, going on past pictures that fail; returns how many did.
 
