@@ -1,6 +1,6 @@
 """What a base's autoencoder makes of pictures and of plain colours: the bound of everything that runs in its latent.
 
-    python benchmarks/autoencoder.py --pictures FOLDER nano runs/nano_distill/base
+    python benchmarks/autoencoder.py --pictures FOLDER nano runs/nano_base/prior/base
 
 Pictures are encoded and decoded as they are (the mode of the posterior, sides cropped to a multiple of 16), and
 measured against themselves. Plain colours are squares of 128 pixels, of which the mean is shown.

@@ -51,7 +51,7 @@ class UpscaleSettings:
     """Colour correction against the input: wavelet, adain or none."""
     vae: str = "auto"
     """exact (as if the VAE saw the whole picture at once), bounded (its memory is set by the tile), or auto: exact up
-    to 2048 pixels along the longer side."""
+    to the area of 2048 x 2048 pixels."""
 
     def __post_init__(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):

@@ -141,9 +141,9 @@ def feature_distance(features: Sequence[Tensor], truth: Sequence[Tensor]) -> Ten
     Each map is standardised by the truth's mean and deviation of every channel, sample by sample, then scaled to unit
     length along the channels at every position, as LPIPS does; squared differences are summed over channels and
     averaged over positions, samples and levels (ours). Standardising keeps a decoder's few huge channels from drowning
-    the rest; the unit length bounds what one position can add. The form was chosen on 17 pairs of RealSR with nano's
-    VAE; on the other 83 (256 px), at 3 levels, a sharp restored picture (OSEDiff's) comes nearer to the truth than a
-    bicubic one in 48%, against 39% without standardising, 31% to 34% for L1, L2 and logarithmic distances of
+    the rest; the unit length bounds what one position can add. The form was chosen on 17 pairs of RealSR with the first
+    nano's VAE; on the other 83 (256 px), at 3 levels, a sharp restored picture (OSEDiff's) comes nearer to the truth
+    than a bicubic one in 48%, against 39% without standardising, 31% to 34% for L1, L2 and logarithmic distances of
     standardised maps, and 18% for L1 of pixels: less fond of blur than those, yet no preference for detail by itself.
     Raises `IcmsrError` when the lists do not match.
     """
