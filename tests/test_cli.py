@@ -1,5 +1,6 @@
 """The command `icmsr`, as a user meets it: exit codes, messages, files."""
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from icmsr_core import cli
 from icmsr_core.cli import main
 from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.embedded import demo_picture, embedded_base, embedded_generator
@@ -146,6 +148,23 @@ def test_folder_goes_on_past_bad_files(tmp_path, model, capsys):
     assert len(lines) == 3, lines
     assert sorted(path.name for path in out.iterdir()) == ["good.png", "one.jpg", "scan.png"]
     assert Image.open(out / "one.jpg").size == (4, 4)
+
+
+def test_the_bar_counts_every_picture_that_is_done(tmp_path, model, monkeypatch, capsys):
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        picture(tmp_path / "in" / f"{index}.png")
+    (tmp_path / "in" / "bad.png").write_text("not a picture")
+    assert main(["upscale", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 1
+    assert (bars[0].unit, bars[0].n, bars[0].total) == ("picture", 4, 4)
 
 
 def test_wrong_usage(tmp_path, model, capsys):
