@@ -1,8 +1,6 @@
 """Compares generators trained with the regulariser under different conditions, and without it, at one budget.
 
     python train/ablation.py --config train/configs/ablation.yaml --data.folders="['PHOTOS']" --pairs PAIRS
-
-after train/collapse.py, whose teacher and adapters it takes.
 """
 
 import json
@@ -19,11 +17,10 @@ from icmsr_core.train.ablation import (
     ARMS,
     REFERENCES,
     check_ablation,
-    pack_adapter,
-    pack_base,
     prepare_photographs,
     run_arm,
     run_reference,
+    train_adapter,
     train_start,
 )
 from icmsr_core.train.ablation import AblationConfig as Config
@@ -41,8 +38,14 @@ def run_one(config: Config, name: str, seed: int) -> str:
     return run_arm(config, name, seed)
 
 
+def adapt(config: Config, name: str) -> str:
+    """The adapter of an arm, in a process of its own or not."""
+    torch.set_num_threads(1)
+    return train_adapter(config, name)
+
+
 def main() -> None:
-    """Base and adapters, the common start, then every run that has no result yet, then the report."""
+    """Adapters, the common start, then every run that has no result yet, then the report."""
     config = parse_config(Config)
     check_ablation(config)
     settings = {key: value for key, value in settings_of(config).items() if key not in FREE_KEYS}
@@ -51,12 +54,9 @@ def main() -> None:
         raise IcmsrError(f"{config.run}: was started with another configuration: choose another run folder")
     replace_file(known, mark.encode())
     prepare_photographs(config)
-    pack_base(config)
-    for name in config.arms:
-        structure = ARMS[name].structure
-        if structure is not None and structure.names:
-            pack_adapter(config, name)
-    logging.info("base, adapters and photographs are there")
+    seeing = [name for name in config.arms if (structure := ARMS[name].structure) is not None and structure.names]
+    run_jobs(config.jobs, [(adapt, config, name) for name in seeing], "adapters:")
+    logging.info("adapters and photographs are there")
     logging.info("the common start is %s", train_start(config))
     references = [(run_reference, config, name) for name in REFERENCES if not config.result_file(name, 0).exists()]
     run_jobs(1, references, "references:")

@@ -1,6 +1,6 @@
 """What the regulariser's condition does to the generator: the ablation, at one budget for every arm.
 
-A small teacher and its adapters are taken from a run of the collapse experiment (`collapse`). From one common start,
+The base's own prior is the teacher; every condition gets an adapter of its own, trained on it. From one common start,
 a generator trained by reconstruction losses alone, every arm and seed goes on for the same number of images with the
 real task and loop: by reconstruction alone, or with ICM under one of the conditions. Everything else is the same: the
 losses and their weights, the images of a seed, the learning rates. Each result is then measured on whole pictures,
@@ -10,31 +10,24 @@ through the path that inference takes (`one_step.upscale`).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from ..base_folder import INFO_FILE, open_base
-from ..diffusers_backbone import build_networks
 from ..errors import IcmsrError
-from ..generator_file import read_tensors
 from ..metrics import metric
 from .ablation_pictures import make_photographs, measure, pairs_of
-from .adapter_file import make_adapter, save_adapter
-from .building import build_generator_task, check_generator, check_run, latent_factor, training_base
-from .collapse import adapter_stem
+from .adapter import AdapterConfig
+from .building import build_adapter_task, build_generator_task, check_generator, check_run, training_base
 from .conditioning import ConditionConfig, StructureConfig
 from .data import DataConfig, TrainingPairs
 from .generator import GeneratorConfig
 from .loop import LoopConfig, train
-from .networks import NetworkConfig, make_unet, save_base
 from .records import METRICS_FILE, read_metrics, replace_file
 from .script import start_processes
-from .task import to_signed
 
 START = "start"
 BICUBIC = "bicubic"
@@ -47,7 +40,6 @@ CURVES = {
 """What a result keeps of the training log, beside the diagnostics."""
 LEVELS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
 """Bins of t / T at which the diagnostics say whether the regulariser has collapsed (see `icm.diagnostics`)."""
-_VAE_TOLERANCE = 0.01  # of a latent of unit variance: far above rounding, far below another VAE's difference
 
 
 @dataclass(frozen=True)
@@ -80,10 +72,8 @@ class AblationConfig:
 
     run: str
     """Run folder; the same command goes on with what is not yet there."""
-    collapse: str = "runs/collapse"
-    """Run folder of train/collapse.py: its teacher and its adapters."""
     base: str = ""
-    """Base folder in whose latent that run was made; empty for the embedded nano. Its VAE alone is used."""
+    """Base folder: its prior is the teacher, its VAE the generator's decoder; empty for the embedded nano."""
     pairs: str = ""
     """Folder of real pairs, with lr/ and hr/ of the same file names, to measure on as well; empty: none."""
     every: int = 4
@@ -103,10 +93,12 @@ class AblationConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Photographs; data.hold_out of them are kept for measuring."""
+    """Photographs; data.hold_out of them are kept for measuring, out of the adapters' and the arms' training."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """The generator and its losses; losses.icm is the weight in the arms that have a regulariser. With networks.start,
     the arms begin from that file, and none is trained for them."""
+    adapter: LoopConfig = field(default_factory=LoopConfig)
+    """Training of every condition's adapter."""
     start: LoopConfig = field(default_factory=LoopConfig)
     """Training of the common start."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -125,7 +117,7 @@ class AblationConfig:
         if self.side < 64 or self.side % scale:
             raise IcmsrError(f"side must be a multiple of {scale} from 64 up, got {self.side}: try 512")
         if not self.data.hold_out:
-            raise IcmsrError("data.hold_out is 0: nothing is left to measure on, set it to that of the collapse run")
+            raise IcmsrError("data.hold_out is 0: nothing is left to measure on, set it to 0.15")
         if self.generator.networks.weights != "whole" or not self.generator.losses.icm:
             raise IcmsrError(
                 "generator.networks.weights must be whole and generator.losses.icm above 0, got "
@@ -143,18 +135,10 @@ class AblationConfig:
 
 def check_ablation(config: AblationConfig) -> None:
     """Raises `IcmsrError` for what can be seen to be wrong before a weight is read."""
-    training_base(config.base)
-    made = _collapse_settings(config)
-    size = made["collapse"]["crop"], made["data"]["hold_out"]
-    if size[0] != config.data.crop or size[1] < config.data.hold_out:
-        raise IcmsrError(
-            f"data.crop must be {size[0]} and data.hold_out at most {size[1]:g}, as in the collapse run "
-            f"{config.collapse}, got {config.data.crop} and {config.data.hold_out:g}: its adapters know no other "
-            "crops, and must not know the photographs that are measured"
-        )
-    for name in ("networks.safetensors", *(f"adapters/{file}" for file in _adapter_files(config).values())):
-        if not Path(config.collapse, name).is_file():
-            raise IcmsrError(f"{config.collapse}: {name} is missing: run train/collapse.py with that condition")
+    base = training_base(config.base)
+    for loop in (config.adapter, config.start, config.loop):
+        check_run(base, config.data, loop, config.generator.networks.base_dtype)
+    check_generator(base, config.generator, ConditionConfig("none"))
     TrainingPairs(config.data, 0, held_out=True)
     for name in config.metrics:
         metric(name).prepare()
@@ -162,48 +146,26 @@ def check_ablation(config: AblationConfig) -> None:
         pairs_of(Path(config.pairs), config.every)
 
 
-def pack_base(config: AblationConfig) -> Path:
-    """The base folder RUN/base: the collapse run's teacher as the UNet, beside the VAE of `config.base`.
-
-    Raises `IcmsrError` when that VAE is not the one whose latents the collapse run was made in.
-    """
-    folder, source = config.folder("base"), training_base(config.base)
-    if (folder / INFO_FILE).is_file():  # written last
-        return folder
-    widths = tuple(_collapse_settings(config)["collapse"]["unet_channels"])
-    embedding = source.prompt_embedding()
-    if embedding is None:
-        raise IcmsrError(f"{source.path}: has no prompt embedding, so it is not the base of a collapse run")
-    vae = build_networks(source)[1]
-    with safe_open(str(Path(config.collapse, "crops.safetensors")), framework="pt") as file:
-        sharp, truth = (file.get_slice(f"held_out/{name}")[:4] for name in ("sharp", "truth"))
-    with torch.no_grad():
-        latent = vae.encode(to_signed(sharp)).latent_dist.mode() * float(vae.config.scaling_factor)
-    if latent.shape != truth.shape or float((latent - truth).abs().max()) > _VAE_TOLERANCE:
-        raise IcmsrError(f"{source.path}: its VAE is not that of the collapse run {config.collapse}: name its base")
-    unet = make_unet(NetworkConfig(
-        latent_channels=truth.shape[1], unet_channels=widths, context_tokens=embedding.shape[0],
-        context_width=embedding.shape[1],
-    ))
-    tensors = read_tensors(Path(config.collapse, "networks.safetensors"))[0]
-    unet.load_state_dict({
-        key.removeprefix("teacher/"): value for key, value in tensors.items() if key.startswith("teacher/")
-    })
-    save_base(folder, unet, vae, embedding, replace(source.info, name=f"{source.info.name}-half"), torch.float32)
-    return folder
-
-
-def pack_adapter(config: AblationConfig, arm: str) -> Path:
-    """The adapter folder RUN/adapters/ARM of an arm that has one."""
-    structure, folder = ARMS[arm].structure, config.folder("adapters", arm)
+def train_adapter(config: AblationConfig, arm: str) -> str:
+    """Trains the adapter of an arm that has one, into RUN/adapters/ARM, if it is not there; returns the arm."""
+    structure = ARMS[arm].structure
     assert structure is not None
-    if folder.with_name(f"{arm}.safetensors").is_file() and (folder / "config.json").is_file():
-        return folder
-    base = open_base(config.folder("base"))
-    adapter = make_adapter(structure.channels, latent_factor(base), base.unet_config["block_out_channels"])
-    adapter.load_state_dict(read_tensors(Path(config.collapse, "adapters", _adapter_files(config)[arm]))[0])
-    save_adapter(folder, adapter, {"structure": structure.describe(), "base": base.info.name}, torch.float32)
-    return folder
+    if not _adapter_file(config, arm).is_file():
+        wanted = AdapterConfig(**{part.name: getattr(structure, part.name) for part in fields(StructureConfig)})
+        settings = _settings(config, config.adapter, adapter=wanted)
+        pairs = TrainingPairs(config.data, config.adapter.seed, degraded=False)
+        accelerator, device = start_processes(config.device)
+        torch.manual_seed(config.adapter.seed)
+        task = build_adapter_task(
+            training_base(config.base), wanted, config.adapter.seed, settings, device=device,
+        )
+        folder = config.folder("adapters", arm)
+        train(task, pairs, config.adapter, folder, settings, accelerator, device)
+    return arm
+
+
+def _adapter_file(config: AblationConfig, arm: str) -> Path:
+    return config.folder("adapters", arm, "adapter.safetensors")
 
 
 def train_start(config: AblationConfig) -> Path:
@@ -224,7 +186,7 @@ def run_arm(config: AblationConfig, name: str, seed: int) -> str:
     if arm.structure is None:
         generator = _without_icm(generator)
     elif arm.structure.names:
-        condition = ConditionConfig(**asdict(arm.structure), adapters=(str(pack_adapter(config, name)),))
+        condition = ConditionConfig(**asdict(arm.structure), adapters=(str(_adapter_file(config, name)),))
     _train(config, folder, replace(config.loop, seed=seed), generator, condition)
     pictures = config.folder("pictures", name) if seed == config.seeds[0] else None
     values = evaluate(config, folder / "generator.safetensors", pictures) | read_training(folder)
@@ -253,7 +215,7 @@ def evaluate(config: AblationConfig, generator: Path | None, pictures: Path | No
     sets = {PHOTOGRAPHS: pairs_of(prepare_photographs(config))}
     if config.pairs:
         sets[PAIRS] = pairs_of(Path(config.pairs), config.every)
-    return dict(measure(config.folder("base"), generator, sets, config.metrics, PHOTOGRAPHS, pictures))
+    return dict(measure(training_base(config.base).path, generator, sets, config.metrics, PHOTOGRAPHS, pictures))
 
 
 def read_training(run: Path) -> dict[str, Any]:
@@ -277,14 +239,10 @@ def read_training(run: Path) -> dict[str, Any]:
 def _train(
     config: AblationConfig, folder: Path, loop: LoopConfig, generator: GeneratorConfig, condition: ConditionConfig
 ) -> None:
-    base = open_base(config.folder("base"))
-    check_run(base, config.data, loop, generator.networks.base_dtype)
+    base = training_base(config.base)
     check_generator(base, generator, condition)
     pairs = TrainingPairs(config.data, loop.seed)
-    settings = {"base": str(base.path)} | {
-        name: asdict(part)
-        for name, part in (("data", config.data), ("condition", condition), ("generator", generator), ("loop", loop))
-    }
+    settings = _settings(config, loop, condition=condition, generator=generator)
     accelerator, device = start_processes(config.device)
     torch.manual_seed(loop.seed)  # the auxiliary's first weights
     task = build_generator_task(
@@ -297,18 +255,7 @@ def _without_icm(generator: GeneratorConfig) -> GeneratorConfig:
     return replace(generator, losses=replace(generator.losses, icm=0.0))
 
 
-def _collapse_settings(config: AblationConfig) -> dict[str, Any]:
-    file = Path(config.collapse, "config.json")
-    if not file.is_file():
-        raise IcmsrError(f"{config.collapse}: not a run folder of train/collapse.py, config.json is missing")
-    settings: dict[str, Any] = json.loads(file.read_text())
-    return settings
-
-
-def _adapter_files(config: AblationConfig) -> dict[str, str]:
-    """The collapse run's adapter file for each arm that has one."""
-    structures = {name: ARMS[name].structure for name in config.arms}
-    return {
-        name: f"{adapter_stem(structure)}.safetensors"
-        for name, structure in structures.items() if structure is not None and structure.names
-    }
+def _settings(config: AblationConfig, loop: LoopConfig, **parts: Any) -> dict[str, Any]:
+    """What a run keeps of its configuration."""
+    named = {"data": config.data, **parts, "loop": loop}
+    return {"base": config.base} | {name: asdict(part) for name, part in named.items()}
