@@ -17,6 +17,11 @@ def embedded_generator() -> Path:
     return ASSETS / "nano" / "generator.safetensors"
 
 
+def embedded_adapter() -> Path:
+    """nano's T2I-Adapter: colormap and edges, for its bare prior."""
+    return ASSETS / "nano" / "adapter.safetensors"
+
+
 def demo_picture() -> Path:
     """The bundled photograph of `icmsr demo` (source and licence in `assets/README.md`)."""
     return ASSETS / "demo.png"

@@ -11,8 +11,9 @@ import folder_paths
 from torch import Tensor, nn
 
 from ..icmsr_core.adapter_layouts import ADAPTER_EXTENSIONS, CONFIG_FILE, AdapterLayout, read_adapter
+from ..icmsr_core.embedded import embedded_adapter
 from ..icmsr_core.errors import IcmsrError
-from .model_folders import FOLDER, file_stamp, find_file
+from .model_folders import EMBEDDED, FOLDER, file_stamp, find_file
 
 ADAPTER_FOLDERS = (FOLDER, "controlnet")
 HINT_CHANNELS = 4
@@ -121,14 +122,14 @@ def _network(path: Path, layout: AdapterLayout, tensors: dict[str, Tensor]) -> n
 
 
 def list_adapters() -> list[str]:
-    """Names of the files in models/icmsr and models/controlnet that may hold an adapter, each once."""
+    """The embedded one, then the files in models/icmsr and models/controlnet that may hold an adapter, each once."""
     names = [name for folder in ADAPTER_FOLDERS for name in folder_paths.get_filename_list(folder)]
-    return [name for name in dict.fromkeys(names) if name.endswith(ADAPTER_EXTENSIONS)]
+    return [EMBEDDED, *(name for name in dict.fromkeys(names) if name.endswith(ADAPTER_EXTENSIONS))]
 
 
 def find_adapter(name: str) -> Path:
     """Path of the adapter file called `name`. Raises `IcmsrError`."""
-    return find_file(name, *ADAPTER_FOLDERS)
+    return embedded_adapter() if name == EMBEDDED else find_file(name, *ADAPTER_FOLDERS)
 
 
 def adapter_stamp(name: str) -> str:

@@ -163,14 +163,15 @@ class LoadAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "adapter",
                     options=files,
+                    default=EMBEDDED,
                     tooltip=(
-                        "T2I-Adapters of ICM-SR, diffusers or TencentARC in models/icmsr and models/controlnet. For a "
-                        "diffusers folder choose the weights file in it."
+                        "nano's own, or T2I-Adapters of ICM-SR, diffusers or TencentARC in models/icmsr and "
+                        "models/controlnet. For a diffusers folder choose the weights file in it."
                     ),
                 ),
                 io.Combo.Input(
                     "second_adapter",
-                    options=[NO_ADAPTER, *files],
+                    options=[NO_ADAPTER, *(name for name in files if name != EMBEDDED)],
                     default=NO_ADAPTER,
                     optional=True,  # prompts saved before it was there run as they did
                     tooltip=(

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from icmsr_core import conditions, manifold
 from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
-from icmsr_core.embedded import embedded_base, embedded_generator
+from icmsr_core.embedded import embedded_adapter, embedded_base, embedded_generator
 from icmsr_core.generator_file import save_generator
 from icmsr_core.image_io import from_tensor, to_tensor
 from icmsr_core.one_step import UpscaleSettings, pad_to_multiple, resize, upscale
-from icmsr_core.train.adapter_file import save_adapter
+from icmsr_core.train.adapter_file import load_adapter, save_adapter
 from tests.comfy_harness import PACK_NAME, ROOT, to_prompt
 from tests.model_files import random_generator, write_generator
 
@@ -186,8 +186,42 @@ def test_committed_workflow_gives_the_library_s_picture(comfy_server, object_inf
     loader["inputs"]["image"] = comfy_server.upload(picture, "workflow.png")
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
-    expected = upscale(load_backbone(None, embedded_generator()), tensor(picture))
+    if path.stem == "inspect_manifold":
+        hint = conditions.hint(tensor(picture))
+        features = load_adapter(embedded_adapter(), 4)(pad_to_multiple(hint, 8))
+        expected = library_grid(picture, features, (200, 500, 800), 0, hint)
+    else:
+        expected = upscale(load_backbone(None, embedded_generator()), tensor(picture))
     assert_same_picture(comfy_server.picture(entry), expected)
+
+
+def library_grid(picture, features, timesteps, seed, hint) -> torch.Tensor:
+    """What ICMSR_InspectManifold should show of the embedded prior, computed with diffusers and the library."""
+    base = open_base(embedded_base())
+    backbone = DiffusersBackbone(
+        *build_networks(base), base.descriptor(), base.prompt_embedding(), torch.device("cpu"), torch.float32
+    )
+    descriptor, source = backbone.descriptor, tensor(picture)
+    height, width = source.shape[-2:]
+    latent = backbone.encode(pad_to_multiple(source, descriptor.multiple_of) * 2 - 1)
+    noise = manifold.seeded_noise(latent, seed)
+    latents = {
+        "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in timesteps],
+        "no condition": manifold.clean_estimates(backbone, latent, timesteps, noise),
+        "with condition": manifold.clean_estimates(backbone, latent, timesteps, noise, features),
+    }
+
+    def decoded(one: torch.Tensor):
+        return manifold.decoded_pictures(backbone, one)[0][:height, :width]
+
+    rows = {name: [decoded(one) for one in some] for name, some in latents.items()}
+    assert max(abs(a - b).max() for a, b in zip(rows["no condition"], rows["with condition"])) > 4 / 255
+    shown = {"colormap": hint[:, :3], "edges": hint[:, 3:].expand(-1, 3, -1, -1)}
+    maps = {
+        "noised": {"its latent, decoded": decoded(latent)},
+        "with condition": {name: from_tensor(one) for name, one in shown.items()},
+    }
+    return to_tensor(manifold.manifold_grid(from_tensor(source), timesteps, rows, maps))
 
 
 def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
@@ -263,13 +297,8 @@ def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
     """A labelled grid over the bare base, with an adapter that takes the edges alone."""
     from diffusers import T2IAdapter
 
-    base = open_base(embedded_base())
-    backbone = DiffusersBackbone(
-        *build_networks(base), base.descriptor(), base.prompt_embedding(), torch.device("cpu"), torch.float32
-    )
-    descriptor = backbone.descriptor
     torch.manual_seed(2)
-    adapter = T2IAdapter(1, [64, 128], 2, downscale_factor=descriptor.latent_factor).requires_grad_(False)
+    adapter = T2IAdapter(1, [64, 128], 2, downscale_factor=4).requires_grad_(False)
     save_adapter(comfy_server.base / "models" / "controlnet" / "edges", adapter, {}, torch.float32)
     picture = photograph(50, 37, seed=4)
     prompt = {
@@ -294,29 +323,9 @@ def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
     }  # fmt: skip
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
-    source = tensor(picture)
-    latent = backbone.encode(pad_to_multiple(source, descriptor.multiple_of) * 2 - 1)
-    noise = manifold.seeded_noise(latent, 3)
-    hint = pad_to_multiple(conditions.canny_edges(source, 20, 60), descriptor.multiple_of)
-    features = [2 * level for level in adapter(hint)]
-    latents = {
-        "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in (100, 800)],
-        "no condition": manifold.clean_estimates(backbone, latent, (100, 800), noise),
-        "with condition": manifold.clean_estimates(backbone, latent, (100, 800), noise, features),
-    }
-
-    def decoded(one: torch.Tensor):
-        return manifold.decoded_pictures(backbone, one)[0][:37, :50]
-
-    rows = {name: [decoded(one) for one in some] for name, some in latents.items()}
-    shown = {"colormap": conditions.colormap(source), "edges": conditions.canny_edges(source, 20, 60)}
-    maps = {
-        "noised": {"its latent, decoded": decoded(latent)},
-        "with condition": {name: from_tensor(one.expand(-1, 3, -1, -1)) for name, one in shown.items()},
-    }
-    grid = manifold.manifold_grid(from_tensor(source), (100, 800), rows, maps)
-    assert_same_picture(comfy_server.picture(entry), to_tensor(grid))
-    assert max(abs(a - b).max() for a, b in zip(rows["no condition"], rows["with condition"])) > 4 / 255
+    hint = conditions.hint(tensor(picture), low=20, high=60)
+    features = [2 * level for level in adapter(pad_to_multiple(hint[:, 3:], 8))]
+    assert_same_picture(comfy_server.picture(entry), library_grid(picture, features, (100, 800), 3, hint))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +381,9 @@ def test_weights_are_found_in_every_folder(comfy_server):
         listed = inputs[group][socket][1]["options"]
         assert set(adapters) <= set(listed)
         assert not [name for name in listed if name.endswith((".txt", ".json"))]
+    assert inputs["required"]["adapter"][1]["options"][0] == "nano (embedded)"
     assert inputs["optional"]["second_adapter"][1]["options"][0] == "none"
+    assert "nano (embedded)" not in inputs["optional"]["second_adapter"][1]["options"], "it has both structures"
     options = comfy_server.get("/object_info/ICMSR_ApplyGenerator")["ICMSR_ApplyGenerator"]["input"]["required"]
     listed = options["generator"][1]["options"]
     assert listed[0] == "nano (embedded)"
