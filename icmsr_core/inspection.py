@@ -19,6 +19,8 @@ def describe(path: Path) -> str:
         rows = _adapter_rows(weights)
     elif path.is_dir():
         rows = _base_rows(path)
+    elif not path.exists():
+        raise IcmsrError(f"{path}: no such file or folder")
     else:
         with open_tensors(path) as file:
             kind, keys = (file.metadata() or {}).get("format"), list(file.keys())
