@@ -200,7 +200,7 @@ def open_base(path: Path) -> BaseFolder:
         own = info_from_json(str(path), BaseInfo, dict(checkpoint.values))
         return _checked(BaseFolder(path, own, checkpoint.unet_config, checkpoint.vae_config))
     if not path.is_dir():
-        raise IcmsrError(f"{path}: no such base folder")
+        raise IcmsrError(f"{path}: no such file or folder, a base is a diffusers folder or a checkpoint (.safetensors)")
     plain = not (path / INFO_FILE).is_file()
     if plain and not (path / SCHEDULER_FILE).is_file():
         raise IcmsrError(

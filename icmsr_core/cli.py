@@ -93,6 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
     upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
                          help="0 faithful, 1 realistic (the default), beyond: more; for generators that hold both")
+    upscale.add_argument("--prompt", metavar="TEXT",
+                         help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
+                              "with a text encoder (a whole folder or a hub id), and transformers (extra text)")
     upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
     upscale.add_argument("--seed", type=int, default=0,
                          help="for generators that draw noise; the embedded one draws none, its result is fixed")
@@ -121,7 +124,9 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, or a LoRA's folder")
     add.add_argument("dest", type=Path, metavar="DEST", help="the generator file to write, .safetensors")
     add.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="what a LoRA file belongs to")
-    add.add_argument("--base", type=Path, metavar="PATH", help="base that it must fit, instead of the published family")
+    add.add_argument("--base", metavar="NAME_OR_PATH", help="base that it must fit, instead of the published family")
+    add.add_argument("--prompt", metavar="TEXT",
+                     help="constant prompt to put into the file, embedded by the text encoder of --base (extra text)")
     add.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file (default 999)")
     add.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with it (default eps)")
 
@@ -195,7 +200,7 @@ def run_upscale(options: argparse.Namespace) -> int:
         fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
-    backbone = load_model(options.model, options.base, options.device, options.dtype, options.fidelity)
+    backbone = load_model(options.model, options.base, options.device, options.dtype, options.fidelity, options.prompt)
     with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
         unit="tile", leave=False, disable=None
     ) as tiles:
@@ -262,10 +267,12 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_import(options: argparse.Namespace) -> int:
     """``icmsr import``."""
+    from .hub_base import find_base
     from .importers import ImportSettings, import_checkpoint
     from .inspection import describe
 
-    settings = ImportSettings(options.family, options.base, options.timestep, options.prediction)
+    base = None if options.base is None else find_base(options.base, options.prompt is not None)
+    settings = ImportSettings(options.family, base, options.timestep, options.prediction, options.prompt)
     import_checkpoint(options.kind, options.source, options.dest, settings)
     print(f"wrote {options.dest}")
     print(describe(options.dest))
@@ -298,7 +305,7 @@ def generator_path(model: str) -> Path:
 
 
 def load_model(
-    model: str, base: str, device: str, dtype: str, fidelity: float | None = None
+    model: str, base: str, device: str, dtype: str, fidelity: float | None = None, prompt: str | None = None
 ) -> DiffusersBackbone:
     """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
     import torch
@@ -314,4 +321,6 @@ def load_model(
     silence_diffusers()
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     known = None if base == "nano" else base
-    return load_backbone(known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity)
+    return load_backbone(
+        known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt
+    )

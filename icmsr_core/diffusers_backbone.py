@@ -21,6 +21,7 @@ from .fixed_step import fix_step
 from .generator_file import Generator, PartWeights, load_generator
 from .hub_base import find_base
 from .merging import fidelity_to_use, merged_part, merged_tensors
+from .prompts import embed_prompts
 from .tiled_vae_steps import (
     Attention,
     Norm,
@@ -263,26 +264,35 @@ def load_backbone(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     fidelity: float | None = None,
+    prompt: str | None = None,
 ) -> DiffusersBackbone:
     """A base with a generator merged into it, ready to run.
 
     `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
     embedded nano. Without `generator` the bare prior is loaded. `fidelity`, for a generator with
-    a faithful and a realistic set of weights: 0 is faithful, 1 (the default) realistic, up to 2. Raises `IcmsrError`
-    for files that are missing, damaged or of another family, and for a fidelity that is out of range or has no two sets
-    to choose between.
+    a faithful and a realistic set of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the
+    constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
+    generators without an embedding need it. Raises `IcmsrError` for files that are missing, damaged or of another
+    family, for a fidelity that is out of range or has no two sets to choose between, and where there is no prompt.
     """
-    folder = open_base(find_base(base) if isinstance(base, str) else base or embedded_base())
+    folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
     if isinstance(generator, Path):
         generator = load_generator(generator)
     fidelity_to_use(name, generator is not None and generator.has_two_sets, fidelity)  # before the networks
     descriptor = folder.descriptor(generator)
-    embedding = generator.prompt_embedding if generator is not None else None
+    if prompt is not None:
+        embedding: Tensor | None = embed_prompts(folder, [prompt], None, device)[0]
+    else:
+        embedding = generator.prompt_embedding if generator is not None else None
+        if embedding is None:
+            embedding = folder.prompt_embedding()
     if embedding is None:
-        embedding = folder.prompt_embedding()
-    if embedding is None:
-        raise IcmsrError(f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding")
+        raise IcmsrError(
+            f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding: give a prompt "
+            '(--prompt "" for the empty one) and a base with a text encoder, a whole Stable Diffusion folder or a hub '
+            "id; or import the generator again with both"
+        )
     width = folder.unet_config["cross_attention_dim"]
     if embedding.shape[-1] != width:
         raise IcmsrError(

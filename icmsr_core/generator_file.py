@@ -20,7 +20,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import IcmsrError
+from .file_kinds import known_kind, unreadable
 from .noise_schedule import Prediction, check_prediction
 
 FORMAT = "icmsr-generator"
@@ -169,15 +170,15 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A .safetensors file, opened by `safe_open`; an `IcmsrError` when there is none or it is damaged."""
+    if path.is_dir():
+        raise IcmsrError(f"{path}: is a folder: name the .safetensors file")
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise IcmsrError(
-            f"{path}: not a readable .safetensors file ({error}): download or export it again"
-        ) from error
+        raise IcmsrError(unreadable(path, str(error))) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -192,7 +193,7 @@ def load_generator(path: Path) -> Generator:
     Whether its keys fit a base is checked where it is applied (`merging.py`). Raises `IcmsrError`.
     """
     tensors, metadata = read_tensors(path)
-    info = parse_info(str(path), metadata)
+    info = parse_info(str(path), metadata, tensors)
     _check_finite(str(path), tensors)
     embedding = tensors.pop("prompt_embedding", None)
     if embedding is not None and embedding.ndim != 2:
@@ -214,16 +215,20 @@ def holds_two_sets(path: Path) -> bool:
     Raises `IcmsrError` when there is no such file, or it is no generator file.
     """
     with open_tensors(path) as file:
-        return parse_info(str(path), dict(file.metadata() or {})).format_version == 2
+        return parse_info(str(path), dict(file.metadata() or {}), list(file.keys())).format_version == 2
 
 
-def parse_info(name: str, metadata: Mapping[str, str]) -> GeneratorInfo:
-    """`GeneratorInfo` from a file's safetensors metadata; `name` names the file in errors."""
+def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = ()) -> GeneratorInfo:
+    """`GeneratorInfo` from a file's safetensors metadata; `name` names the file in errors, and `keys` tell its kind."""
     if metadata.get("format") != FORMAT:
-        raise IcmsrError(
-            f"{name}: not an ICM-SR generator file (its format is {metadata.get('format', 'not stated')!r}, "
-            f"expected {FORMAT!r}); foreign weights go through `icmsr import`"
-        )
+        kind = known_kind(keys)
+        found = f"{kind and kind + '; '}its format is {metadata.get('format', 'not stated')!r}, expected {FORMAT!r}"
+        way_out = {
+            "a LoRA": "a one-step model's LoRA becomes one with `icmsr import lora`",
+            "a checkpoint": "it can be the base, name it there",
+            "a T2I-Adapter": "it goes into ICM-SR Load Adapter",
+        }.get(kind, "foreign weights go through `icmsr import`")
+        raise IcmsrError(f"{name}: not an ICM-SR generator file ({found}): {way_out}")
     try:
         values = json.loads(metadata["icmsr"])
     except (KeyError, ValueError) as error:

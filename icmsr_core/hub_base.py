@@ -11,14 +11,18 @@ from .errors import IcmsrError
 from .sd_families import SD_HUB_IDS
 
 PARTS = ("unet", "vae")
+TEXT_WEIGHTS, TEXT_HALF = ["model.safetensors"], ["model.fp16.safetensors"]
+"""Weights of the text encoder in full precision, and their fp16 variant."""
+TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/merges.txt")
 
 
-def find_base(name: str) -> Path:
+def find_base(name: str, text: bool = False) -> Path:
     """The folder or file that `name` names.
 
     A local path wins. What has the form ``owner/name`` of a hub id, and whose first half is no local folder, is the
     snapshot of that model in huggingface_hub's cache: fetched there when it is missing, without a network (or with
-    HF_HUB_OFFLINE=1) as far as it is there. Weights in full precision are fetched, else the fp16 variant.
+    HF_HUB_OFFLINE=1) as far as it is there. Weights in full precision are fetched, else the fp16 variant; with `text`
+    the text encoder and its tokenizer too.
 
     Raises `IcmsrError` for an id that is neither in the cache nor within reach. Other names come back as they are;
     `open_base` says what is wrong with them.
@@ -28,14 +32,17 @@ def find_base(name: str) -> Path:
         return path
     fetch = _downloader(name)
     weights = [WEIGHTS_FILE, INDEX_FILE, _shards(WEIGHTS_FILE)]
+    half = [HALF_FILE, HALF_INDEX_FILE, _shards(HALF_FILE)]
+    wanted = dict.fromkeys(PARTS, (weights, half))
+    if text:
+        wanted["text_encoder"] = (TEXT_WEIGHTS, TEXT_HALF)
     folder = fetch([
-        INFO_FILE, PROMPT_FILE, SCHEDULER_FILE,
-        *(f"{part}/{file}" for part in PARTS for file in ("config.json", *weights)),
+        INFO_FILE, PROMPT_FILE, SCHEDULER_FILE, *(TOKENIZER_FILES if text else ()),
+        *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in ("config.json", *whole)),
     ])
-    without = [part for part in PARTS if not any((folder / part / file).is_file() for file in weights[:2])]
+    without = [part for part, (whole, _) in wanted.items() if not any((folder / part / f).is_file() for f in whole[:2])]
     if without:
-        half = (HALF_FILE, HALF_INDEX_FILE, _shards(HALF_FILE))
-        folder = fetch([f"{part}/{file}" for part in without for file in half])
+        folder = fetch([f"{part}/{file}" for part in without for file in wanted[part][1]])
     return folder
 
 

@@ -62,8 +62,8 @@ PICKLED_KINDS: Mapping[str, PickledKind] = {
     "osediff": PickledKind(
         GeneratorInfo(
             "sd21", 999, "eps", "stable-diffusion-2-1-base", licence="Apache-2.0",
-            notes="OSEDiff takes its prompt from an image tagger, which is no part of this file: bring a prompt as "
-            "conditioning (with the empty one the results differ from the published ones).",
+            notes="OSEDiff takes its prompt from an image tagger, which is no part of this file: with one prompt for "
+            "all pictures the results differ from the published ones.",
         ),
         _unet_adapters("rank_unet"),
         Adapters("state_dict_vae", "rank_vae", {"default_encoder": "vae_lora_encoder_modules"}),
@@ -72,8 +72,8 @@ PICKLED_KINDS: Mapping[str, PickledKind] = {
     "pisasr": PickledKind(
         GeneratorInfo(
             "sd21", 1, "residual", "stable-diffusion-2-1-base", licence="Apache-2.0",
-            notes="PiSA-SR was trained with prompts from an image tagger, which is no part of this file: bring a "
-            "prompt as conditioning (its authors' own test uses the empty one).",
+            notes="PiSA-SR was trained with prompts from an image tagger, which is no part of this file; its authors' "
+            "own test uses the empty prompt.",
         ),
         _unet_adapters("lora_rank_unet_pix", "_pix"),
         realistic=_unet_adapters("lora_rank_unet_sem", "_sem"),

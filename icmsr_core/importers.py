@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from .import_lora import read_lora
 from .import_pickles import PICKLED_KINDS, read_pickled
 from .merging import misfit, not_for_this_base
 from .noise_schedule import NoiseSchedule, check_prediction
+from .prompts import check_prompts, embed_prompts
 
 LORA_KIND = "lora"
 IMPORT_KINDS = (*PICKLED_KINDS, LORA_KIND)
 """What `import_checkpoint` reads."""
 LORA_NOTES = (
     "A LoRA file says neither its timestep nor what the UNet's output means: both are what the import was told (999 "
-    "and eps by default). It holds no prompt embedding: bring a prompt as conditioning."
+    "and eps by default)."
 )
+BRING_A_PROMPT = "This file holds no prompt: bring one, as conditioning in ComfyUI, with --prompt on the command line."
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class ImportSettings:
     """Input timestep of a LoRA file; None: 999."""
     prediction: str | None = None
     """What the UNet's output means with a LoRA file: eps, v or residual; None: eps."""
+    prompt: str | None = None
+    """Text to put into the file as its constant prompt, embedded by the text encoder of `base`; None: none."""
 
 
 def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSettings | None = None) -> Generator:
@@ -46,8 +51,8 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
 
     `kind` is one of `IMPORT_KINDS`. The effective scale of each LoRA is kept, and the precision of the tensors: float32
     where the file mixes several. No pickle's code is run. Raises `IcmsrError` for a kind or an option that does not
-    apply, and for a file that is missing, damaged, holds code or values that are not finite, or does not fit the base;
-    it names the first keys.
+    apply, for a file that is missing, damaged, holds code or values that are not finite, or does not fit the base (it
+    names the first keys), and for a prompt without a base that has a text encoder.
     """
     settings = settings or ImportSettings()
     if kind not in IMPORT_KINDS:
@@ -56,6 +61,13 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
     family = settings.family if kind == LORA_KIND else _fixed_family(kind, settings)
     base = None if settings.base is None else open_base(settings.base)
     family, layout = _target(family, base)
+    if settings.prompt is not None:
+        if base is None:
+            raise IcmsrError(
+                "a prompt is embedded by the text encoder of a base: give --base, a whole Stable Diffusion folder or a "
+                "hub id"
+            )
+        check_prompts(base)  # before the file is read
     if kind == LORA_KIND:
         generator = _lora_generator(source, family, layout, settings)
     else:
@@ -63,6 +75,10 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
     generator = _fitted(f"{source} for {family}", generator, layout)
     if base is not None:
         generator = replace(generator, info=replace(generator.info, base=base.info.name, base_hash=base.hash()))
+    if base is not None and settings.prompt is not None:
+        generator = replace(generator, prompt_embedding=embed_prompts(base, [settings.prompt], None, "cpu")[0])
+    said = BRING_A_PROMPT if settings.prompt is None else f"Its constant prompt is {json.dumps(settings.prompt)}."
+    generator = replace(generator, info=replace(generator.info, notes=f"{generator.info.notes} {said}"))
     save_generator(dest, generator, _common_dtype(generator))
     return generator
 

@@ -19,6 +19,8 @@ def describe(path: Path) -> str:
         rows = _adapter_rows(weights)
     elif path.is_dir():
         rows = _base_rows(path)
+    elif not path.exists():
+        raise IcmsrError(f"{path}: no such file or folder")
     else:
         with open_tensors(path) as file:
             kind, keys = (file.metadata() or {}).get("format"), list(file.keys())
@@ -92,7 +94,8 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
     else:
         rows += _set_rows("", faithful, info.rank, info.alpha)
     embedding = generator.prompt_embedding
-    rows.append(("prompt", "none: bring a conditioning" if embedding is None else f"constant {list(embedding.shape)}"))
+    none = "none: bring a conditioning in ComfyUI, --prompt on the command line"
+    rows.append(("prompt", none if embedding is None else f"constant {list(embedding.shape)}"))
     rows.append(("licence", info.licence or "not stated"))
     if info.training:
         rows.append(("training", json.dumps(info.training, sort_keys=True)))

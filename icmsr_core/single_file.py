@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import IcmsrError
+from .file_kinds import known_kind
 from .generator_file import ADAPTER_FORMAT, FORMAT, open_tensors
 from .sd_families import SD_FAMILIES, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config, unknown_family
 
@@ -171,7 +172,7 @@ def _check_head(path: Path) -> None:
             "choose the .safetensors file of the same model"
         )
     if path.suffix != ".safetensors":
-        raise IcmsrError(f"{path}: no such base folder, and no .safetensors checkpoint either")
+        raise IcmsrError(f"{path}: neither a base folder nor a .safetensors checkpoint")
 
 
 def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) -> None:
@@ -181,19 +182,14 @@ def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) 
     kind = ""
     if metadata.get("format") == FORMAT:
         kind = "a generator file, which is no base: name it as the generator"
-    elif metadata.get("format") == ADAPTER_FORMAT or any_starts("adapter.", "body."):
+    elif metadata.get("format") == ADAPTER_FORMAT:
         kind = "a T2I-Adapter, which is no base"
-    elif any_starts("conditioner.", f"{PREFIXES['unet']}label_emb."):
-        kind = "a checkpoint of SDXL or of another model with a class embedding: Stable Diffusion 1.5 or 2.1 is needed"
-    elif not any_starts(PREFIXES["unet"]):
-        if any("lora" in key for key in keys):
-            kind = "a LoRA, which is no base"
-        elif any_starts("encoder.", "decoder.", *PREFIXES.values()):
-            kind = "a VAE alone"
-        elif any_starts("down_blocks.", "up_blocks."):
-            kind = "a diffusers UNet alone: name the folder that holds unet/ and vae/"
-        else:
-            kind = f"not a Stable Diffusion checkpoint, none of its keys begins with {PREFIXES['unet']}"
+    elif (known := known_kind(keys)) != "a checkpoint":
+        kind = known + {
+            "a T2I-Adapter": ", which is no base", "a LoRA": ", which is no base", "a VAE alone": "",
+            "a diffusers UNet alone": ": name the folder that holds unet/ and vae/",
+            "": f"not a Stable Diffusion checkpoint, none of its keys begins with {PREFIXES['unet']}",
+        }.get(known, ": Stable Diffusion 1.5 or 2.1 is needed")
     elif f"{PREFIXES['unet']}input_blocks.0.0.weight" not in keys:
         kind = "a model of another kind, without Stable Diffusion's UNet"
     elif not any_starts(PREFIXES["vae"]):

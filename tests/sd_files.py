@@ -200,6 +200,31 @@ def write_text_encoder(folder: Path, width: int, layers: int = 2, variant: str |
     return folder
 
 
+def clip_l_config() -> dict:
+    """text_encoder/config.json as published with SD1.5, but for what nothing reads."""
+    return {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+def clip_l_state(dtype: torch.dtype = torch.float16, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors of SD1.5's text encoder at its published size, under its names in a checkpoint."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with init_empty_weights():
+        model = CLIPTextModel(CLIPTextConfig(**clip_l_config()))
+    random = torch.Generator().manual_seed(seed)
+    pool = torch.empty(1 << 24).normal_(0.0, 0.02, generator=random).to(dtype)
+    state = {
+        f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}":
+        pooled_tensor(key, value.shape, pool, random)
+        for key, value in model.state_dict().items() if "position_ids" not in key
+    }
+    positions = torch.arange(77)[None]
+    return {**state, "cond_stage_model.transformer.text_model.embeddings.position_ids": positions}
+
+
 def shapes_of(part: str, config: dict) -> dict[str, torch.Size]:
     """Shape of every tensor of the network, by its diffusers name."""
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]

@@ -212,7 +212,7 @@ def test_the_crop_shown_is_richer_than_four_in_five():
         ({"generator.losses.icm": 0}, ["losses.icm above 0"]),
         ({"generator.networks.start": "/none"}, ["/none"]),
         ({"pairs": "/none"}, ["/none/lr", "no such folder"]),
-        ({"base": "/none"}, ["/none", "no such base folder"]),
+        ({"base": "/none"}, ["/none", "no such file or folder"]),
         ({"metrics": "['sharpness']"}, ["sharpness", "psnr"]),
     ],
 )

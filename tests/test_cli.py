@@ -187,7 +187,7 @@ def test_missing_things(tmp_path, model, capsys):
     fails(capsys, ["upscale", source, source, *model], 1, "overwrite")
     fails(capsys, ["upscale", source, source / "x.png", *model], 1, "cannot write")
     fails(capsys, ["upscale", source, tmp_path / "o.png", "--model", tmp_path / "none.safetensors"], 1, "none.saf")
-    fails(capsys, ["upscale", source, tmp_path / "o.png", "--base", tmp_path / "none"], 1, "no such base folder")
+    fails(capsys, ["upscale", source, tmp_path / "o.png", "--base", tmp_path / "none"], 1, "no such file or folder")
     fails(capsys, ["upscale", source, tmp_path / "o.png", *model, "--device", "cuda:99"], 1, "cuda:99", "try")
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from icmsr_core.adapter_layouts import read_adapter
+from icmsr_core.base_folder import open_base, write_base_info
 from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.generator_file import save_generator
@@ -248,6 +249,8 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     generator = random_generator(like_sd15, prediction="eps")
     info = replace(generator.info, family="sd15", base_hash="")
     save_generator(job / "models" / "icmsr" / "sd15.safetensors", replace(generator, info=info))
+    for_v = replace(generator, info=replace(info, prediction="v"))
+    save_generator(job / "models" / "icmsr" / "sd15 v.safetensors", for_v, torch.float32)
     damaged = write_damaged(folder / "damaged")
 
     def files(*names: str) -> list[str]:
@@ -381,7 +384,21 @@ def test_a_checkpoint_predicts_what_its_sampling_says(outcome):
     assert outcome.report["errors"]["eps generator on eps"] is None
 
 
+@pytest.mark.comfy
+def test_a_v_prediction_model_takes_the_generator_that_was_trained_for_it(outcome, one_thread):
+    """Nothing attached, as core's loaders give it: the same picture as the library's of a base that says so."""
+    folder = outcome.job / "base like sd15"
+    write_base_info(folder, replace(open_base(folder).info, family="sd15", prediction="v"))
+    picture, settings = outcome.inputs["picture"].movedim(-1, 1), UpscaleSettings(tile=128, overlap=32)
+    expected = upscale(load_backbone(folder, outcome.job / "models/icmsr/sd15 v.safetensors"), picture, settings)
+    got = outcome.results["v generator on v"].movedim(-1, 1)
+    difference = float((got - expected).abs().max())
+    print(f"largest difference {difference:.1e}")
+    assert difference <= 1e-4
+
+
 REFUSALS = {
+    "v generator on eps": "the generator is for a base that predicts v, this one predicts eps (the MODEL, sd15",
     "eps generator on v": "the generator is for a base that predicts eps, this one predicts v (the MODEL, sd15 "
     "checkpoint; where ComfyUI took it for the wrong kind, ModelSamplingDiscrete before this node says which it is): "
     "choose the eps-prediction",

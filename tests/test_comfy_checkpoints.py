@@ -6,13 +6,20 @@ the width of its text, so that a sixth of the size is enough for all but the slo
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from icmsr_core.base_folder import open_base
+from icmsr_core.diffusers_backbone import load_backbone
+from icmsr_core.generator_file import load_generator, save_generator
 from icmsr_core.one_step import upscale
 from tests.checkpoint_job import (
     Outcome,
@@ -25,6 +32,7 @@ from tests.checkpoint_job import (
     write_complete_generator,
 )
 from tests.comfy_harness import Server
+from tests.sd_files import clip_l_config, clip_l_state, complete_generator
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
 
@@ -142,6 +150,61 @@ def test_a_graph_from_core_s_loader_gives_the_library_s_picture(server, outcome,
     expected = upscale(library(outcome, family, "checkpoint"), picture)
     levels = (expected[0].movedim(0, -1) * 255).round().int().numpy()
     assert np.abs(got.pictures["save"] - levels).max() <= 1
+
+
+EMPTY_PROMPT = [49406, *[49407] * 76]
+"""Tokens of the empty prompt in Stable Diffusion 1.5: start, end, padding."""
+
+
+@pytest.fixture(scope="module")
+def whole(server, outcome) -> Path:
+    """SD1.5's checkpoint with its text encoder at the published size, as users have it; beside it a generator that
+    holds no prompt."""
+    models = server.base / "models"
+    path = models / "checkpoints" / "whole.safetensors"
+    with safe_open(outcome.job / "models/checkpoints/sd15.safetensors", "pt") as file:
+        metadata = file.metadata()
+        networks = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({**networks, **clip_l_state()}, path, metadata)
+    generator = complete_generator(open_base(outcome.job / "folders" / "sd15"))
+    save_generator(models / "icmsr" / "whole.safetensors", replace(generator, prompt_embedding=None), torch.float32)
+    return path
+
+
+def test_a_checkpoint_with_its_text_encoder_brings_the_prompt(server, outcome, whole):
+    """Core's MODEL, CLIP and VAE of one file; the library reads the same file and leaves the text encoder alone."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    base = base_graph(server, outcome.results["picture"], "whole")
+    base["text"] = {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["base", 1]}}
+    got = run(server, {**base, **generator_graph("whole", conditioning=["text", 0])})
+    other = {**base, "text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["base", 1]}}}
+    again = run(server, {**other, **generator_graph("whole", conditioning=["text", 0])})
+    assert again.executed == {"text", "upscale", "save"}
+    assert (again.pictures["save"] != got.pictures["save"]).any()
+
+    encoder = CLIPTextModel(CLIPTextConfig(**clip_l_config())).eval()
+    own = "" if next(iter(encoder.state_dict())).startswith("embeddings") else "text_model."
+    state = {key.partition("text_model.")[2]: value for key, value in load_file(whole).items() if "text_model." in key}
+    encoder.load_state_dict({f"{own}{key}": value for key, value in state.items() if "position_ids" not in key})
+    with torch.no_grad():
+        context = encoder(torch.tensor([EMPTY_PROMPT])).last_hidden_state[0]
+    generator = load_generator(server.base / "models" / "icmsr" / "whole.safetensors")
+    picture = (outcome.results["picture"].movedim(-1, 1) * 255).round() / 255
+    expected = upscale(load_backbone(whole, replace(generator, prompt_embedding=context)), picture)
+    levels = (expected[0].movedim(0, -1) * 255).round().int().numpy()
+    difference = np.abs(got.pictures["save"] - levels).max()
+    moved = np.abs(got.pictures["save"] - again.pictures["save"]).max()
+    print(f"largest difference {difference}/255, another prompt {moved}/255")
+    assert difference <= 1 < moved
+
+
+def test_a_generator_without_a_prompt_asks_for_one(server, outcome, whole):
+    prompt = {**base_graph(server, outcome.results["picture"], "whole"), **generator_graph("whole")}
+    kind, data, _ = server.run(prompt, timeout=300)
+    assert kind == "execution_error"
+    assert data["node_type"] == "ICMSR_Upscale"
+    assert "connect a conditioning (an empty prompt through CLIP Text Encode)" in data["exception_message"]
 
 
 def test_a_widget_runs_only_what_depends_on_it(server, outcome):

@@ -460,9 +460,9 @@ def _damaged(folder: Path, kind: str) -> str:
         ("family", "the generator is for the family 'sd21'"),
         ("nan", "NaN or infinite values in unet.conv_in.bias"),
         ("truncated", "not a readable .safetensors file"),
-        ("foreign", "not an ICM-SR generator file"),
-        ("vae", "not an ICM-SR generator file"),
-        ("code", "not a readable .safetensors file"),
+        ("foreign", "not an ICM-SR generator file (a LoRA; "),
+        ("vae", "not an ICM-SR generator file (a VAE alone; "),
+        ("code", "not a readable .safetensors file (a pickle, which can run code when it is read, and none of it was)"),
         ("prior", "the generator is for a base that predicts v, this one predicts eps (the MODEL, nano"),
     ],
 )

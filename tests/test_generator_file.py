@@ -409,7 +409,7 @@ LORA = "unet.mid_block.resnets.0.conv1"
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"metadata": {"format": "pt"}}, r"not an ICM-SR generator file \(its format is 'pt', expected 'icmsr-gen"),
+        ({"metadata": {"format": "pt"}}, r"not an ICM-SR generator file \(.*its format is 'pt', expected 'icmsr-gen"),
         ({"metadata": {"icmsr": "{"}}, "its description cannot be read .*: export it again"),
         ({"metadata": {"icmsr": "[1, 2]"}}, "its description must be a JSON object, got list"),
         ({"description": lambda values: values | {"format_version": 3}}, "format version 3, .* reads 1 and 2: upd"),
@@ -521,8 +521,56 @@ def test_files_that_are_not_safetensors(tmp_path, generator: Generator) -> None:
             holds_two_sets(path)
     with pytest.raises(IcmsrError, match=r"missing\.safetensors: no such file"):
         load_generator(tmp_path / "missing.safetensors")
-    with pytest.raises(IcmsrError, match="no such file"):
+    with pytest.raises(IcmsrError, match=r"is a folder: name the \.safetensors file"):
         load_generator(tmp_path)
+
+
+class Mischief:
+    """Makes a folder when it is unpickled by a reader that runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("pickle", r"\(a pickle, which can run code .* none of it was\): choose the \.safetensors .*`icmsr import`"),
+        ("old pickle", r"\(a pickle, which can run code .* none of it was\): choose the \.safetensors"),
+        ("pointer", r"\(a Git LFS pointer in the file's place\): fetch the file itself with `git lfs pull`"),
+        ("page", r"\(a web page in the file's place\): download the file itself"),
+        ("lora", r"\(a LoRA; its format .*\): a one-step model's LoRA becomes one with `icmsr import lora`"),
+        ("checkpoint", r"\(a checkpoint; .*\): it can be the base"),
+        ("adapter", r"\(a T2I-Adapter; .*\): it goes into ICM-SR Load Adapter"),
+        ("vae", r"\(a VAE alone; .*\): foreign weights go through `icmsr import`"),
+        ("unknown", r"generator file \(its format is 'not stated', expected 'icmsr-generator'\): foreign weights"),
+    ],
+)
+def test_what_lies_in_a_generator_s_place_is_named(tmp_path, kind: str, text: str) -> None:
+    path, mark = tmp_path / "model.safetensors", tmp_path / "ran"
+    keys = {
+        "lora": "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+        "checkpoint": "model.diffusion_model.out.2.weight", "adapter": "body.0.block1.weight",
+        "vae": "decoder.conv_in.weight", "unknown": "a",
+    }
+    if kind in keys:
+        save_file({keys[kind]: torch.zeros(1)}, path)
+    elif "pickle" in kind:
+        torch.save({"a": Mischief(mark)}, path, _use_new_zipfile_serialization=kind == "pickle")
+        torch.load(path, weights_only=False)
+        mark.rmdir()  # it works where code is run
+    else:
+        page = "<!DOCTYPE html><html><body>Not found</body></html>"
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4265146304\n"
+        path.write_text(page if kind == "page" else pointer)
+    for read in (load_generator, holds_two_sets):
+        with pytest.raises(IcmsrError, match=rf"model\.safetensors: not .*{text}") as refused:
+            read(path)
+        assert "\n" not in str(refused.value)
+    assert not mark.exists()
 
 
 def test_values_that_leave_float16_are_not_written(tmp_path, generator: Generator) -> None:
@@ -663,10 +711,10 @@ def test_missing_files_of_a_base(own_base: Path, missing: str) -> None:
 
 
 def test_no_base_folder(tmp_path) -> None:
-    with pytest.raises(IcmsrError, match="nothing: no such base folder"):
+    with pytest.raises(IcmsrError, match="nothing: no such file or folder"):
         open_base(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(IcmsrError, match="no such base folder"):
+    with pytest.raises(IcmsrError, match="file: neither a base folder nor a"):
         open_base(tmp_path / "file")
 
 

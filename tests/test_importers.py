@@ -686,7 +686,7 @@ def test_what_cannot_be_exported_is_refused(generator_file, tmp_path):
 
 
 def test_notes_stand_in_the_description_only_where_there_are_some(generator_file, tmp_path):
-    assert "bring a prompt" in load_generator(generator_file).info.notes
+    assert "holds no prompt: bring one" in load_generator(generator_file).info.notes
     from icmsr_core.embedded import embedded_generator
 
     save_generator(tmp_path / "g.safetensors", load_generator(embedded_generator()))

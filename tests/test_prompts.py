@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from icmsr_core.base_folder import BaseFolder, open_base
 from icmsr_core.embedded import embedded_base
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.prompts import constant_prompt, embed_prompts
+from icmsr_core.prompts import constant_prompt, embed_prompts
 from tests.sd_files import write_sd_folder, write_text_encoder
 
 WIDTH = 96  # 1024 / 10, in whole multiples of 32
@@ -185,7 +185,7 @@ def test_nano_has_its_own(monkeypatch) -> None:
 
 
 def test_nano_takes_no_text() -> None:
-    with pytest.raises(IcmsrError, match=r"text conditions need a base with a text encoder, and nano-2 lacks"):
+    with pytest.raises(IcmsrError, match=r"text needs a base with a text encoder, and nano-2 lacks"):
         embed_prompts(open_base(embedded_base()), ["a cat"], None, "cpu")
 
 

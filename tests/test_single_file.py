@@ -380,7 +380,7 @@ def test_damaged_files(tmp_path, narrow: Path) -> None:
     with pytest.raises(IcmsrError, match=r"cut\.safetensors: not a readable \.safetensors file"):
         open_base(path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(IcmsrError, match=r"notes\.txt: no such base folder, and no \.safetensors checkpoint either"):
+    with pytest.raises(IcmsrError, match=r"notes\.txt: neither a base folder nor a \.safetensors checkpoint"):
         open_base(tmp_path / "notes.txt")
 
 
@@ -518,7 +518,7 @@ def test_local_paths_never_ask_the_hub(hub, narrow: Path, tmp_path) -> None:
                  "../a", "owner/"):
         assert find_base(name) == Path(name)
     assert hub[1] == []
-    with pytest.raises(IcmsrError, match="no such base folder"):
+    with pytest.raises(IcmsrError, match="no such file or folder"):
         load_backbone("models/sd22")
     assert is_hub_id(HUB_ID)
 

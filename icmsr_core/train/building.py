@@ -15,6 +15,7 @@ from ..diffusers_backbone import build_networks
 from ..embedded import embedded_base
 from ..errors import IcmsrError
 from ..generator_file import load_generator
+from ..prompts import check_prompts, constant_prompt, embed_prompts
 from .adapter import AdapterConfig, AdapterTask
 from .adapter_file import make_adapter, read_adapter_config
 from .conditioning import ConditionConfig, StructureFeatures
@@ -22,7 +23,6 @@ from .data import DataConfig
 from .generator import Contexts, GeneratorConfig, GeneratorTask
 from .generator_networks import BASE_DTYPES, GeneratorNetworks, in_decoder
 from .loop import LoopConfig
-from .prompts import check_prompts, constant_prompt, embed_prompts
 
 SD_TOKENS = 77
 """Tokens of a Stable Diffusion prompt."""

@@ -31,11 +31,11 @@ from ..errors import IcmsrError
 from ..image_io import FloatArray, Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
 from ..manifold import clean_estimates, decoded_pictures, latent_error, manifold_grid, seeded_noise
 from ..metrics import psnr_y
+from ..prompts import check_prompts, constant_prompt
 from .building import latent_factor, level_widths
 from .collapse_report import spread
 from .conditioning import WITHOUT_ADAPTER, ConditionConfig, StructureFeatures
 from .plots import write_figure
-from .prompts import check_prompts, constant_prompt
 from .records import replace_file
 from .task import shareable
 

@@ -92,6 +92,9 @@ with torch.inference_mode():
     for name, one in (("seen eps", plain), ("seen v", velocity)):
         results[name] = inspect_node.execute(one, plain_vae, picture, "900", conditioning=prompt).result[0]
     error_of("eps generator on v", apply_node.execute, velocity, plain_vae, "sd15.safetensors")
+    applied = apply_node.execute(velocity, plain_vae, "sd15 v.safetensors").result
+    results["v generator on v"] = upscale_node.execute(*applied, picture, tile=128, overlap=32).result[0]
+    error_of("v generator on eps", apply_node.execute, plain, plain_vae, "sd15 v.safetensors")
     error_of("eps generator on eps", apply_node.execute, plain, plain_vae, "sd15.safetensors")
     error_of("no prompt", inspect_node.execute, plain, plain_vae, picture, "900")
     error_of("hint alone", inspect_node.execute, bare, bare_vae, picture, hint=settings["hint"])

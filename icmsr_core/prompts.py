@@ -1,6 +1,7 @@
 """Text prompts as tensors: embedded once by the base folder's own text encoder, then read from a cache.
 
-For teachers that are conditioned on text; the generator itself takes one constant embedding and no text at run time.
+For teachers that are conditioned on text, and for foreign generators that come without their constant prompt: no text
+is read while a picture is upscaled. transformers (the extra text) is imported when a prompt is embedded.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..base_folder import BaseFolder
-from ..errors import IcmsrError
-from ..generator_file import read_tensors, write_atomically
+from .base_folder import BaseFolder
+from .errors import IcmsrError
+from .generator_file import read_tensors, write_atomically
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -95,8 +96,8 @@ def check_prompts(base: BaseFolder) -> int:
     folder = base.path / "text_encoder"
     if not folder.is_dir() or not (base.path / "tokenizer").is_dir():
         raise IcmsrError(
-            f"{base.path}: text conditions need a base with a text encoder, and {base.info.name} lacks text_encoder/ "
-            "or tokenizer/: choose a whole Stable Diffusion folder"
+            f"{base.path}: text needs a base with a text encoder, and {base.info.name} lacks text_encoder/ or "
+            "tokenizer/: choose a whole Stable Diffusion folder or a hub id"
         )
     _weights_variant(folder)
     tokenizer = base.path / "tokenizer"

@@ -1,0 +1,45 @@
+"""What a weights file is when it is not the one that was asked for, in words for an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+HEAD = 64
+"""Bytes at a file's beginning that tell what it is."""
+AGAIN = "download or export it again"
+
+
+def unreadable(path: Path, reason: str) -> str:
+    """Why the file at `path` is no .safetensors, and what to do; `reason` is the reader's, for a damaged one."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    way_out = AGAIN
+    # Eight bytes of length and a brace begin a .safetensors, so none of these is one.
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        reason = "a pickle, which can run code when it is read, and none of it was"
+        way_out = "choose the .safetensors file of the same model; OSEDiff's and PiSA-SR's go through `icmsr import`"
+    elif head.startswith(b"version https://git-lfs"):
+        reason, way_out = "a Git LFS pointer in the file's place", "fetch the file itself with `git lfs pull`"
+    elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        reason, way_out = "a web page in the file's place", "download the file itself"
+    return f"{path}: not a readable .safetensors file ({reason}): {way_out}"
+
+
+def known_kind(keys: Collection[str]) -> str:
+    """What a .safetensors with these keys is by its layout, with its article; empty when it is not known."""
+
+    def any_starts(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in keys)
+
+    if any_starts("conditioner.", "model.diffusion_model.label_emb."):
+        return "a checkpoint of SDXL or of another model with a class embedding"
+    if any_starts("model.diffusion_model."):
+        return "a checkpoint"
+    if any_starts("adapter.", "body."):
+        return "a T2I-Adapter"
+    if any("lora" in key or "hada_" in key or "lokr_" in key for key in keys):
+        return "a LoRA"
+    if any_starts("encoder.", "decoder.", "first_stage_model."):
+        return "a VAE alone"
+    return "a diffusers UNet alone" if any_starts("down_blocks.", "up_blocks.") else ""
