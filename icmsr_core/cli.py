@@ -26,6 +26,7 @@ from .merging import check_fidelity, fidelity_to_use
 from .noise_schedule import PREDICTIONS
 from .one_step import Progress, UpscaleSettings
 from .sd_families import SD_FAMILIES
+from .tiled_vae import VAE_MODES
 
 if TYPE_CHECKING:
     from .diffusers_backbone import DiffusersBackbone
@@ -91,6 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--tile", type=int, default=512, help="tile in output pixels, a multiple of 64; 0: whole")
     upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
     upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
+    upscale.add_argument("--vae-mode", default=UpscaleSettings.vae, choices=VAE_MODES,
+                         help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
+                              "the area of 2048x2048")
     upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
                          help="0 faithful, 1 realistic (the default), beyond: more; for generators that hold both")
     upscale.add_argument("--prompt", metavar="TEXT",
@@ -191,7 +195,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     try:
         settings = UpscaleSettings(
             scale=options.scale, size=options.size, tile=options.tile, overlap=options.overlap, batch=options.batch,
-            color_fix=options.color_fix,
+            color_fix=options.color_fix, vae=options.vae_mode,
         )
     except IcmsrError as error:
         options.parser.error(str(error))

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..icmsr_core.color import COLOR_FIXES
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.one_step import MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, UpscaleSettings, count_tiles, upscale
+from ..icmsr_core.tiled_vae import VAE_MODES
 from .adapter_features import AdapterFeatures, check_hint, condition_inputs
 from .comfy_backbone import ComfyBackbone
 from .image_sockets import to_image, to_pictures
@@ -103,6 +104,17 @@ class Upscale(io.ComfyNode):
                     optional=True,
                     tooltip="Optional: replaces the constant prompt embedding of the generator.",
                 ),
+                io.Combo.Input(
+                    "vae_mode",
+                    options=list(VAE_MODES),
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "exact: as if the VAE saw the whole picture at once. bounded: its memory is set by the tile, "
+                        "for a small difference. auto: exact up to the area of 2048 x 2048 pixels of the result."
+                    ),
+                    advanced=True,
+                ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The upscaled pictures.")],
         )
@@ -122,8 +134,11 @@ class Upscale(io.ComfyNode):
         hint: torch.Tensor | None = None,
         strength: float = 1.0,
         conditioning=None,
+        vae_mode: str = "auto",
     ) -> io.NodeOutput:
-        settings = UpscaleSettings(scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix)
+        settings = UpscaleSettings(
+            scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix, vae=vae_mode
+        )
         check_hint(control_net, hint, image.shape[0])
         if strength == 0:
             control_net = hint = None

@@ -85,6 +85,20 @@ def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generat
     assert (written - expected).abs().max() <= 0.5 / 255 + 1e-6
 
 
+def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
+    source, target = picture(tmp_path / "in.png", 40, 32), tmp_path / "out.png"
+    run = ["upscale", str(source), str(target), *model, "--tile", "64", "--overlap", "16"]
+    backbone, written = load_backbone(base, generator), {}
+    for mode in ("auto", "exact", "bounded"):
+        assert main([*run, "--vae-mode", mode]) == 0
+        written[mode] = to_tensor(read_picture(target).rgb)
+        settings = UpscaleSettings(tile=64, overlap=16, vae=mode)
+        expected = upscale(backbone, to_tensor(read_picture(source).rgb), settings)
+        assert (written[mode] - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(written["auto"], written["exact"])
+    assert not torch.equal(written["bounded"], written["exact"])
+
+
 def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
     source = picture(tmp_path / "in.png")
     run = ["upscale", str(source), str(tmp_path / "out.png"), "--base", str(base), "--model", str(two_sets)]
@@ -176,6 +190,7 @@ def test_wrong_usage(tmp_path, model, capsys):
     fails(capsys, [*run, "--size", "big"], 2, "WIDTHxHEIGHT", "big")
     fails(capsys, [*run, "--size", "0x5"], 2, "size")
     fails(capsys, [*run, "--color-fix", "magic"], 2, "magic")
+    fails(capsys, [*run, "--vae-mode", "magic"], 2, "magic", "bounded")
     fails(capsys, ["fly"], 2, "fly")
     assert not (tmp_path / "out.png").exists()
 

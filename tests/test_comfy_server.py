@@ -114,7 +114,7 @@ def test_input_names_and_their_order_are_kept(object_info):
     required = ["model", "vae", "image", "scale", "tile", "overlap", "color_fix", "tile_batch"]
     assert object_info["ICMSR_Upscale"]["input_order"] == {
         "required": required,
-        "optional": ["control_net", "hint", "strength", "conditioning"],
+        "optional": ["control_net", "hint", "strength", "conditioning", "vae_mode"],
     }
     assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {
         "required": ["generator"], "optional": ["fidelity"]
@@ -262,6 +262,21 @@ def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
     assert_same_picture(comfy_server.picture(entry), expected)
     without = upscale(load_backbone(None, generator), source, settings)
     assert float((without - expected).abs().max()) > 4 / 255  # the condition does act
+
+
+def test_the_vae_mode_of_a_graph_is_the_library_s(comfy_server):
+    """A prompt from before the input was there takes the default."""
+    picture = photograph(60, 48, seed=3)
+    image = comfy_server.upload(picture, "vae mode.png")
+    backbone, results = load_backbone(None, embedded_generator()), {}
+    for mode in (None, "bounded"):
+        prompt = graph(image, tile=128, overlap=32, **({} if mode is None else {"vae_mode": mode}))
+        assert ("vae_mode" in prompt["upscale"]["inputs"]) == (mode is not None)
+        kind, data, entry = comfy_server.run(prompt)
+        assert kind == "execution_success", data
+        results[mode] = upscale(backbone, tensor(picture), UpscaleSettings(tile=128, overlap=32, vae=mode or "auto"))
+        assert_same_picture(comfy_server.picture(entry), results[mode])
+    assert float((results["bounded"] - results[None]).abs().max()) > 4 / 255  # the modes can be told apart
 
 
 def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run):
