@@ -30,6 +30,7 @@ from .tiled_vae import VAE_MODES
 
 if TYPE_CHECKING:
     from .diffusers_backbone import DiffusersBackbone
+    from .precision import DtypeChoice
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -146,7 +147,9 @@ def make_parser() -> argparse.ArgumentParser:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``."""
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on the CPU, bf16 elsewhere")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES,
+                        help="auto: the fastest that is safe for the model on the device; what overflows in 16 bits "
+                             "goes on in fp32")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -317,13 +320,13 @@ def load_model(
     from .device import pick_device
 
     chosen = pick_device(device)
-    if dtype == "auto":
-        dtype = "fp32" if chosen.type == "cpu" else "bf16"
 
     from .diffusers_backbone import load_backbone, silence_diffusers
 
     silence_diffusers()
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    types: dict[str, DtypeChoice] = {
+        "auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+    }
     known = None if base == "nano" else base
     return load_backbone(
         known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt

@@ -15,32 +15,22 @@ from torch import Tensor
 
 from .backbone import BackboneDescriptor
 from .base_folder import BaseFolder, open_base
+from .diffusers_vae_steps import decoder_steps, encoder_steps
 from .embedded import embedded_base
 from .errors import IcmsrError
 from .fixed_step import fix_step
 from .generator_file import Generator, PartWeights, load_generator
 from .hub_base import find_base
 from .merging import fidelity_to_use, merged_part, merged_tensors
+from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
 from .prompts import embed_prompts
-from .tiled_vae_steps import (
-    Attention,
-    Norm,
-    Pointwise,
-    Residual,
-    Step,
-    TensorMap,
-    VaeHalf,
-    VaePart,
-    conv_step,
-    down_step,
-    up_steps,
-)
+from .tiled_vae_steps import Pointwise, VaeHalf, VaePart
 
 log = logging.getLogger(__name__)
 
 
 class DiffusersBackbone:
-    """`Backbone` over diffusers modules, in one precision on one device."""
+    """`Backbone` over diffusers modules on one device, in one precision so long as that is enough (`precision`)."""
 
     def __init__(
         self,
@@ -52,14 +42,19 @@ class DiffusersBackbone:
         dtype: torch.dtype,
     ) -> None:
         if dtype not in descriptor.dtypes:
-            names = ", ".join(str(entry) for entry in descriptor.dtypes)
-            raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype}")
+            names = ", ".join(dtype_name(entry) for entry in descriptor.dtypes)
+            raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype_name(dtype)}")
         self._descriptor = descriptor
         self.device, self.dtype = device, dtype
         self.unet, self.vae = unet, vae
         for network in (unet, vae):
             # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
             torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)
+        self._parts = {
+            "encoder": GuardedPart("the VAE's encoder", (vae.encoder, vae.quant_conv), dtype),
+            "decoder": GuardedPart("the VAE's decoder", (vae.decoder, vae.post_quant_conv), dtype),
+            "unet": GuardedPart("the UNet", (unet,), dtype),
+        }
         self._context = prompt_embedding.to(device, dtype)[None]
         fix_step(unet, descriptor.timestep, self._context)
 
@@ -69,99 +64,61 @@ class DiffusersBackbone:
         return self._descriptor
 
     def encode(self, image: Tensor) -> Tensor:
-        """See `Backbone`."""
-        posterior = self.vae.encode(image.to(self.device, self.dtype)).latent_dist
-        return posterior.mode().float() * self.vae.config.scaling_factor
+        """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            posterior = self.vae.encode(image.to(self.device, dtype)).latent_dist
+            return posterior.mode().float() * self.vae.config.scaling_factor
+
+        return self._parts["encoder"].run(compute)
 
     def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
         """See `Backbone`."""
-        # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
-        # run unconditioned without a word.
-        residuals = None if features is None else [entry.to(self.device, self.dtype) for entry in features]
-        output = self.unet(
-            latent.to(self.device, self.dtype),
-            timestep,  # a number: a tensor would have to be read back from the device
-            encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
-            down_intrablock_additional_residuals=residuals,
-        )
-        return output.sample.float()
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            if self._context.dtype != dtype:  # what was computed from it once is in the other precision, too
+                self._context = self._context.to(dtype)
+                fix_step(self.unet, self._descriptor.timestep, self._context)
+            # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
+            # run unconditioned without a word.
+            residuals = None if features is None else [entry.to(self.device, dtype) for entry in features]
+            output = self.unet(
+                latent.to(self.device, dtype),
+                timestep,  # a number: a tensor would have to be read back from the device
+                encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
+                down_intrablock_additional_residuals=residuals,
+            )
+            return output.sample.float()
+
+        return self._parts["unet"].run(compute)
 
     def decode(self, latent: Tensor) -> Tensor:
         """See `Backbone`."""
-        return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            return self.vae.decode(latent.to(self.device, dtype) / self.vae.config.scaling_factor).sample.float()
+
+        return self._parts["decoder"].run(compute)
 
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
-        """See `Backbone`."""
-        factor = self.vae.config.scaling_factor
+        """See `Backbone`. The steps raise `Widened` where 16 bits were not enough: ask for them again."""
+        factor, guard = self.vae.config.scaling_factor, self._parts[part]
+        dtype = guard.dtype
         if part == "encoder":
             steps = (
-                Pointwise(lambda image: image.to(self.dtype)),
+                Pointwise(lambda image: image.to(dtype)),
                 *encoder_steps(self.vae),
-                Pointwise(lambda moments: moments.chunk(2, 1)[0].float() * factor),
+                Pointwise(lambda moments: guard.check(moments.chunk(2, 1)[0].float() * factor)),
             )
         else:
             # Cast and scaled in the order of `decode`, which rounds as it does.
-            steps = (Pointwise(lambda latent: latent.to(self.dtype) / factor), *decoder_steps(self.vae))
+            steps = (
+                Pointwise(lambda latent: latent.to(dtype) / factor), *decoder_steps(self.vae), Pointwise(guard.check)
+            )
         return VaeHalf(steps, self.device, self._room)
 
     def _room(self) -> float:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
-
-
-def encoder_steps(vae: AutoencoderKL) -> tuple[Step, ...]:
-    """The encoder of `vae` with its quant_conv: [N, 3, H, W] to the moments [N, 2C, h, w].
-
-    Raises `IcmsrError` for a VAE with layers that have no step.
-    """
-    encoder = vae.encoder
-    steps: list[Step] = [conv_step(encoder.conv_in)]
-    for block in encoder.down_blocks:
-        steps += _level(block)
-        steps += [down_step(layer.conv) for layer in block.downsamplers or ()]
-    steps += [*_level(encoder.mid_block), *_head(encoder)]
-    return (*steps, *([conv_step(vae.quant_conv)] if vae.quant_conv is not None else []))
-
-
-def decoder_steps(vae: AutoencoderKL) -> tuple[Step, ...]:
-    """The decoder of `vae` with its post_quant_conv: [N, C, h, w] to [N, 3, H, W]; errors as in `encoder_steps`."""
-    decoder = vae.decoder
-    steps: list[Step] = [conv_step(vae.post_quant_conv)] if vae.post_quant_conv is not None else []
-    steps += [conv_step(decoder.conv_in), *_level(decoder.mid_block)]
-    for block in decoder.up_blocks:
-        steps += _level(block)
-        for layer in block.upsamplers or ():
-            steps += up_steps(layer.conv)
-    return (*steps, *_head(decoder))
-
-
-def _level(block: Any) -> list[Step]:
-    """The residual blocks of one level, or of the middle, with the attention after the first of them."""
-    resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or ())
-    steps: list[Step] = []
-    for index, resnet in enumerate(resnets):
-        main: list[Step] = []
-        for norm, conv in ((resnet.norm1, resnet.conv1), (resnet.norm2, resnet.conv2)):
-            main += [_norm(norm), Pointwise(resnet.nonlinearity), conv_step(conv)]
-        steps.append(Residual(tuple(main), resnet.conv_shortcut))
-        attention = attentions[index] if index < len(attentions) else None
-        if attention is not None:
-            layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-            query, key, value, output = (_on_channels(layer) for layer in layers)
-            attend = Attention(query, key, value, output, attention.heads)
-            steps.append(Residual((_norm(attention.group_norm), attend)))
-    return steps
-
-
-def _head(half: Any) -> list[Step]:
-    return [_norm(half.conv_norm_out), Pointwise(half.conv_act), conv_step(half.conv_out)]
-
-
-def _norm(module: torch.nn.GroupNorm) -> Norm:
-    return Norm(module.num_groups, module.eps, lambda: (module.weight, module.bias))
-
-
-def _on_channels(layer: torch.nn.Linear) -> TensorMap:
-    return lambda x: layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def silence_diffusers() -> None:
@@ -262,16 +219,16 @@ def load_backbone(
     generator: Path | Generator | None = None,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: DtypeChoice = torch.float32,
     fidelity: float | None = None,
     prompt: str | None = None,
 ) -> DiffusersBackbone:
     """A base with a generator merged into it, ready to run.
 
     `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
-    embedded nano. Without `generator` the bare prior is loaded. `fidelity`, for a generator with
-    a faithful and a realistic set of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the
-    constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
+    embedded nano. Without `generator` the bare prior is loaded. `dtype` "auto" is the fastest precision that is safe
+    for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
+    of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
     generators without an embedding need it. Raises `IcmsrError` for files that are missing, damaged or of another
     family, for a fidelity that is out of range or has no two sets to choose between, and where there is no prompt.
     """
@@ -304,5 +261,8 @@ def load_backbone(
             "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
             name, folder.path,
         )
+    device = torch.device(device)
+    if dtype == "auto":
+        dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
     unet, vae = build_networks(folder, dtype, generator, fidelity, name)
-    return DiffusersBackbone(unet, vae, descriptor, embedding, torch.device(device), dtype)
+    return DiffusersBackbone(unet, vae, descriptor, embedding, device, dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .precision import again_when_widened
 from .tiled_vae_modes import BoundedStream, ExactStream
 from .tiled_vae_statistics import estimate_whole
 from .tiled_vae_steps import Pointwise, VaeHalf
@@ -75,13 +76,17 @@ def encode_tiled(
         latent = backbone.encode(_signed(image))
         ticker.reach(1)
         return latent
-    half = backbone.vae_half("encoder", stripes.cells * factor * image.shape[5 - stripes.axis])
     shape = [1, backbone.descriptor.latent_channels, image.shape[2] // factor, image.shape[3] // factor]
-    latent = torch.empty(shape, dtype=torch.float32, device=half.device)
-    half = replace(half, steps=(Pointwise(_signed), *half.steps))
-    for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
-        latent.narrow(stripes.axis, position, chunk.shape[stripes.axis]).copy_(chunk)
-    return latent
+
+    def encode() -> Tensor:
+        half = backbone.vae_half("encoder", stripes.cells * factor * image.shape[5 - stripes.axis])
+        latent = torch.empty(shape, dtype=torch.float32, device=half.device)
+        half = replace(half, steps=(Pointwise(_signed), *half.steps))
+        for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
+            latent.narrow(stripes.axis, position, chunk.shape[stripes.axis]).copy_(chunk)
+        return latent
+
+    return again_when_widened(encode)
 
 
 def decode_tiled(
@@ -105,12 +110,16 @@ def decode_tiled(
         out.copy_(_unsigned(backbone.decode(latent)[:, :, :height, :width]))
         ticker.reach(1)
         return
-    half = backbone.vae_half("decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis])
-    for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
-        room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
-        if room > 0:
-            part = chunk.narrow(stripes.axis, 0, room)[:, :, :height, :width]
-            out.narrow(stripes.axis, position, room).copy_(_unsigned(part.float()))
+
+    def decode() -> None:
+        half = backbone.vae_half("decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis])
+        for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
+            room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
+            if room > 0:
+                part = chunk.narrow(stripes.axis, 0, room)[:, :, :height, :width]
+                out.narrow(stripes.axis, position, room).copy_(_unsigned(part.float()))
+
+    again_when_widened(decode)
 
 
 def _signed(image: Tensor) -> Tensor:
