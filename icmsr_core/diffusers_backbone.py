@@ -228,9 +228,10 @@ def load_backbone(
     `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
     embedded nano. Without `generator` the bare prior is loaded. `dtype` "auto" is the fastest precision that is safe
     for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
-    of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
-    generators without an embedding need it. Raises `IcmsrError` for files that are missing, damaged or of another
-    family, for a fidelity that is out of range or has no two sets to choose between, and where there is no prompt.
+    of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding
+    by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported generators without an
+    embedding need it. Raises `IcmsrError` for files that are missing, damaged or of another family, for a fidelity
+    that is out of range or has no two sets to choose between, and where there is no prompt.
     """
     folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
