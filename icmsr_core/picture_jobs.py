@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections import deque
@@ -10,11 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .backbone import Backbone
 from .errors import IcmsrError
+from .free_memory import free_memory
 from .image_io import WRITE_EXTENSIONS, Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
 from .one_step import Progress, UpscaleSettings, resize, upscale
+from .tile_choice import TILES, fit_to_memory
+
+if TYPE_CHECKING:
+    from .diffusers_backbone import DiffusersBackbone
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,39 @@ def upscale_picture(
     return replace(picture, rgb=result, alpha=alpha)
 
 
+Fit = Callable[[UpscaleSettings, int, int], UpscaleSettings]
+"""Settings for an input of that height and width."""
+
+
+def memory_fit(backbone: DiffusersBackbone, *, tile: bool, batch: bool) -> Fit:
+    """Chooses tile and batch, or one of them, from what is free on the backbone's device when a picture's turn comes.
+
+    Says so in the log where memory is too short for the first choice, because the result is then another.
+    """
+
+    def fit(settings: UpscaleSettings, height: int, width: int) -> UpscaleSettings:
+        free = free_memory(backbone.device)
+        chosen = fit_to_memory(
+            backbone, height, width, settings, free, backbone.device.type,
+            itemsize=backbone.dtype.itemsize, tile=tile, batch=batch,
+        )  # fmt: skip
+        if free is not None and (chosen.tile, chosen.vae) != (TILES[0] if tile else settings.tile, settings.vae):
+            log.warning(
+                "%d x %d: %.1f GB of memory are free: tile %d, vae %s",
+                width, height, free / 1e9, chosen.tile, chosen.vae,
+            )  # fmt: skip
+        return chosen
+
+    return fit
+
+
 def run_jobs(
     backbone: Backbone,
     jobs: Sequence[Job],
     settings: UpscaleSettings,
     *,
     report: Callable[[str], None],
+    fit: Fit | None = None,
     progress: Callable[[Job], Progress | None] = lambda _: None,
     done: Callable[[Job], object] = lambda _: None,
 ) -> int:
@@ -101,7 +137,8 @@ def run_jobs(
     next but one is not read before the next begins, and a result waits until the one before it is written. So memory
     holds at most two pictures that were read and two results, however many jobs there are.
 
-    The functions are called in this thread and in the order of the jobs: `progress` when a picture's turn comes,
+    The functions are called in this thread and in the order of the jobs: `fit` for the settings of a picture, given its
+    height and width (see `memory_fit`), `progress` when a picture's turn comes,
     `report` with one line that names the file for each that failed, whatever the reason (a lack of memory for one
     picture, say), and `done` when a result stands under its name or has failed. An interrupt is no such failure and
     ends the run: what is being read or written at that moment is finished first, so that no half file is left.
@@ -133,7 +170,9 @@ def run_jobs(
             picture = reading.popleft()
             reading.extend(reader.submit(read_picture, following.source) for following in jobs[index + 1 : index + 2])
             try:
-                result = upscale_picture(backbone, picture.result(), settings, advance)
+                read = picture.result()
+                fitted = settings if fit is None else fit(settings, read.rgb.shape[0], read.rgb.shape[1])
+                result = upscale_picture(backbone, read, fitted, advance)
             except Exception as error:
                 settle()  # what came before is told of before
                 fail(job, error)

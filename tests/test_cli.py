@@ -99,6 +99,23 @@ def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
     assert not torch.equal(written["bounded"], written["exact"])
 
 
+def test_auto_tiles_follow_the_free_memory(tmp_path, model, monkeypatch, caplog):
+    source, target = picture(tmp_path / "in.png", 80, 48), tmp_path / "out.png"
+
+    def upscaled(*flags: str) -> torch.Tensor:
+        assert main(["upscale", str(source), str(target), *model, *flags]) == 0
+        return to_tensor(read_picture(target).rgb)
+
+    plain = upscaled()
+    least = upscaled("--tile", "128", "--overlap", "32", "--vae-mode", "bounded")
+    assert not torch.equal(plain, least)
+    for free, expected, said in ((None, plain, []), (1e12, plain, []), (0.0, least, ["tile 128, vae bounded"])):
+        monkeypatch.setattr("icmsr_core.picture_jobs.free_memory", lambda _, free=free: free)
+        caplog.clear()
+        assert torch.equal(upscaled("--tile", "auto", "--batch", "auto"), expected)
+        assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == said
+
+
 def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
     source = picture(tmp_path / "in.png")
     run = ["upscale", str(source), str(tmp_path / "out.png"), "--base", str(base), "--model", str(two_sets)]
@@ -190,6 +207,8 @@ def test_wrong_usage(tmp_path, model, capsys):
     fails(capsys, [*run, "--size", "big"], 2, "WIDTHxHEIGHT", "big")
     fails(capsys, [*run, "--size", "0x5"], 2, "size")
     fails(capsys, [*run, "--color-fix", "magic"], 2, "magic")
+    fails(capsys, [*run, "--tile", "some"], 2, "a whole number or auto", "some")
+    fails(capsys, [*run, "--batch", "0"], 2, "batch", "0")
     fails(capsys, [*run, "--vae-mode", "magic"], 2, "magic", "bounded")
     fails(capsys, ["fly"], 2, "fly")
     assert not (tmp_path / "out.png").exists()

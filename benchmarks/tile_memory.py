@@ -1,0 +1,159 @@
+"""What a tile costs: memory and time of one pass of the UNet over it, and of the VAE in stripes of its area.
+
+    python benchmarks/tile_memory.py --clock cpu --threads 1
+    python benchmarks/tile_memory.py --clock cpu --threads 1 --models sd21 --tiles 256 512
+    python benchmarks/tile_memory.py --device cuda --dtypes bf16 --models nano sd21 --batches 1 4 8
+
+The numbers of `icmsr_core/tile_choice.py` come from here. Every line is measured in a process of its own: the peak less
+what the process held before (libraries, weights, pictures), over the latent cells of all tiles of the batch, or over
+the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random weights
+of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from _command_line import machine, markdown, number
+from _measurement import CLOCKS, DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
+
+from icmsr_core.device import pick_device
+from icmsr_core.errors import IcmsrError
+from icmsr_core.one_step import TILE_MULTIPLE
+from icmsr_core.tiled_vae import decode_tiled, encode_tiled
+
+COLUMNS = ("model, precision", "part", "tile", "batch", "s per megapixel", "MB", "bytes per cell", "bytes per pixel")
+PARTS = ("unet", "encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    model: str
+    """sd21 or nano."""
+    part: str
+    """One of `PARTS`."""
+    dtype: str
+    """A key of `DTYPES`."""
+    device: str
+    """The device's name."""
+    tile: int
+    """Side in pixels of the result."""
+    batch: int
+    """Tiles that run together; 1 for the VAE."""
+    threads: int
+    """Torch's threads on the CPU; 0 for its own choice."""
+    clock: str
+    """One of `CLOCKS`."""
+    vae: str
+    """exact or bounded."""
+
+
+class Found(NamedTuple):
+    """What a measuring process found."""
+
+    seconds: float
+    """For a megapixel (2^20 pixels)."""
+    memory: float
+    """Bytes beside what was held before."""
+    factor: int
+    """Pixels per latent cell along each axis."""
+
+
+@torch.inference_mode()
+def measure_case(case: Case) -> Found:
+    """Loads the networks of `case` and measures it; for a process of its own."""
+    use_threads(case.threads)
+    torch.manual_seed(0)
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    if case.model == "nano":
+        from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
+        from icmsr_core.embedded import embedded_generator
+
+        silence_diffusers()
+        backbone = load_backbone(generator=embedded_generator(), device=device, dtype=dtype)
+    else:
+        from _sd_networks import our_backbone
+
+        backbone = our_backbone(1.0, device, dtype)
+    descriptor = backbone.descriptor
+    factor, channels = descriptor.latent_factor, descriptor.latent_channels
+    side = case.tile // factor if case.part == "unet" else 2 * case.tile // factor
+    exact = case.vae == "exact"
+    latent = torch.randn(case.batch, channels, side, side, device=device)
+    picture = torch.rand(1, 3, side * factor, side * factor, device=device)
+    run: Callable[[], object] = {
+        "unet": lambda: backbone.predict_noise(latent, descriptor.timestep),
+        "encoder": lambda: encode_tiled(backbone, picture, tile=case.tile // factor, exact=exact),
+        "decoder": lambda: decode_tiled(backbone, latent, picture, tile=case.tile // factor, exact=exact),
+    }[case.part]
+    if case.model == "nano":  # a first small pass pays for what is set up once; sd21's own size hides it
+        backbone.decode(backbone.encode(picture[:, :, :64, :64]))
+        backbone.predict_noise(latent[:1, :, : 64 // factor, : 64 // factor], descriptor.timestep)
+    peak, watch = Peak(device), Stopwatch(device, case.clock)
+    peak.reset()
+    before, started = peak.bytes(), watch.now()
+    run()
+    return Found((watch.now() - started) / (case.batch * (side * factor) ** 2 / 2**20), peak.bytes() - before, factor)
+
+
+def row_of(case: Case, found: Found | str) -> list[str]:
+    """The line of `case`; a text in the place of a measurement says why there is none."""
+    part = case.part if case.part == "unet" else f"{case.part}, {case.vae}"
+    head = [f"{case.model}, {case.dtype}", part, str(case.tile), str(case.batch)]
+    if isinstance(found, str):
+        return [*head, found, *["-"] * 3]
+    pixels = case.batch * case.tile**2
+    return [*head, number(found.seconds), *(
+        f"{value:.0f}" for value in (found.memory / 1e6, found.memory * found.factor**2 / pixels, found.memory / pixels)
+    )]  # fmt: skip
+
+
+def parse(arguments: Sequence[str] | None) -> list[Case]:
+    """What the command line asks for, checked before anything is loaded. Wrong usage leaves with code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("nano", "sd21"), default=["nano"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tiles", nargs="+", type=int, default=[256, 512, 1024], metavar="PX")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], metavar="N", help="for the UNet")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
+    parser.add_argument("--vae", choices=("bounded", "exact"), default="bounded", help="the VAE's mode")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto, ... (default cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time over the threads")
+    options = parser.parse_args(arguments)
+    if any(tile < TILE_MULTIPLE or tile % TILE_MULTIPLE for tile in options.tiles):
+        parser.error(f"--tiles must be multiples of {TILE_MULTIPLE}, got {options.tiles}")
+    if min(options.batches) < 1 or options.threads < 0:
+        parser.error("--batches must be at least 1, --threads at least 0")
+    try:
+        device = str(pick_device(options.device))
+    except IcmsrError as error:
+        parser.error(str(error))
+    return [
+        Case(model, part, dtype, device, tile, batch, options.threads, options.clock, options.vae)
+        for model in options.models for dtype in options.dtypes for part in options.parts for tile in options.tiles
+        for batch in (options.batches if part == "unet" else [1])
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures every case, prints the table and returns the exit code."""
+    cases, rows, failed = parse(arguments), [], False
+    for case in cases:
+        print(f"{case.model} {case.part} {case.tile} x {case.batch}", file=sys.stderr, flush=True)
+        try:
+            rows.append(row_of(case, in_child(measure_case, case)))
+        except ChildFailed as error:
+            rows.append(row_of(case, str(error)))
+            failed = True
+    print(f"{machine(torch.device(cases[0].device))}; {cases[0].clock} clock\n\n{markdown(COLUMNS, rows)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

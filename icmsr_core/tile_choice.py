@@ -1,0 +1,128 @@
+"""Tile, batch and VAE mode from free memory. Source: ours.
+
+The tile is 512 wherever it fits, so that machines with enough memory give the same picture; a smaller one, and the
+VAE's bounded mode in the place of an exact one that was not asked for, are taken only where memory is short. More
+memory buys no larger tile: on a CPU (nano, float32, one thread) UNet and VAE take 15.3 s per megapixel with tiles of
+512 and 16.6 s with 1024, which overlap less but fit no cache. For the same reason a CPU takes one tile at a time: four
+of 512 together took 16% longer. Elsewhere as many run together as fit, up to `MOST_TOGETHER`; that was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .backbone import Backbone, BackboneDescriptor
+from .one_step import UpscaleSettings, make_plan
+from .tiled_vae import is_exact
+from .tiled_vae_statistics import LARGEST
+
+TILES = (512, 384, 256, 192, 128)
+"""What is chosen from, best first, in pixels of the result."""
+MOST_TOGETHER = 8
+SHARE = 0.8
+"""Of the free memory that is counted on; the estimate was up to 25% short (nano's decoder, tiles of 384)."""
+PICTURES = 12 * 3
+"""Bytes per pixel of the result: it, the enlarged input and a copy, three channels of float32 each."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a pass takes beside weights and pictures, in float32.
+
+    Fitted to ``benchmarks/tile_memory.py --clock cpu --threads 1``, see docs/performance.md; what is not proportional
+    covers the libraries' workspaces.
+    """
+
+    unet: tuple[float, float]
+    """Of a batch of tiles: in any case, and per latent cell of all its tiles."""
+    bounded: tuple[float, float, float]
+    """Of the VAE in bounded mode: in any case, per pixel of a tile, and per pixel of the fields that may be
+    drawn."""
+    exact: tuple[float, float]
+    """Of the VAE in exact mode: per pixel of a tile, and per pixel of the picture, whose maps are held whole."""
+
+
+NANO = Memory(unet=(0, 9.7e3), bounded=(150e6, 1100, 256), exact=(300, 370))
+STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), bounded=(50e6, 5000, 2100), exact=(3000, 2100))
+HALF = {"unet": 0.5, "vae": 0.75}
+"""What half precision takes of float32: measured on nano .40 and .54 to .71, the statistics stay in float32."""
+
+
+def memory_of(descriptor: BackboneDescriptor) -> Memory:
+    """The numbers of a family; SD1.5 and what is not known take those of SD2.1, the largest."""
+    return NANO if descriptor.family == "nano" else STABLE_DIFFUSION
+
+
+def padded_size(height: int, width: int, descriptor: BackboneDescriptor) -> tuple[int, int]:
+    """The sides as the networks see them, multiples of what the family takes."""
+    multiple = descriptor.multiple_of
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def needed_memory(
+    height: int, width: int, settings: UpscaleSettings, descriptor: BackboneDescriptor, itemsize: int, kind: str
+) -> float:
+    """Bytes beside the weights for a result of `height` x `width` pixels; `itemsize` is 4 for float32, 2 for half.
+
+    `kind` is the device's: away from the CPU neither the pictures nor the exact mode's whole maps have to be there.
+    """
+    memory, local = memory_of(descriptor), kind == "cpu"
+    height, width = padded_size(height, width, descriptor)
+    area = min(settings.tile**2 or height * width, height * width)
+    cells = min(settings.tile or height, height) * min(settings.tile or width, width) / descriptor.latent_factor**2
+    unet = memory.unet[0] + memory.unet[1] * settings.batch * cells
+    if is_exact(settings.vae, height, width):
+        vae = memory.exact[0] * area + memory.exact[1] * (height * width if local else area)
+    else:
+        fields = min(height * width, LARGEST)
+        vae = memory.bounded[0] + memory.bounded[1] * area + memory.bounded[2] * fields
+    share = HALF if itemsize < 4 else {"unet": 1.0, "vae": 1.0}
+    return max(share["unet"] * unet, share["vae"] * vae) + (PICTURES * height * width if local else 0)
+
+
+def fit_to_memory(
+    backbone: Backbone,
+    height: int,
+    width: int,
+    settings: UpscaleSettings,
+    free: float | None,
+    kind: str,
+    *,
+    itemsize: int = 4,
+    tile: bool = True,
+    batch: bool = True,
+) -> UpscaleSettings:
+    """`settings` for an input of `height` x `width` pixels with `free` bytes on a device of `kind` "cpu", "cuda", ...
+
+    `tile` and `batch` say what may be chosen; what may not stays as it is in `settings`. With `tile`, an overlap is
+    shortened to a quarter of a smaller tile, and the VAE mode auto becomes bounded where no tile would make exact fit.
+    The least that there is when nothing fits, or no more than the first choice when `free` is None, not known.
+    """
+    descriptor, target = backbone.descriptor, settings.target_size(height, width)
+    room = SHARE * free if free is not None else float("inf")
+
+    def fits(candidate: UpscaleSettings) -> bool:
+        return needed_memory(*target, candidate, descriptor, itemsize, kind) <= room
+
+    chosen = replace(settings, batch=1) if batch else settings
+    if tile:
+        modes = ("auto", "bounded") if settings.vae == "auto" else (settings.vae,)
+        candidates = [
+            replace(chosen, vae=mode, tile=side, overlap=min(settings.overlap, side // (2 if side == TILES[0] else 4)))
+            for mode in modes for side in TILES
+        ]  # fmt: skip
+        chosen = next(filter(fits, candidates), candidates[-1])
+    if batch and kind != "cpu" and free is not None:
+        tiles = len(make_plan(backbone, *padded_size(*target, descriptor), chosen))
+        return replace(chosen, batch=batch_for(tiles, lambda count: fits(replace(chosen, batch=count))))
+    return chosen
+
+
+def batch_for(tiles: int, fits: Callable[[int], bool]) -> int:
+    """How many of `tiles` to run together: the fewest with which there are no more batches than with the most that fit.
+
+    One is always taken to fit, more than `MOST_TOGETHER` never.
+    """
+    most = next((count for count in range(min(tiles, MOST_TOGETHER), 1, -1) if fits(count)), 1)
+    return -(-tiles // -(-tiles // most))
