@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from ..image_io import FloatArray, read_picture
 from .ablation import ARMS, PAIRS, PHOTOGRAPHS, REFERENCES, START, AblationConfig
@@ -142,6 +143,7 @@ def tradeoff_figure(results: Results) -> Figure:
                              edgecolors="white", linewidths=1)
             start = table[pictures][START]
             axes.scatter(start["psnr"][0], start[name][0], s=70, color="#999999", marker="X", label="common start")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel("PSNR-Y, dB")
             axes.set_ylabel(COLUMNS[name][0])
             axes.set_title(TITLES[pictures], fontsize=11)
@@ -241,7 +243,8 @@ def _table(
             digits = COLUMNS.get(name, (name, 4))[1]
             mean, deviation = values[name]
             text = f"{mean:{sign}.{digits}f}"
-            cells.append(text if row in REFERENCES else f"{text} ± {deviation:.{digits}f}")
+            # One run has no spread: neither a reference nor an arm with one seed.
+            cells.append(text if row in REFERENCES or not deviation else f"{text} ± {deviation:.{digits}f}")
         lines.append(f"| {' | '.join([row, *cells])} |")
     return [*lines, ""]
 
