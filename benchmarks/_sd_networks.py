@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
 from icmsr_core.backbone import BackboneDescriptor
@@ -85,9 +85,16 @@ def fill(network: nn.Module, dtype: torch.dtype) -> None:
     network.eval()
 
 
-def our_backbone(share: float, device: torch.device, dtype: torch.dtype) -> DiffusersBackbone:
-    """The networks as the library holds them, once a generator is merged into its base."""
+def our_backbone(share: float, device: torch.device, dtype: torch.dtype, tiny: bool = False) -> DiffusersBackbone:
+    """The networks as the library holds them, once a generator is merged into its base.
+
+    With `tiny`, an AutoencoderTiny of TAESD's size in the VAE's place, whatever the share.
+    """
     unet, vae = unet_and_vae(share, dtype)
+    if tiny:
+        with init_empty_weights(include_buffers=False):
+            vae = AutoencoderTiny()
+        fill(vae, dtype)
     descriptor = BackboneDescriptor("sd21", 4, 8, 64, TIMESTEP, "eps")
     context = torch.randn(TOKENS, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
     return DiffusersBackbone(unet, vae, descriptor, context, device, dtype)

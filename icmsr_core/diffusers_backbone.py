@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from .merging import fidelity_to_use, merged_part, merged_tensors
 from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
 from .prompts import embed_prompts
 from .tiled_vae_steps import Pointwise, VaeHalf, VaePart
+from .tiny_vae_file import TinyVae, read_tiny_vae
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class DiffusersBackbone:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         descriptor: BackboneDescriptor,
         prompt_embedding: Tensor,
         device: torch.device,
@@ -50,9 +51,10 @@ class DiffusersBackbone:
         for network in (unet, vae):
             # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
             torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)
+        outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {
-            "encoder": GuardedPart("the VAE's encoder", (vae.encoder, vae.quant_conv), dtype),
-            "decoder": GuardedPart("the VAE's decoder", (vae.decoder, vae.post_quant_conv), dtype),
+            "encoder": GuardedPart("the VAE's encoder", (vae.encoder, outer[0]), dtype),
+            "decoder": GuardedPart("the VAE's decoder", (vae.decoder, outer[1]), dtype),
             "unet": GuardedPart("the UNet", (unet,), dtype),
         }
         self._context = prompt_embedding.to(device, dtype)[None]
@@ -67,8 +69,9 @@ class DiffusersBackbone:
         """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
 
         def compute(dtype: torch.dtype) -> Tensor:
-            posterior = self.vae.encode(image.to(self.device, dtype)).latent_dist
-            return posterior.mode().float() * self.vae.config.scaling_factor
+            found = self.vae.encode(image.to(self.device, dtype))
+            latent = found.latents if isinstance(self.vae, AutoencoderTiny) else found.latent_dist.mode()
+            return latent.float() * self.vae.config.scaling_factor
 
         return self._parts["encoder"].run(compute)
 
@@ -103,12 +106,12 @@ class DiffusersBackbone:
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
         """See `Backbone`. The steps raise `Widened` where 16 bits were not enough: ask for them again."""
         factor, guard = self.vae.config.scaling_factor, self._parts[part]
-        dtype = guard.dtype
+        dtype, channels = guard.dtype, self._descriptor.latent_channels
         if part == "encoder":
             steps = (
                 Pointwise(lambda image: image.to(dtype)),
                 *encoder_steps(self.vae),
-                Pointwise(lambda moments: guard.check(moments.chunk(2, 1)[0].float() * factor)),
+                Pointwise(lambda moments: guard.check(moments[:, :channels].float() * factor)),
             )
         else:
             # Cast and scaled in the order of `decode`, which rounds as it does.
@@ -140,10 +143,22 @@ def build_networks(
     networks and a few tensors more. Raises `IcmsrError` when a tensor is missing, left over or of another shape, in the
     base or in the generator.
     """
+    networks = _build(base, ("unet", "vae"), dtype, generator, fidelity, name)
+    return networks["unet"], networks["vae"]
+
+
+def _build(
+    base: BaseFolder,
+    parts: Sequence[str],
+    dtype: torch.dtype,
+    generator: Generator | None,
+    fidelity: float | None,
+    name: str,
+) -> dict[str, Any]:
+    kinds = {"unet": (UNet2DConditionModel, base.unet_config), "vae": (AutoencoderKL, base.vae_config)}
     networks: dict[str, Any] = {}
-    for part, kind, config in (
-        ("unet", UNet2DConditionModel, base.unet_config), ("vae", AutoencoderKL, base.vae_config)
-    ):
+    for part in parts:
+        kind, config = kinds[part]
         # Only the parameters are left out: a buffer that is no part of the file is computed here, or by nobody.
         with init_empty_weights(include_buffers=False):
             networks[part] = kind.from_config(dict(config))
@@ -159,7 +174,21 @@ def build_networks(
         except RuntimeError as error:
             first_lines = " ".join(str(error).split()[:40])
             raise IcmsrError(f"{base.where(part)}: the weights do not fit the configuration: {first_lines}") from error
-    return networks["unet"], networks["vae"]
+    return networks
+
+
+def _tiny_vae(tiny: TinyVae, dtype: torch.dtype) -> AutoencoderTiny:
+    """`tiny` built in `dtype`. Raises `IcmsrError` when its tensors do not fit its configuration."""
+    # diffusers writes block_out_channels into its own files and warns of it when it reads them.
+    config = {key: value for key, value in tiny.config.items() if key != "block_out_channels"}
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderTiny.from_config({"latent_channels": tiny.latent_channels, **config})
+    try:
+        vae.load_state_dict({key: value.to(dtype) for key, value in tiny.state.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        first_lines = " ".join(str(error).split()[:40])
+        raise IcmsrError(f"{tiny.path}: the weights do not fit an AutoencoderTiny: {first_lines}") from error
+    return vae
 
 
 def _collected(
@@ -222,6 +251,7 @@ def load_backbone(
     dtype: DtypeChoice = torch.float32,
     fidelity: float | None = None,
     prompt: str | None = None,
+    tiny_vae: Path | None = None,
 ) -> DiffusersBackbone:
     """A base with a generator merged into it, ready to run.
 
@@ -230,8 +260,9 @@ def load_backbone(
     for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
     of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding
     by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported generators without an
-    embedding need it. Raises `IcmsrError` for files that are missing, damaged or of another family, for a fidelity
-    that is out of range or has no two sets to choose between, and where there is no prompt.
+    embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a generator that changes the
+    VAE loses that, of which a warning is logged. Raises `IcmsrError` for files that are missing, damaged or of another
+    family, for a fidelity that is out of range or has no two sets to choose between, and where there is no prompt.
     """
     folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
@@ -239,6 +270,11 @@ def load_backbone(
         generator = load_generator(generator)
     fidelity_to_use(name, generator is not None and generator.has_two_sets, fidelity)  # before the networks
     descriptor = folder.descriptor(generator)
+    tiny = None if tiny_vae is None else read_tiny_vae(tiny_vae)
+    if tiny is not None:
+        tiny.check_fits(descriptor)
+        if generator is not None and any(generator.sets("vae")):
+            log.warning("%s changes the VAE, too, and the tiny VAE has none of that: a preview of its result", name)
     if prompt is not None:
         embedding: Tensor | None = embed_prompts(folder, [prompt], None, device)[0]
     else:
@@ -265,5 +301,6 @@ def load_backbone(
     device = torch.device(device)
     if dtype == "auto":
         dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
-    unet, vae = build_networks(folder, dtype, generator, fidelity, name)
-    return DiffusersBackbone(unet, vae, descriptor, embedding, device, dtype)
+    networks = _build(folder, ("unet", "vae") if tiny is None else ("unet",), dtype, generator, fidelity, name)
+    vae = networks["vae"] if tiny is None else _tiny_vae(tiny, dtype)
+    return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype)

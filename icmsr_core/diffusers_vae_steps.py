@@ -1,4 +1,7 @@
-"""diffusers' AutoencoderKL as the steps of `tiled_vae_steps`. Works on the layers, so it needs no diffusers itself."""
+"""diffusers' AutoencoderKL and AutoencoderTiny as the steps of `tiled_vae_steps`.
+
+Works on the layers, so it needs no diffusers itself.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ from .tiled_vae_steps import (
     down_step,
     up_steps,
 )
+from .tiny_vae_steps import layer_steps
 
 
 def encoder_steps(vae: Any) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv: [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    Raises `IcmsrError` for a VAE with layers that have no step.
+    A tiny one gives the latent [N, C, h, w]. Raises `IcmsrError` for a VAE with layers that have no step.
     """
     encoder = vae.encoder
+    if hasattr(encoder, "layers"):  # tiny: it takes a picture in [0, 1]
+        return Pointwise(lambda image: image.add(1).div(2)), *layer_steps(encoder.layers)
     steps: list[Step] = [conv_step(encoder.conv_in)]
     for block in encoder.down_blocks:
         steps += _level(block)
@@ -36,6 +42,9 @@ def encoder_steps(vae: Any) -> tuple[Step, ...]:
 def decoder_steps(vae: Any) -> tuple[Step, ...]:
     """The decoder of `vae` with its post_quant_conv: [N, C, h, w] to [N, 3, H, W]; errors as in `encoder_steps`."""
     decoder = vae.decoder
+    if hasattr(decoder, "layers"):
+        clamp, signed = Pointwise(lambda x: torch.tanh(x / 3) * 3), Pointwise(lambda image: image.mul(2).sub(1))
+        return clamp, *layer_steps(decoder.layers), signed
     steps: list[Step] = [conv_step(vae.post_quant_conv)] if vae.post_quant_conv is not None else []
     steps += [conv_step(decoder.conv_in), *_level(decoder.mid_block)]
     for block in decoder.up_blocks:

@@ -3,6 +3,7 @@
 *Exact* is the untiled result: every GroupNorm waits for its whole map, attention is over the whole picture. *Bounded*
 needs memory for stripes only: the statistics of every GroupNorm are estimated (`tiled_vae_statistics`), attention is
 to a window and to a sample of the rest. Neither computes anything twice or has seams to hide (`tiled_vae_stream`).
+A VAE without GroupNorm is exact with memory for stripes only, in either mode.
 Source: ours.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .precision import again_when_widened
-from .tiled_vae_modes import BoundedStream, ExactStream
+from .tiled_vae_modes import BoundedStream, Estimate, ExactStream, count_norms
 from .tiled_vae_statistics import estimate_whole
 from .tiled_vae_steps import Pointwise, VaeHalf
 from .tiled_vae_stream import Flow
@@ -142,7 +143,9 @@ def _run(
 ) -> Iterator[tuple[int, Tensor]]:
     """The stripes of the result, each with its place along the axis; `unit` samples of `source` are one cell."""
     stream: ExactStream | BoundedStream
-    if exact:
+    if not count_norms(half.steps):  # nothing to wait for and nothing to estimate
+        stream, before = BoundedStream(half, stripes.axis, Estimate({}), WINDOW, CONTEXT), 0.0
+    elif exact:
         stream = ExactStream(half, stripes.axis, ticker.reach)
         before = stream.share_before_the_end
     else:

@@ -42,10 +42,14 @@ class Conv:
 
 @dataclass(frozen=True, eq=False)
 class Down:
-    """A 3 x 3 convolution with stride 2 over a map with one row of zeros below and one column at the right."""
+    """A 3 x 3 convolution with stride 2 over a map of even height and width.
+
+    With padding 0 the map gets one row of zeros below and one column at the right (AutoencoderKL), with padding 1 one
+    on every side (TAESD).
+    """
 
     module: nn.Conv2d
-    """The layer, with padding 0 and stride 2."""
+    """The layer, with padding 0 or 1 and stride 2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +114,7 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """`main` of a map, plus the map itself. `main` begins with a `Norm` and keeps height and width."""
+    """`main` of a map, plus the map itself. `main` keeps height and width and ends with a map of its own memory."""
 
     main: tuple[Step, ...]
     """What is added to the map."""
@@ -145,10 +149,13 @@ def conv_step(module: nn.Module) -> Step:
 
 def down_step(module: nn.Module) -> Down:
     """The step for a convolution that halves a map. Raises `IcmsrError` for any other."""
-    wanted = ((3, 3), (2, 2), (0, 0))
-    if isinstance(module, nn.Conv2d) and (module.kernel_size, module.stride, module.padding) == wanted:
+    if (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.padding_mode) == ((3, 3), (2, 2), "zeros")
+        and module.padding in ((0, 0), (1, 1))
+    ):
         return Down(module)
-    raise _unknown(module, "a 3 x 3 convolution with stride 2 and padding 0")
+    raise _unknown(module, "a 3 x 3 convolution with stride 2 and padding 0 or 1")
 
 
 def up_steps(module: nn.Module) -> tuple[Step, ...]:

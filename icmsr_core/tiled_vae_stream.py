@@ -92,6 +92,7 @@ class Stream(ABC):
         # The same layer, weights included, that takes the rows which the padding would otherwise stand for.
         valid = copy.copy(module)
         padding = [int(amount) for amount in module.padding]
+        before = padding[axis - 2]
         padding[axis - 2] = 0
         valid.padding = (padding[0], padding[1])
         held: list[Tensor] = []
@@ -100,7 +101,7 @@ class Stream(ABC):
             nonlocal left
             edge = list(chunk.shape)
             edge[axis] = 1
-            if stride == 1 and left == flow.length:
+            if before and left == flow.length:
                 held.append(chunk.new_zeros(edge))
             left -= chunk.shape[axis]
             parts = [*held, chunk, *([] if left else [chunk.new_zeros(edge)])]
@@ -113,7 +114,7 @@ class Stream(ABC):
                 held.append(rows.narrow(axis, begin, rows.shape[axis] - begin).clone())
             if not made:
                 return None
-            if stride == 2:
+            if not before:
                 rows = F.pad(rows, (0, 1, 0, 0) if axis == 2 else (0, 0, 0, 1))
             return valid(rows)
 

@@ -15,7 +15,7 @@ from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.tiled_vae_steps import Pointwise, VaeHalf, VaePart
 from .generator_patches import wrong_vae
 from .model_description import ATTACHMENT, ModelDescription, describe
-from .native_vae_steps import decoder_steps, encoder_steps
+from .native_vae_steps import decoder_steps, encoder_steps, is_tiny
 
 
 class ComfyBackbone:
@@ -39,9 +39,10 @@ class ComfyBackbone:
         if vae.latent_channels != self._descriptor.latent_channels:
             raise wrong_vae(vae.latent_channels, self._descriptor.latent_channels)
         if description.changes_vae and vae.patcher.get_attachment(ATTACHMENT) is not description:
+            tiny = " (a tiny VAE cannot take the changes that it makes)" if is_tiny(vae.first_stage_model) else ""
             raise IcmsrError(
                 f"the generator {description.generator!r} comes with a VAE of its own: "
-                "connect the VAE output of the same node as the MODEL"
+                f"connect the VAE output of the same node as the MODEL{tiny}"
             )
         self._context = _context(model, description, conditioning)
         self._model, self._vae = model, vae

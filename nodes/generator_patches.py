@@ -59,7 +59,10 @@ def apply_generator(model, vae, generator: Generator, name: str, strength: float
     vae_state = vae.patcher.model_state_dict()
     levels = vae_levels(vae_state)
     if not levels:
-        raise IcmsrError(f"{name}: the generator changes an AutoencoderKL, this VAE is of another kind")
+        raise IcmsrError(
+            f"{name}: the generator changes an AutoencoderKL, this VAE is of another kind (a tiny one, say): connect "
+            "the VAE of the checkpoint"
+        )
     vae_patches = _native_patches(name, generator, "vae", vae_state, lambda key: native_vae_key(key, levels))
     vae_copy = copy.copy(vae)  # core's VAE has no clone()
     vae_copy.patcher = vae.patcher.clone()

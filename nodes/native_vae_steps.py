@@ -1,8 +1,10 @@
-"""Core's AutoencoderKL (comfy/ldm/modules/diffusionmodules/model.py) as the steps of `tiled_vae_steps`."""
+"""Core's AutoencoderKL (comfy/ldm/modules/diffusionmodules/model.py) and TAESD (comfy/taesd/taesd.py) as the steps of
+`tiled_vae_steps`."""
 
 from __future__ import annotations
 
 import comfy.ops
+import comfy.taesd.taesd
 import torch
 import torch.nn.functional as F
 
@@ -17,13 +19,20 @@ from ..icmsr_core.tiled_vae_steps import (
     down_step,
     up_steps,
 )
+from ..icmsr_core.tiny_vae_steps import layer_steps
 
 
 def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv where it has one: [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    `device` is where the weights are used. Raises `IcmsrError` for a VAE of another layout.
+    A tiny one gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `IcmsrError` for a VAE of
+    another layout.
     """
+    if is_tiny(vae):
+        return (
+            Pointwise(lambda image: image * 0.5 + 0.5), *layer_steps(vae.taesd_encoder),
+            Pointwise(lambda latent: latent / vae.vae_scale + vae.vae_shift),
+        )
     encoder = _half(vae, "encoder")
     steps: list[Step] = [conv_step(encoder.conv_in)]
     for level in encoder.down:
@@ -39,6 +48,12 @@ def decoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
 
     The rest is as in `encoder_steps`.
     """
+    if is_tiny(vae):
+        clamp, *layers = vae.taesd_decoder
+        return (
+            Pointwise(lambda latent: (latent - vae.vae_shift) * vae.vae_scale), Pointwise(clamp), *layer_steps(layers),
+            Pointwise(lambda image: image.sub(0.5).mul(2)),
+        )
     decoder = _half(vae, "decoder")
     steps: list[Step] = [*_own_conv(vae, "post_quant_conv"), conv_step(decoder.conv_in)]
     steps += _middle(decoder.mid, device)
@@ -47,6 +62,11 @@ def decoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
         if hasattr(level, "upsample"):
             steps += up_steps(level.upsample.conv)
     return (*steps, *_head(decoder, device))
+
+
+def is_tiny(vae: torch.nn.Module) -> bool:
+    """Whether `vae` is core's TAESD."""
+    return isinstance(vae, comfy.taesd.taesd.TAESD)
 
 
 def _half(vae: torch.nn.Module, name: str) -> torch.nn.Module:

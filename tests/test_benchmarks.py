@@ -71,6 +71,20 @@ def test_inference(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert more[2] == pytest.approx(1)
 
 
+def test_inference_with_a_tiny_vae(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs.json"
+    options = ["--models", "sd21", "--width", str(NARROW), "--sizes", "64", "--runs", "1", "--threads", "1"]
+    assert load("inference").main([*options, "--warmup", "0", "--tiny", "--json", str(out)]) == 0
+    reference, _, tiny = table(capsys.readouterr().out)
+    assert tiny["model, procedure, precision"] == "sd21 x 0.05, ICM-SR with a tiny VAE, fp32"
+    ratio = float(reference["total s"]) / float(tiny["total s"])
+    assert float(tiny["x faster, same precision"]) == pytest.approx(ratio, rel=0.02)
+    encode, _, decode = json.loads(out.read_text())[2]["operations"]
+    # TAESD's own work, whatever the width: 0.122 and 0.141 TFLOP at 512 px.
+    assert encode == pytest.approx(0.122e12 / 64, rel=0.05)
+    assert decode == pytest.approx(0.141e12 / 64, rel=0.05)
+
+
 def test_a_line_that_fails_does_not_end_the_run(
     load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
