@@ -237,7 +237,8 @@ def run_upscale(options: argparse.Namespace) -> int:
 
         failed = run_jobs(
             backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
-            fit=memory_fit(backbone, tile=tile_too, batch=batch_too) if tile_too or batch_too else None,
+            fit=memory_fit(backbone, backbone.device, backbone.dtype, tile=tile_too, batch=batch_too)
+            if tile_too or batch_too else None,
             progress=progress, done=lambda _: files.update(),
         )
     done = len(jobs) - failed

@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from .backbone import Backbone
 from .errors import IcmsrError
@@ -19,9 +20,6 @@ from .free_memory import free_memory
 from .image_io import WRITE_EXTENSIONS, Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
 from .one_step import Progress, UpscaleSettings, resize, upscale
 from .tile_choice import TILES, fit_to_memory
-
-if TYPE_CHECKING:
-    from .diffusers_backbone import DiffusersBackbone
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +97,19 @@ Fit = Callable[[UpscaleSettings, int, int], UpscaleSettings]
 """Settings for an input of that height and width."""
 
 
-def memory_fit(backbone: DiffusersBackbone, *, tile: bool, batch: bool) -> Fit:
-    """Chooses tile and batch, or one of them, from what is free on the backbone's device when a picture's turn comes.
+def memory_fit(
+    backbone: Backbone, device: torch.device, dtype: torch.dtype, *, tile: bool, batch: bool
+) -> Fit:
+    """Chooses tile and batch, or one of them, from what is free on the backbone's `device` when a picture's turn comes.
 
     Says so in the log where memory is too short for the first choice, because the result is then another.
     """
 
     def fit(settings: UpscaleSettings, height: int, width: int) -> UpscaleSettings:
-        free = free_memory(backbone.device)
+        free = free_memory(device)
         chosen = fit_to_memory(
-            backbone, height, width, settings, free, backbone.device.type,
-            itemsize=backbone.dtype.itemsize, tile=tile, batch=batch,
+            backbone, height, width, settings, free, device.type,
+            itemsize=dtype.itemsize, tile=tile, batch=batch,
         )  # fmt: skip
         if free is not None and (chosen.tile, chosen.vae) != (TILES[0] if tile else settings.tile, settings.vae):
             log.warning(
