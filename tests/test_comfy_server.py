@@ -135,7 +135,7 @@ def test_input_names_and_their_order_are_kept(object_info):
 
 
 def test_the_pack_imports_cleanly_and_fast(comfy_server):
-    log = comfy_server.log()
+    log = comfy_server.log().split("got prompt")[0]  # what comes later are the runs of other tests, errors among them
     match = re.search(rf"([\d.]+) seconds(.*): \S*{PACK_NAME}\s", log)
     assert match, "the pack is not in the list of import times"
     print(f"import: {match[1]} s")

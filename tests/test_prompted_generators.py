@@ -66,7 +66,7 @@ def files(generator: Path, base: Path) -> list[str]:
 
 def upscaled(source: Path, base: Path, generator: Path, *flags: str) -> torch.Tensor:
     target = source.with_name("out.png")
-    run = ["upscale", str(source), str(target), *files(generator, base), "--color-fix", "none"]
+    run = ["upscale", str(source), str(target), *files(generator, base), "--color-fix", "none", "--dtype", "fp32"]
     assert main([*run, *flags]) == 0
     return to_tensor(read_picture(target).rgb)
 
