@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, BackboneDescriptor
 from .color import COLOR_FIXES, apply_color_fix
 from .errors import IcmsrError
 from .tiled_vae import VAE_MODES, decode_tiled, encode_tiled, is_exact, plan_stripes
@@ -108,6 +108,12 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return image
 
 
+def padded_size(height: int, width: int, descriptor: BackboneDescriptor) -> tuple[int, int]:
+    """The sides of a result as the networks see them: `pad_to_multiple` of what the family takes."""
+    multiple = descriptor.multiple_of
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
 def make_plan(backbone: Backbone, height: int, width: int, settings: UpscaleSettings) -> TilePlan:
     """The tiles, in latent cells, for a padded picture of `height` x `width` pixels.
 
@@ -130,9 +136,7 @@ def make_plan(backbone: Backbone, height: int, width: int, settings: UpscaleSett
 
 def count_tiles(backbone: Backbone, height: int, width: int, settings: UpscaleSettings) -> int:
     """Steps that `upscale` reports for one input of `height` x `width`: the UNet's tiles, twice the VAE's stripes."""
-    multiple = backbone.descriptor.multiple_of
-    target = settings.target_size(height, width)
-    padded_height, padded_width = (-(-length // multiple) * multiple for length in target)
+    padded_height, padded_width = padded_size(*settings.target_size(height, width), backbone.descriptor)
     tiles = len(make_plan(backbone, padded_height, padded_width, settings))
     factor = backbone.descriptor.latent_factor
     return tiles + 2 * plan_stripes(padded_height // factor, padded_width // factor, settings.tile // factor).number

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .backbone import Backbone, BackboneDescriptor
-from .one_step import UpscaleSettings, make_plan
+from .one_step import UpscaleSettings, make_plan, padded_size
 from .tiled_vae import is_exact
 from .tiled_vae_statistics import LARGEST
 
@@ -52,12 +52,6 @@ HALF = {"unet": 0.5, "vae": 0.75}
 def memory_of(descriptor: BackboneDescriptor) -> Memory:
     """The numbers of a family; SD1.5 and what is not known take those of SD2.1, the largest."""
     return NANO if descriptor.family == "nano" else STABLE_DIFFUSION
-
-
-def padded_size(height: int, width: int, descriptor: BackboneDescriptor) -> tuple[int, int]:
-    """The sides as the networks see them, multiples of what the family takes."""
-    multiple = descriptor.multiple_of
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
 def needed_memory(

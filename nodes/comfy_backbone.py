@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..icmsr_core.backbone import BackboneDescriptor
 from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.tile_choice import batch_for
 from ..icmsr_core.tiled_vae_steps import Pointwise, VaeHalf, VaePart
+from ..icmsr_core.tiling import TilePlan
 from .generator_patches import wrong_vae
 from .model_description import ATTACHMENT, ModelDescription, describe
 from .native_vae_steps import decoder_steps, encoder_steps, is_tiny
@@ -120,6 +122,19 @@ class ComfyBackbone:
                 Pointwise(lambda image: _finite(image.float(), "the VAE's decoder", vae.vae_dtype)),
             )
         return VaeHalf(steps, vae.device, lambda: _room(vae.device))
+
+    def tiles_together(self, plan: TilePlan) -> int:
+        """How many tiles of `plan` to give to `predict_noise` at once: by core's estimate and free memory, on a CPU 1.
+
+        Room is kept for what of the UNet is not loaded yet.
+        """
+        patcher = self._model
+        if comfy.model_management.is_device_cpu(patcher.load_device):
+            return 1
+        room = _room(patcher.load_device) - max(0, patcher.model_size() - patcher.loaded_size())
+        rows, columns = plan.boxes[0].rows, plan.boxes[0].columns
+        cells = [self._descriptor.latent_channels, rows.stop - rows.start, columns.stop - columns.start]
+        return batch_for(len(plan), lambda count: patcher.memory_required([count, *cells]) <= room)
 
     def _load(self, patcher, memory: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

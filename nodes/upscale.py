@@ -12,7 +12,16 @@ from comfy_api.latest import io
 
 from ..icmsr_core.color import COLOR_FIXES
 from ..icmsr_core.errors import IcmsrError
-from ..icmsr_core.one_step import MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, UpscaleSettings, count_tiles, upscale
+from ..icmsr_core.one_step import (
+    MAX_SCALE,
+    MIN_SCALE,
+    TILE_MULTIPLE,
+    UpscaleSettings,
+    count_tiles,
+    make_plan,
+    padded_size,
+    upscale,
+)
 from ..icmsr_core.tiled_vae import VAE_MODES
 from .adapter_features import AdapterFeatures, check_hint, condition_inputs
 from .comfy_backbone import ComfyBackbone
@@ -83,9 +92,12 @@ class Upscale(io.ComfyNode):
                 io.Int.Input(
                     "tile_batch",
                     default=1,
-                    min=1,
+                    min=0,
                     max=64,
-                    tooltip="Tiles that run together: faster on a large graphics card, for more memory.",
+                    tooltip=(
+                        "Tiles that run together: faster on a large graphics card, for more memory. 0 takes as many as "
+                        "fit into the memory that is free, up to 8; one on a CPU, where more are slower."
+                    ),
                     advanced=True,
                 ),
                 *condition_inputs(),
@@ -137,12 +149,16 @@ class Upscale(io.ComfyNode):
         vae_mode: str = "auto",
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
-            scale=scale, tile=tile, overlap=overlap, batch=tile_batch, color_fix=color_fix, vae=vae_mode
+            scale=scale, tile=tile, overlap=overlap, batch=tile_batch or 1, color_fix=color_fix, vae=vae_mode
         )
         check_hint(control_net, hint, image.shape[0])
         if strength == 0:
             control_net = hint = None
         with ComfyBackbone(model, vae, conditioning) as backbone:
+            if tile_batch == 0:
+                size = settings.target_size(*image.shape[1:3])
+                plan = make_plan(backbone, *padded_size(*size, backbone.descriptor), settings)
+                settings = replace(settings, batch=backbone.tiles_together(plan))
             return io.NodeOutput(_upscale_batch(backbone, image, settings, control_net, hint, strength))
 
 

@@ -49,6 +49,13 @@ def test_pictures_before_the_one_that_does_not_fit_are_kept(batches):
     assert result["last progress"][0] == result["last progress"][1]
 
 
+def test_tile_batch_0_is_what_fits(batches):
+    """The fewest that need no more batches than the most that fit: of 12 tiles 3 (of 3), 6 (of 6), 6 (of 8)."""
+    assert batches["tile batch, cpu"] == [1, 1, True]
+    tiles, chosen = batches["tile batch, card"]["tiles"], batches["tile batch, card"]["chosen"]
+    assert (tiles, chosen) == (12, [1, 3, 6, 6])
+
+
 def test_a_bad_picture_is_found_before_the_first_is_computed(batches):
     assert batches["nan"].startswith("IcmsrError: image: NaN or infinite values in picture 3 of 4")
 

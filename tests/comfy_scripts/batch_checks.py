@@ -1,6 +1,7 @@
 """Batches through ICMSR_Upscale with the embedded model: report.json, judged by test_comfy_memory.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import comfy_process
@@ -109,6 +110,39 @@ def out_of_memory() -> None:
     }
 
 
+def automatic_tile_batch() -> None:
+    """Twelve tiles with tile_batch 0: what is chosen on a CPU, and on a card with this much room."""
+    backbone_module, chosen = part("nodes.comfy_backbone"), []
+    run = upscale_module.upscale
+
+    def noted(backbone, picture, settings, **others):
+        chosen.append(settings.batch)
+        return run(backbone, picture, replace(settings, batch=1), **others)
+
+    picture = torch.rand(1, 64, 80, 3, generator=torch.Generator().manual_seed(3))
+    device, room = model.load_device, backbone_module._room
+    weights = max(0, model.model_size() - model.loaded_size())
+    upscale_module.upscale = noted
+    try:
+        expected = upscaled(picture)
+        on_cpu = upscaled(picture, tile_batch=0)
+        report["tile batch, cpu"] = [*chosen, bool(torch.equal(on_cpu, expected))]
+        chosen.clear()
+        one = model.memory_required([1, model.model.latent_format.latent_channels, 16, 16])
+        backbone = backbone_module.ComfyBackbone(model, vae)
+        plan = upscale_module.make_plan(
+            backbone, 128, 160, upscale_module.UpscaleSettings(scale=2.0, tile=64, overlap=32)
+        )
+        model.load_device = torch.device("cuda")
+        for tiles in (0.5, 3.5, 6.5, 100):
+            backbone_module._room = lambda _device, tiles=tiles: weights + tiles * one
+            chosen.append(backbone.tiles_together(plan))
+    finally:
+        model.load_device, backbone_module._room = device, room
+        upscale_module.upscale = run
+    report["tile batch, card"] = {"tiles": len(plan), "chosen": chosen}
+
+
 def refused(pictures: torch.Tensor, **settings) -> str:
     try:
         upscaled(pictures, **settings)
@@ -138,6 +172,7 @@ def extra_model_paths() -> None:
 with torch.inference_mode():
     batch_and_one_by_one()
     out_of_memory()
+    automatic_tile_batch()
     broken = torch.rand(1, 16, 16, 3).repeat(4, 1, 1, 1)
     broken[2, 5, 5, 1] = float("nan")
     report["nan"] = refused(broken)
