@@ -113,6 +113,8 @@ def test_a_line_that_fails_does_not_end_the_run(
         ("inference", ["--tile", "100"], "try 128"),
         ("inference", ["--device", "nowhere"], "device nowhere cannot be used here"),
         ("inference", ["--runs", "0"], "--runs must be at least 1"),
+        ("tile_memory", ["--tiles", "100"], "--tiles must be multiples of 64, got [100]"),
+        ("tile_memory", ["--batches", "0"], "--batches must be at least 1"),
         ("scaling", ["--megapixels", "0"], "above 0 and at most 1024"),
         ("scaling", ["--aspect", "-1"], "--aspect must be above 0"),
     ],
@@ -131,6 +133,20 @@ def test_scaling(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert first["against the first"] == "+0%"
     assert float(second["s per megapixel"]) > 0
     assert float(first["peak MB"]) > 50
+
+
+def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tiles", "128", "256", "--batches", "1", "2", "--parts", "unet", "decoder", "--threads", "1"]
+    assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [(row["part"], row["tile"], row["batch"]) for row in rows] == [
+        ("unet", "128", "1"), ("unet", "128", "2"), ("unet", "256", "1"), ("unet", "256", "2"),
+        ("decoder, bounded", "128", "1"), ("decoder, bounded", "256", "1"),
+    ]  # fmt: skip
+    assert all(float(row["s per megapixel"]) > 0 for row in rows)
+    assert float(rows[3]["MB"]) > 1.5 * float(rows[2]["MB"]) > 0
+    # Nano's latent has a cell for 4 x 4 pixels.
+    assert float(rows[3]["bytes per cell"]) == pytest.approx(16 * float(rows[3]["bytes per pixel"]), rel=0.02)
 
 
 @pytest.mark.comfy
@@ -261,12 +277,12 @@ def test_reference_tiles_and_window(load) -> None:
     assert not torch.equal(window, window.flip(0))
 
 
-@pytest.mark.parametrize("name", ["inference", "scaling"])
+@pytest.mark.parametrize("name", ["inference", "scaling", "tile_memory"])
 def test_help(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         load(name).main(["--help"])
     assert stopped.value.code == 0
-    assert "--runs" in capsys.readouterr().out
+    assert "--clock" in capsys.readouterr().out
 
 
 def test_autoencoder_prints_what_comes_back(load, tmp_path, capsys) -> None:
