@@ -200,6 +200,15 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/view?{urllib.parse.urlencode(saved)}", timeout=30) as answer:
             return Image.open(BytesIO(answer.read())).convert("RGB")
 
+    def free(self) -> None:
+        """Unloads the models and forgets all results, and returns when that is done.
+
+        Core's worker does it after its next prompt or between two of them, whichever it sees first: hence a small one.
+        """
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        empty = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
+        self.run({"free": empty, "seen": {"class_type": "PreviewImage", "inputs": {"images": ["free", 0]}}})
+
     def run(self, prompt: dict[str, Any], on_progress: Callable[[dict], None] | None = None, timeout: float = 120):
         """Runs `prompt` (API form) to its end; returns (the last message's type, its data, the history entry)."""
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), timeout))

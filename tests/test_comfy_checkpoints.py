@@ -83,7 +83,7 @@ def server(comfy_server, outcome) -> Iterator[Server]:
         (models / name).hardlink_to(outcome.job / "models" / name)
     write_complete_generator(models, outcome.job / "folders" / "sd15", "other sd15", seed=5, timestep=300)
     yield comfy_server
-    comfy_server.post("/free", {"unload_models": True, "free_memory": True})
+    comfy_server.free()
 
 
 def base_graph(server: Server, picture: torch.Tensor, family: str) -> dict:
@@ -232,7 +232,7 @@ def test_two_generators_in_one_graph_do_not_mix(server, outcome):
     assert np.abs(alone["other"] - alone["third"]).max() > 10
     both = {**base, **parts["other"], **parts["third"]}
     for order in (both, dict(reversed(both.items()))):
-        server.post("/free", {"unload_models": True, "free_memory": True})  # forget the results
+        server.free()
         together = run(server, order)
         assert together.executed == set(both)
         for name, picture in alone.items():
