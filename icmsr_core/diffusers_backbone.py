@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backbone import BackboneDescriptor
 from .base_folder import BaseFolder, open_base
+from .compilation import check_compiler, compiled
 from .diffusers_vae_steps import decoder_steps, encoder_steps
 from .embedded import embedded_base
 from .errors import IcmsrError
@@ -41,6 +42,7 @@ class DiffusersBackbone:
         prompt_embedding: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        compile_unet: bool = False,
     ) -> None:
         if dtype not in descriptor.dtypes:
             names = ", ".join(dtype_name(entry) for entry in descriptor.dtypes)
@@ -58,7 +60,8 @@ class DiffusersBackbone:
             "unet": GuardedPart("the UNet", (unet,), dtype),
         }
         self._context = prompt_embedding.to(device, dtype)[None]
-        fix_step(unet, descriptor.timestep, self._context)
+        self._compiled = compiled if compile_unet else None
+        self._fix_step()
 
     @property
     def descriptor(self) -> BackboneDescriptor:
@@ -81,7 +84,7 @@ class DiffusersBackbone:
         def compute(dtype: torch.dtype) -> Tensor:
             if self._context.dtype != dtype:  # what was computed from it once is in the other precision, too
                 self._context = self._context.to(dtype)
-                fix_step(self.unet, self._descriptor.timestep, self._context)
+                self._fix_step()
             # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
             # run unconditioned without a word.
             residuals = None if features is None else [entry.to(self.device, dtype) for entry in features]
@@ -119,6 +122,9 @@ class DiffusersBackbone:
                 Pointwise(lambda latent: latent.to(dtype) / factor), *decoder_steps(self.vae), Pointwise(guard.check)
             )
         return VaeHalf(steps, self.device, self._room)
+
+    def _fix_step(self) -> None:
+        fix_step(self.unet, self._descriptor.timestep, self._context, self._compiled)
 
     def _room(self) -> float:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
@@ -252,6 +258,7 @@ def load_backbone(
     fidelity: float | None = None,
     prompt: str | None = None,
     tiny_vae: Path | None = None,
+    compile_unet: bool = False,
 ) -> DiffusersBackbone:
     """A base with a generator merged into it, ready to run.
 
@@ -261,9 +268,13 @@ def load_backbone(
     of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding
     by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported generators without an
     embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a generator that changes the
-    VAE loses that, of which a warning is logged. Raises `IcmsrError` for files that are missing, damaged or of another
-    family, for a fidelity that is out of range or has no two sets to choose between, and where there is no prompt.
+    VAE loses that, of which a warning is logged. `compile_unet` has torch.compile make code for every size of tile that
+    comes (see `compilation`). Raises `IcmsrError` for files that are missing, damaged or of another family, for a
+    fidelity that is out of range or has no two sets to choose between, and where there is no prompt or no compiler.
     """
+    device = torch.device(device)
+    if compile_unet:
+        check_compiler(device)
     folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
     name = str(generator) if isinstance(generator, Path) else "generator"
     if isinstance(generator, Path):
@@ -298,9 +309,8 @@ def load_backbone(
             "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
             name, folder.path,
         )
-    device = torch.device(device)
     if dtype == "auto":
         dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
     networks = _build(folder, ("unet", "vae") if tiny is None else ("unet",), dtype, generator, fidelity, name)
     vae = networks["vae"] if tiny is None else _tiny_vae(tiny, dtype)
-    return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype)
+    return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype, compile_unet)

@@ -36,7 +36,12 @@ OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "
 """Configuration entries of UNets whose embedding or context depends on more than timestep and context."""
 
 
-def fix_step(unet: nn.Module, timestep: int, context: Tensor) -> None:
+Forward = Callable[..., Any]
+
+
+def fix_step(
+    unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward] | None = None
+) -> None:
     """Lets `unet` (diffusers' UNet2DConditionModel) compute what `timestep` and `context` alone decide just once.
 
     `context` is [tokens, width] or [1, tokens, width]. Later calls at this timestep with this context, for any batch,
@@ -46,7 +51,8 @@ def fix_step(unet: nn.Module, timestep: int, context: Tensor) -> None:
     (only writing into a weight's ``.data`` goes unnoticed). Layers that are no plain convolution or linear layer
     (unmerged LoRA) stay as they are, and where one is exchanged later every call runs as before. On an accelerator pass
     the timestep as an int, and a view of the very `context`: anything else must be read back first. Undo with
-    `release_step`, also before copying the module.
+    `release_step`, also before copying the module. `compiled` is given the UNet's forward for one to run in its place;
+    what is kept and compared from call to call stays outside.
     Raises `IcmsrError` for a context that does not fit, and for a UNet with inputs beside sample, timestep and context.
     """
     release_step(unet)
@@ -60,7 +66,7 @@ def fix_step(unet: nn.Module, timestep: int, context: Tensor) -> None:
         raise IcmsrError(
             f"context must be [tokens, {width}] or [1, tokens, {width}] for this UNet, got {list(context.shape)}"
         )
-    FixedStep(unet, timestep, context.detach()).install()
+    FixedStep(unet, timestep, context.detach(), compiled or (lambda forward: forward)).install()
 
 
 def release_step(unet: nn.Module) -> None:
@@ -73,11 +79,13 @@ def release_step(unet: nn.Module) -> None:
 class FixedStep:
     """One UNet at one timestep with one context, while `fix_step` holds."""
 
-    def __init__(self, unet: nn.Module, timestep: int, context: Tensor) -> None:
+    def __init__(
+        self, unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward]
+    ) -> None:
         self._unet: Any = unet
         self._timestep, self._context = timestep, context
         self._values = context.clone()  # the caller's own may be written into
-        self._plain = unet.forward
+        self._plain = compiled(unet.forward)
         self._layers = list(_layers(unet))
         self._seen: list[tuple[int, int]] = []
         self._running = False
