@@ -56,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
                          help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
                               "the area of 2048x2048")
     upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
-                         help="0 faithful, 1 realistic (the default), beyond: more; for generators that hold both")
+                         help="0 faithful, 1 realistic, beyond: more; for generators that hold both (default: what the "
+                              "file says, 0 for nano)")
     upscale.add_argument("--prompt", metavar="TEXT",
                          help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
                               "with a text encoder (a whole folder or a hub id), and transformers (extra text)")

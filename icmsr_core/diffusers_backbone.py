@@ -218,7 +218,7 @@ def _merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `base` in float32, with the generator merged into each in turn."""
     faithful, realistic = generator.sets(part)
-    strength = fidelity_to_use(name, generator.has_two_sets, fidelity)
+    strength = fidelity_to_use(name, generator.has_two_sets, fidelity, generator.info.realistic_default)
     sets = [(faithful, generator.info.alpha, 1.0), (realistic, generator.info.realistic_alpha, strength)]
     for parameter, tensor in base.tensors(part, torch.float32):
         for weights, alpha, share in sets:
@@ -265,12 +265,13 @@ def load_backbone(
     `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
     embedded nano. Without `generator` the bare prior is loaded. `dtype` "auto" is the fastest precision that is safe
     for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
-    of weights: 0 is faithful, 1 (the default) realistic, up to 2. `prompt` replaces the constant prompt embedding
-    by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported generators without an
-    embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a generator that changes the
-    VAE loses that, of which a warning is logged. `compile_unet` has torch.compile make code for every size of tile that
-    comes (see `compilation`). Raises `IcmsrError` for files that are missing, damaged or of another family, for a
-    fidelity that is out of range or has no two sets to choose between, and where there is no prompt or no compiler.
+    of weights: 0 is faithful, 1 realistic, up to 2; None is what the file says, 1 if nothing. `prompt` replaces the
+    constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
+    generators without an embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a
+    generator that changes the VAE loses that, of which a warning is logged. `compile_unet` has torch.compile make code
+    for every size of tile that comes (see `compilation`). Raises `IcmsrError` for files that are missing, damaged or of
+    another family, for a fidelity that is out of range or has no two sets to choose between, and where there is no
+    prompt or no compiler.
     """
     device = torch.device(device)
     if compile_unet:

@@ -55,7 +55,9 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     elif dest.is_file():
         raise IcmsrError(f"{dest}: is a file, diffusers keeps a LoRA in a folder: name one")
     generator = load_generator(source)
-    fidelity = fidelity_to_use(str(source), generator.has_two_sets, fidelity)
+    fidelity = fidelity_to_use(
+        str(source), generator.has_two_sets, fidelity, generator.info.realistic_default
+    )
     lora, alphas = _one_lora(generator, fidelity)
     if not lora:
         raise IcmsrError(f"{source}: holds no LoRA of the UNet, and a LoRA file can hold nothing else")

@@ -92,6 +92,8 @@ class GeneratorInfo:
     """LoRA alpha of the second set."""
     realistic_training: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that made the second set."""
+    realistic_default: float = 1.0
+    """Fidelity to use where none is asked for, from 0 (the faithful set alone) to 2."""
     notes: str = ""
     """What a user must know beyond the rest, for people."""
     format_version: int = 1
@@ -162,6 +164,8 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
     description = asdict(replace(generator.info, format_version=2 if two else 1))
     if not two:
         description = {key: value for key, value in description.items() if not key.startswith("realistic_")}
+    elif generator.info.realistic_default == 1.0:
+        del description["realistic_default"]
     if not generator.info.notes:
         del description["notes"]
     write_atomically(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
@@ -239,6 +243,10 @@ def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = (
         raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {known}: update it")
     info = info_from_json(name, GeneratorInfo, values)
     check_prediction(info.prediction)
+    if not 0 <= info.realistic_default <= 2:
+        raise IcmsrError(
+            f"{name}: realistic_default in its description must be from 0 to 2, got {info.realistic_default:g}"
+        )
     return info
 
 

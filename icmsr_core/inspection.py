@@ -88,7 +88,8 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
     ]
     faithful = {part: generator.sets(part)[0] for part in PARTS}
     if generator.has_two_sets:
-        rows.append(("fidelity", "a faithful set of weights (0) and a realistic one over it (1; up to 2)"))
+        default = f"{info.realistic_default:g} unless asked for"
+        rows.append(("fidelity", f"a faithful set of weights (0) and a realistic one over it (1; up to 2); {default}"))
         rows += _set_rows("faithful ", faithful, info.rank, info.alpha)
         rows += _set_rows("realistic ", generator.realistic, info.realistic_rank, info.realistic_alpha)
     else:

@@ -29,13 +29,13 @@ def check_fidelity(fidelity: float) -> float:
     return fidelity
 
 
-def fidelity_to_use(name: str, two_sets: bool, fidelity: float | None) -> float:
-    """The fidelity to merge the generator `name` with: None asks for 1, where there are two sets of weights.
+def fidelity_to_use(name: str, two_sets: bool, fidelity: float | None, default: float = 1.0) -> float:
+    """The fidelity to merge the generator `name` with: None asks for `default` (`GeneratorInfo.realistic_default`).
 
     Raises `IcmsrError` for a value beyond 0..2, or for any value where there is one set.
     """
     if fidelity is None:
-        return 1.0
+        return default
     check_fidelity(fidelity)
     if not two_sets:
         raise IcmsrError(
@@ -66,7 +66,7 @@ def merged_part(
     `state` as in `merged_tensors`; `fidelity` as in `fidelity_to_use`. Raises `IcmsrError` for the fidelity, and naming
     every key of either set that has no place or another shape.
     """
-    fidelity = fidelity_to_use(name, generator.has_two_sets, fidelity)
+    fidelity = fidelity_to_use(name, generator.has_two_sets, fidelity, generator.info.realistic_default)
     faithful, realistic = generator.sets(part)
     first, wrong = _merge(f"{part}.", faithful, state, generator.info.alpha, 1.0)
     second, wrong_above = _merge(

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from icmsr_core import cli
 from icmsr_core.cli import main
 from icmsr_core.diffusers_backbone import load_backbone
 from icmsr_core.embedded import demo_picture, embedded_base, embedded_generator
+from icmsr_core.generator_file import load_generator, save_generator
 from icmsr_core.image_io import read_picture, to_tensor
 from icmsr_core.one_step import UpscaleSettings, resize, upscale
 from icmsr_core.train.networks import NetworkConfig
@@ -129,6 +131,14 @@ def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
     assert torch.equal(written[None], written["1"])
     for one, other in (("0", "0.5"), ("0.5", "1")):
         assert (written[one] - written[other]).abs().max() > 2 / 255
+    both = load_generator(two_sets)
+    own = tmp_path / "with a default.safetensors"
+    save_generator(own, replace(both, info=replace(both.info, realistic_default=0.5)), torch.float32)
+    run[run.index(str(two_sets))] = str(own)
+    assert main(run) == 0
+    assert torch.equal(to_tensor(read_picture(tmp_path / "out.png").rgb), written["0.5"])
+    assert main([*run, "--fidelity", "1"]) == 0
+    assert torch.equal(to_tensor(read_picture(tmp_path / "out.png").rgb), written["1"])
 
 
 def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two_sets, capsys, monkeypatch):

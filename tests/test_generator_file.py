@@ -146,6 +146,20 @@ def test_two_sets_round_trip(tmp_path, two_sets: Generator) -> None:
     } <= keys
     assert description["format_version"] == 2
     assert description["realistic_alpha"] == 3.0
+    assert "realistic_default" not in description  # files of before it was there are read the same
+
+
+def test_a_file_says_its_own_fidelity(tmp_path, two_sets: Generator) -> None:
+    path = tmp_path / "generator.safetensors"
+    for value in (0.0, 0.25, 2.0):
+        save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
+        info = load_generator(path).info
+        assert info.realistic_default == value
+        assert f"{value:g} unless asked for" in describe(path)
+    for value in (-0.1, 2.5):
+        save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
+        with pytest.raises(IcmsrError, match=f"realistic_default in its description must be from 0 to 2, got {value}"):
+            load_generator(path)
 
 
 def test_an_empty_second_set_is_none(tmp_path, generator: Generator) -> None:

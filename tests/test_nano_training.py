@@ -12,7 +12,7 @@ from scipy.fft import dctn
 from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.errors import IcmsrError
-from icmsr_core.generator_file import load_generator
+from icmsr_core.generator_file import load_generator, save_generator
 from icmsr_core.train.building import build_generator_task, check_generator, exchange_decoder
 from icmsr_core.train.conditioning import ConditionConfig
 from icmsr_core.train.generator import GeneratorConfig, LossWeights, input_of
@@ -137,9 +137,15 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
         assert both.realistic[part].lora
         assert not both.realistic[part].tensors
     assert (both.info.rank, both.info.realistic_rank, both.info.realistic_alpha) == (0, 2, 2.0)
-    settings = config(losses, weights="lora", rank=2, start=str(tmp_path / "generator.safetensors"))
-    with pytest.raises(IcmsrError, match="two sets"):
-        check_generator(open_base(faithful / "base"), settings, CONDITION)
+    # From a file of two sets the faithful one is taken, whatever its default is.
+    save_generator(tmp_path / "asked.safetensors", replace(both, info=replace(both.info, realistic_default=0.5)))
+    settings = config(losses, weights="lora", rank=2, start=str(tmp_path / "asked.safetensors"))
+    check_generator(open_base(faithful / "base"), settings, CONDITION)
+    again = build(faithful / "base", settings)
+    with torch.no_grad():
+        assert (again.generate(BATCH)[0] - plain.generate(BATCH)[0]).abs().max() < 1e-5
+    again.export(tmp_path / "again")
+    assert load_generator(tmp_path / "again" / "generator.safetensors").info.realistic_default == 1.0
     with torch.no_grad():
         wanted = task.generate(BATCH)[0]
         for fidelity, same in ((1.0, True), (0.0, False)):

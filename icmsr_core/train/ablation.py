@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import IcmsrError
+from ..generator_file import holds_two_sets
 from ..metrics import metric
 from .ablation_pictures import make_photographs, measure, pairs_of
 from .adapter import AdapterConfig
@@ -215,7 +216,10 @@ def evaluate(config: AblationConfig, generator: Path | None, pictures: Path | No
     sets = {PHOTOGRAPHS: pairs_of(prepare_photographs(config))}
     if config.pairs:
         sets[PAIRS] = pairs_of(Path(config.pairs), config.every)
-    return dict(measure(training_base(config.base).path, generator, sets, config.metrics, PHOTOGRAPHS, pictures))
+    # Of a start with two sets of weights, the arms go on from the faithful one.
+    faithful = 0.0 if generator is not None and holds_two_sets(generator) else None
+    base = training_base(config.base).path
+    return dict(measure(base, generator, sets, config.metrics, PHOTOGRAPHS, pictures, faithful))
 
 
 def read_training(run: Path) -> dict[str, Any]:

@@ -65,14 +65,14 @@ def pairs_of(folder: Path, every: int = 1) -> Pairs:
 
 def measure(
     base: Path, generator: Path | None, sets: Mapping[str, Pairs], metrics: Sequence[str], keep: str,
-    folder: Path | None,
+    folder: Path | None, fidelity: float | None = None,
 ) -> Values:
     """The values of `metrics`, and the shift of the mean colour against the input, for `generator` on `base`.
 
     Without a generator, of bicubic resizing. Results are rounded to 8 bits, as a file has them; those of the set `keep`
-    are written into `folder`, if there is one.
+    are written into `folder`, if there is one. `fidelity` as in `load_backbone`.
     """
-    backbone = None if generator is None else load_backbone(base, generator)
+    backbone = None if generator is None else load_backbone(base, generator, fidelity=fidelity)
     if backbone is not None:
         backbone.vae.to(memory_format=torch.channels_last)  # as in training: the same numbers, a fifth sooner on a CPU
     values: Values = {kind: {} for kind in sets}

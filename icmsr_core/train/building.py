@@ -88,8 +88,6 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
                          f"{base.info.family}: choose files that belong together")
     if (start.unet.lora or start.vae.lora) and info.base_hash not in ("", base.hash()):
         raise IcmsrError(f"networks.start {path} holds LoRA of other base weights than {base.path}: use its own base")
-    if start.has_two_sets:
-        raise IcmsrError(f"networks.start {path} holds two sets of weights: begin from the file of its faithful set")
     for name in ("timestep", "prediction"):
         if getattr(info, name) != getattr(config, name):
             raise IcmsrError(f"generator.{name} is {getattr(config, name)}, networks.start {path} was trained with "

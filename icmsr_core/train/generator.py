@@ -249,6 +249,7 @@ class GeneratorTask(Task):
             info = replace(
                 start.info, base=info.base, base_hash=info.base_hash, licence=config.licence,
                 realistic_rank=networks.rank, realistic_alpha=float(networks.rank), realistic_training=info.training,
+                realistic_default=1.0,
             )
             generator = Generator(info, start.unet, start.vae, embedding, realistic=weights)
         else:

@@ -36,8 +36,8 @@ class NetworksConfig:
     auxiliary_rank: int = 4
     """LoRA rank of the auxiliary."""
     start: str = ""
-    """Generator file to begin from (its faithful set). Whole weights go on from it. LoRA is laid on top of it, and
-    exported as the realistic set of a file whose faithful set is this one."""
+    """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
+    on top of it, and exported as the realistic set of a file whose faithful set is this one."""
     train_decoder: bool = False
     """With whole weights: train the decoder too. The latent then is no longer the base's, so there can be no ICM."""
     zero_output: bool = False
