@@ -115,6 +115,8 @@ def test_a_line_that_fails_does_not_end_the_run(
         ("inference", ["--runs", "0"], "--runs must be at least 1"),
         ("tile_memory", ["--tiles", "100"], "--tiles must be multiples of 64, got [100]"),
         ("tile_memory", ["--batches", "0"], "--batches must be at least 1"),
+        ("fidelity", ["--pairs", "."], "lr: no such folder"),
+        ("fidelity", ["--pairs", ".", "--fidelities", "3"], "fidelity must be a number from 0 to 2, got 3"),
         ("scaling", ["--megapixels", "0"], "above 0 and at most 1024"),
         ("scaling", ["--aspect", "-1"], "--aspect must be above 0"),
     ],
@@ -133,6 +135,23 @@ def test_scaling(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert first["against the first"] == "+0%"
     assert float(second["s per megapixel"]) > 0
     assert float(first["peak MB"]) > 50
+
+
+def test_fidelity(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        for folder, side in (("lr", 16), ("hr", 64)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / f"{name}.png"), random.integers(0, 256, (side, side, 3), np.uint8))
+    plot = tmp_path / "new" / "curve.png"
+    options = ["--pairs", str(tmp_path), "--every", "2", "--threads", "1", "--plot", str(plot)]
+    assert load("fidelity").main([*options, "--fidelities", "1", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "means of 2 pairs" in said
+    bicubic, faithful, realistic = table(said)
+    assert [row["fidelity"] for row in (bicubic, faithful, realistic)] == ["bicubic", "0", "1"]
+    assert len({tuple(list(row.values())[1:]) for row in (bicubic, faithful, realistic)}) == 3
+    assert cv2.imread(str(plot)).shape[1] > 600
 
 
 def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
