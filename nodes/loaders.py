@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..icmsr_core.base_folder import open_base
-from ..icmsr_core.embedded import embedded_base, embedded_generator
+from ..icmsr_core.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
 from ..icmsr_core.generator_file import load_generator
 from ..icmsr_core.merging import MAX_FIDELITY
 from .adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
@@ -49,11 +49,11 @@ class LoadEmbedded(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "fidelity",
-                    **FIDELITY_RANGE,
+                    **{**FIDELITY_RANGE, "default": EMBEDDED_FIDELITY},
                     optional=True,  # prompts saved before it was there run as they did
                     tooltip=(
-                        "0: faithful to the image. 1: realistic, as trained. Up to 2: more. For a generator with both "
-                        "sets of weights; leave it at 1 for others. Ignored when generator is none."
+                        "0: trained by reconstruction alone, crisp. 1: with ICM as well, softer, with more faint "
+                        "texture. Up to 2: more. Ignored when generator is none."
                     ),
                 ),
             ],
@@ -64,7 +64,7 @@ class LoadEmbedded(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator: str = "embedded", fidelity: float = 1.0) -> io.NodeOutput:
+    def execute(cls, generator: str = "embedded", fidelity: float = EMBEDDED_FIDELITY) -> io.NodeOutput:
         base = open_base(embedded_base())
         # Read first: nothing is built when the file is damaged.
         weights = load_generator(embedded_generator()) if generator == "embedded" else None

@@ -17,7 +17,7 @@ from icmsr_core import conditions, manifold
 from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
 from icmsr_core.embedded import embedded_adapter, embedded_base, embedded_generator
-from icmsr_core.generator_file import save_generator
+from icmsr_core.generator_file import load_generator, save_generator
 from icmsr_core.image_io import from_tensor, to_tensor
 from icmsr_core.one_step import UpscaleSettings, pad_to_multiple, resize, upscale
 from icmsr_core.train.adapter_file import load_adapter, save_adapter
@@ -107,6 +107,11 @@ def test_every_node_is_there_and_explains_itself(object_info):
         for inputs in node["input"].values():
             for socket, (_, options) in inputs.items():
                 assert options.get("tooltip"), f"{name}.{socket} has no tooltip"
+
+
+def test_fidelity_begins_at_what_the_embedded_file_says(object_info):
+    (_, options) = object_info["ICMSR_LoadEmbedded"]["input"]["optional"]["fidelity"]
+    assert options["default"] == load_generator(embedded_generator()).info.realistic_default
 
 
 def test_input_names_and_their_order_are_kept(object_info):
