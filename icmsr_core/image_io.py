@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 
+ENCODED_ROWS = 256
+"""Rows that are rounded at a time."""
 _WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 WRITE_EXTENSIONS: tuple[str, ...] = tuple(_WRITE_FORMATS)
 """Extensions, in lower case, that `write_picture` takes."""
@@ -237,18 +239,26 @@ def _decode(image: Image.Image, data: bytes, path: Path) -> Picture:
 
 
 def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> bytes:
-    rgb, alpha = np.clip(picture.rgb, 0, 1), picture.alpha
-    if alpha is not None and file_format == "JPEG":
+    alpha = picture.alpha
+    on_white = alpha is not None and file_format == "JPEG"
+    if on_white:
         logger.warning("%s: JPEG has no transparency, the picture is laid on white", path)
-        rgb = rgb * np.clip(alpha, 0, 1)[..., None] + (1 - np.clip(alpha, 0, 1)[..., None])
-        alpha = None
     wide = picture.bits == 16 and file_format in ("PNG", "TIFF")
-    grey = picture.grey and file_format != "WEBP" and not (wide and alpha is not None and file_format == "TIFF")
-    channels = (rgb @ _LUMA)[..., None] if grey else rgb
-    if alpha is not None:
-        channels = np.dstack([channels, alpha])
-    peak = 65535 if wide else 255
-    samples = np.rint(np.clip(channels, 0, 1) * np.float32(peak)).astype(np.uint16 if wide else np.uint8)
+    kept = alpha is not None and not on_white
+    grey = picture.grey and file_format != "WEBP" and not (wide and kept and file_format == "TIFF")
+    height, width = picture.rgb.shape[:2]
+    samples = np.empty((height, width, (1 if grey else 3) + kept), np.uint16 if wide else np.uint8)
+    for top in range(0, height, ENCODED_ROWS):  # beside the result, memory holds no copy of the picture in float32
+        rows = slice(top, top + ENCODED_ROWS)
+        channels = np.clip(picture.rgb[rows], 0, 1)
+        opaque = np.ones(1, np.float32) if alpha is None else np.clip(alpha[rows], 0, 1)[..., None]
+        if on_white:
+            channels = channels * opaque + (1 - opaque)
+        if grey:
+            channels = (channels @ _LUMA)[..., None]
+        if kept:
+            channels = np.dstack([channels, opaque])
+        samples[rows] = np.rint(np.clip(channels, 0, 1) * np.float32(65535 if wide else 255))
     arguments = save_arguments(picture.metadata, file_format, grey=grey)
     if wide:
         return (encode_png_16bit if file_format == "PNG" else encode_tiff_16bit)(samples, arguments)

@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -845,3 +846,17 @@ def test_tensors() -> None:
     for shape in ((3, 4, 4), (2, 3, 4, 4), (1, 4, 4, 4)):
         with pytest.raises(IcmsrError, match=r"\[1, 3 or 1"):
             from_tensor(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_writing_holds_no_copy_of_the_picture(tmp_path: Path, grey: bool) -> None:
+    """Of a large picture in float32, beside the picture that is given: what numpy holds at most while it is written."""
+    picture = Picture(rgb=np.full((3000, 1000, 3), 0.5, np.float32), alpha=np.ones((3000, 1000), np.float32), grey=grey)
+    write_picture(tmp_path / "first.png", picture)  # what is imported then is not counted
+    tracemalloc.start()
+    try:
+        write_picture(tmp_path / "second.png", picture)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < picture.rgb.nbytes
