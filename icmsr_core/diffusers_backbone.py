@@ -50,12 +50,13 @@ class DiffusersBackbone:
         self._descriptor = descriptor
         self.device, self.dtype = device, dtype
         self.unet, self.vae = unet, vae
+        # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
+        convert: Any = torch.nn.Module.to
         for network in (unet, vae):
-            # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
-            torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)
+            convert(network, device, dtype).eval().requires_grad_(False)
         if device.type == "cpu" and dtype == torch.float32 and isinstance(vae, AutoencoderKL):
             # Of nano's VAE a quarter of the time (docs/performance.md); in bfloat16, and for the UNet, nothing.
-            torch.nn.Module.to(vae, memory_format=torch.channels_last)
+            convert(vae, memory_format=torch.channels_last)
         outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {
             "encoder": GuardedPart("the VAE's encoder", (vae.encoder, outer[0]), dtype),
