@@ -55,7 +55,7 @@ class DiffusersBackbone:
         for network in (unet, vae):
             convert(network, device, dtype).eval().requires_grad_(False)
         if device.type == "cpu" and dtype == torch.float32 and isinstance(vae, AutoencoderKL):
-            # Of nano's VAE a quarter of the time (docs/performance.md); in bfloat16, and for the UNet, nothing.
+            # A quarter less time for nano's VAE (docs/performance.md); a twentieth for its UNet, which is left as it is.
             convert(vae, memory_format=torch.channels_last)
         outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {
