@@ -19,7 +19,8 @@ import numpy as np
 import skimage.data
 from numpy.typing import NDArray
 
-from icmsr_core.degradation import PRESETS, degrade
+from icmsr_core.degradation import degrade
+from icmsr_core.degradation_presets import PRESETS
 from icmsr_core.image_io import Picture, write_picture
 
 Image = NDArray[np.float32]

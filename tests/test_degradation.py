@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import data
 
-from icmsr_core.degradation import (
-    PRESETS,
-    DegradationConfig,
-    StageConfig,
-    degrade,
-    draw_blur_kernel,
-    gaussian_kernel,
-    motion_kernel,
-    plateau_kernel,
-    restore_size,
-    sinc_kernel,
-)
+from icmsr_core.blur_kernels import gaussian_kernel, motion_kernel, plateau_kernel, sinc_kernel
+from icmsr_core.degradation import degrade, draw_blur_kernel, restore_size
+from icmsr_core.degradation_presets import PRESETS, DegradationConfig, StageConfig
 from icmsr_core.errors import IcmsrError
 
 QUIET = StageConfig(

@@ -5,7 +5,8 @@ import pytest
 import torch
 from skimage import data
 
-from icmsr_core.degradation import PRESETS, degrade
+from icmsr_core.degradation import degrade
+from icmsr_core.degradation_presets import PRESETS
 from icmsr_core.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.embedded import EMBEDDED_FIDELITY, embedded_generator
 from icmsr_core.generator_file import load_generator

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from icmsr_core.degradation import PRESETS
+from icmsr_core.degradation_presets import PRESETS
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data import DataConfig, Resumable, Tally, TrainingPairs, make_loader
 from icmsr_core.train.sources import PictureCache, falls_into_hold_out, read_photograph

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..degradation import PRESETS, degrade
+from ..degradation import degrade
+from ..degradation_presets import PRESETS
 from ..diffusers_backbone import load_backbone
 from ..errors import IcmsrError
 from ..evaluation import COLOR

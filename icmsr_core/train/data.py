@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..degradation import PRESETS, DegradationConfig, degrade
+from ..degradation import degrade
+from ..degradation_presets import PRESETS, DegradationConfig
 from ..errors import IcmsrError
 from .sources import Photographs, PictureCache, Pixels, folder_source, list_source, read_captions, read_photograph
 from .synthetic import synthetic_picture
@@ -56,7 +57,7 @@ class DataConfig:
     shrink: float = 2.0
     """Photographs are first shrunk by a random factor from 1 to this: it hides their own JPEG and lens blur."""
     degradations: tuple[str, ...] = ("light", "realesrgan")
-    """Presets of the degradation (see `icmsr_core.degradation.PRESETS`), all of the same scale."""
+    """Presets of the degradation (see `icmsr_core.degradation_presets.PRESETS`), all of the same scale."""
     degradation_weights: tuple[float, ...] = (0.7, 0.3)
     """How often each preset is drawn."""
 
