@@ -40,11 +40,11 @@ def row_of(name: str, values: Mapping[str, float]) -> list[str]:
 
 def draw(path: Path, points: Mapping[float, Mapping[str, float]], bicubic: Mapping[str, float]) -> None:
     """One panel for each of `CURVES`: the measure over PSNR-Y along the control, and bicubic as a point."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    from icmsr_core.train.plots import write_figure
+
+    figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
         across, up = ([values[entry] for values in points.values()] for entry in ("psnr", name))
         axes.plot(across, up, "-o", color="tab:blue", markersize=4, label="fidelity")
@@ -56,8 +56,7 @@ def draw(path: Path, points: Mapping[float, Mapping[str, float]], bicubic: Mappi
         axes.grid(alpha=0.3)
         axes.margins(0.12)
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -138,10 +138,15 @@ def test_the_report_means_over_pictures_and_spreads_over_seeds(made):
         assert summary(results)["pairs"]["image"][measure] == pytest.approx((np.mean(image), np.std(image, ddof=1)))
         apart = np.subtract(image, base)
         assert differences(results)["pairs"]["image"][measure] == pytest.approx((apart.mean(), apart.std(ddof=1)))
+        none = [value("none", seed, measure) for seed in ("0", "1")]
+        apart, found = np.subtract(image, none), differences(results, "none")["pairs"]
+        assert found["image"][measure] == pytest.approx((apart.mean(), apart.std(ddof=1)))
+        assert not {"none", "reconstruction"} & set(found)
     rho = [results["arms"]["image"][seed]["diagnostics"]["rho"] for seed in ("0", "1")]
     assert diagnostics_table(results)["image"]["rho"] == pytest.approx((np.mean(rho), np.std(rho, ddof=1)))
     text = (made / "report" / "ablation.md").read_text()
     assert text == markdown(results) + "\n"
+    assert text.count("Difference to reconstruction") == text.count("Difference to none") == 2
     mean, deviation = summary(results)["pairs"]["image"]["psnr"]
     assert f"| image | {mean:.3f} ± {deviation:.3f} |" in text
 

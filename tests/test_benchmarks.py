@@ -207,6 +207,16 @@ def test_operations_are_counted(load) -> None:
     assert not unet._forward_pre_hooks
 
 
+def test_counting_takes_attention_not_apart(load) -> None:
+    """In inference mode the counter would turn it into matrix products and hold their matrix of scores, 64 MiB here."""
+    measurement, q = load("_measurement"), torch.randn(1, 1, 4096, 8)
+    counter = measurement.FlopCounterMode(display=False, custom_mapping=measurement._uncounted())
+    with torch.inference_mode(), counter:
+        F.scaled_dot_product_attention(q, q, q)
+    assert {str(name) for name in counter.get_flop_counts()["Global"]} == {"aten.scaled_dot_product_attention"}
+    assert counter.get_total_flops() == 4 * 4096**2 * 8
+
+
 def hold(megabytes: int) -> float:
     """The peak of a process that held so much for a moment."""
     from _measurement import Peak

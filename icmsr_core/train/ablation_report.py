@@ -39,6 +39,7 @@ DIAGNOSTICS = {
 TITLES = {PAIRS: "Real pairs", PHOTOGRAPHS: "Held-out photographs"}
 COLOURS = dict(zip(ARMS, ("#444444", "#1b6ca8", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")))
 BASELINE = "reconstruction"
+UNCONDITIONED = "none"
 CROP, CROPS = 112, 3
 """Side and number of the crops shown."""
 
@@ -80,17 +81,20 @@ def summary(results: Results) -> Table:
     }
 
 
-def differences(results: Results) -> Table:
-    """Every arm's measures less those of `BASELINE` with the same seed; empty without that arm."""
+def differences(results: Results, baseline: str = BASELINE) -> Table:
+    """Every arm's measures less those of `baseline` with the same seed; empty without that arm.
+
+    Those of `BASELINE` itself stand against no other arm.
+    """
     table: Table = {}
-    for pictures in picture_sets(results) if BASELINE in results["arms"] else ():
-        base = {seed: run_means(values, pictures) for seed, values in results["arms"][BASELINE].items()}
+    for pictures in picture_sets(results) if baseline in results["arms"] else ():
+        base = {seed: run_means(values, pictures) for seed, values in results["arms"][baseline].items()}
         table[pictures] = {
             arm: _spreads([
                 {name: value - base[seed][name] for name, value in run_means(values, pictures).items()}
                 for seed, values in seeds.items()
             ])
-            for arm, seeds in results["arms"].items() if arm != BASELINE
+            for arm, seeds in results["arms"].items() if arm not in (BASELINE, baseline)
         }
     return table
 
@@ -108,15 +112,16 @@ def picture_sets(results: Results) -> list[str]:
 
 def markdown(results: Results) -> str:
     """The tables in Markdown: for each set of pictures values and differences, then the diagnostics."""
-    lines, apart = [], differences(results)
+    lines, apart = [], {arm: differences(results, arm) for arm in (BASELINE, UNCONDITIONED)}
     for pictures, rows in summary(results).items():
         count = len(results["references"][START][pictures])
         names = list(rows[START])
         heads = [COLUMNS.get(name, (name, 4))[0] for name in names]
         lines += [f"{TITLES[pictures]}, {count} pictures:", "", *_table("arm", heads, names, rows, "")]
-        if apart:
-            lines += [f"Difference to {BASELINE}, seed by seed:", ""]
-            lines += _table("arm", heads, names, apart[pictures], "+")
+        for baseline, table in apart.items():
+            if table.get(pictures):
+                lines += [f"Difference to {baseline}, seed by seed:", ""]
+                lines += _table("arm", heads, names, table[pictures], "+")
     diagnostics = diagnostics_table(results)
     if diagnostics:
         names = list(DIAGNOSTICS)
