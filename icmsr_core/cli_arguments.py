@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
     upscale.add_argument("--compile", action="store_true",
                          help="torch.compile the UNet, for many pictures of one size on a graphics card: the first of "
-                              "each size takes minutes; no gain on a CPU")
+                              "each size takes minutes; hardly any gain on a CPU")
     upscale.add_argument("--seed", type=int, default=0,
                          help="for generators that draw noise; the embedded one draws none, its result is fixed")
     add_device(upscale)

@@ -26,7 +26,7 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise IcmsrError(
             "--compile needs a C++ compiler on a CPU and found none of "
-            f"{', '.join(COMPILERS)}: install one, or go without --compile (on a CPU it gains nothing)"
+            f"{', '.join(COMPILERS)}: install one, or go without --compile (on a CPU it gains little)"
         )
     if device.type == "cuda" and find_spec("triton") is None:
         raise IcmsrError("--compile needs the package triton with CUDA: install it, or go without --compile")
