@@ -22,7 +22,7 @@ from .errors import IcmsrError
 from .fixed_step import fix_step
 from .generator_file import Generator, PartWeights, load_generator
 from .hub_base import find_base
-from .merging import fidelity_to_use, merged_part, merged_tensors
+from .merging import fidelity_of, fidelity_to_use, merged_part, merged_tensors
 from .precision import LARGE_FAMILIES, DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
 from .prompts import embed_prompts
 from .tiled_vae_steps import Pointwise, VaeHalf, VaePart
@@ -223,7 +223,7 @@ def _merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `base` in float32, with the generator merged into each in turn."""
     faithful, realistic = generator.sets(part)
-    strength = fidelity_to_use(name, generator.has_two_sets, fidelity, generator.info.realistic_default)
+    strength = fidelity_of(name, generator, fidelity)
     sets = [(faithful, generator.info.alpha, 1.0), (realistic, generator.info.realistic_alpha, strength)]
     for parameter, tensor in base.tensors(part, torch.float32):
         for weights, alpha, share in sets:

@@ -21,7 +21,7 @@ from .generator_file import Generator, LoraPair, PartWeights, first_names, load_
 from .import_layouts import kohya_name
 from .import_lora import DIFFUSERS_CONFIG, DIFFUSERS_FILE
 from .importers import check_result_file
-from .merging import fidelity_to_use
+from .merging import fidelity_of
 
 EXPORT_FORMATS = ("diffusers", "comfyui")
 """What `export_generator` writes."""
@@ -55,9 +55,7 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     elif dest.is_file():
         raise IcmsrError(f"{dest}: is a file, diffusers keeps a LoRA in a folder: name one")
     generator = load_generator(source)
-    fidelity = fidelity_to_use(
-        str(source), generator.has_two_sets, fidelity, generator.info.realistic_default
-    )
+    fidelity = fidelity_of(str(source), generator, fidelity)
     lora, alphas = _one_lora(generator, fidelity)
     if not lora:
         raise IcmsrError(f"{source}: holds no LoRA of the UNet, and a LoRA file can hold nothing else")

@@ -45,6 +45,11 @@ def fidelity_to_use(name: str, two_sets: bool, fidelity: float | None, default: 
     return fidelity
 
 
+def fidelity_of(name: str, generator: Generator, fidelity: float | None) -> float:
+    """`fidelity_to_use` for `generator`, called `name`."""
+    return fidelity_to_use(name, generator.has_two_sets, fidelity, generator.info.realistic_default)
+
+
 def merged_tensors(
     name: str, weights: PartWeights, state: Mapping[str, Tensor], alpha: float, strength: float = 1.0
 ) -> dict[str, Tensor]:
@@ -66,7 +71,7 @@ def merged_part(
     `state` as in `merged_tensors`; `fidelity` as in `fidelity_to_use`. Raises `IcmsrError` for the fidelity, and naming
     every key of either set that has no place or another shape.
     """
-    fidelity = fidelity_to_use(name, generator.has_two_sets, fidelity, generator.info.realistic_default)
+    fidelity = fidelity_of(name, generator, fidelity)
     faithful, realistic = generator.sets(part)
     first, wrong = _merge(f"{part}.", faithful, state, generator.info.alpha, 1.0)
     second, wrong_above = _merge(
