@@ -1,12 +1,10 @@
 """How a `Stream` gets past a GroupNorm, whose statistics are the whole map's: it waits, or it is told them beforehand.
 
-`ExactStream` keeps the whole map there and reads it again, `BoundedStream` takes an `Estimate`. Source: ours.
+`ExactStream` holds the whole map until they are known, `BoundedStream` takes an `Estimate`. Source: ours.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tiled_vae_held import HeldMap
 from .tiled_vae_steps import Attention, Norm, Residual, Sample, Step, TensorMap, VaeHalf
-from .tiled_vae_stream import Flow, Stream
+from .tiled_vae_stream import Flow, Stream, split
 
 
 class Statistics(NamedTuple):
@@ -50,62 +49,47 @@ class ExactStream(Stream):
         """Share of the work that is done when the last steps begin to give stripes."""
         return 1 - 1 / self._stages
 
-    def store(self, flow: Flow) -> Tensor:
-        """The whole map of `flow` [N, C, H, W]."""
-        if flow.stored is not None:
-            return flow.stored
-        whole, position = None, 0
-        for chunk in flow.chunks:
-            if whole is None:
-                whole = self._place(flow, chunk)
-            whole.narrow(self.axis, position, chunk.shape[self.axis]).copy_(chunk)
+    def store(self, flow: Flow) -> HeldMap:
+        """The whole map of `flow`."""
+        if flow.held is not None:
+            return flow.held
+        held, position, place = HeldMap(self.axis), 0, None
+        for chunk in split(flow.chunks, flow.nominal, self.axis):
+            place = place or self._place(flow, chunk)
+            held.append(chunk.to(place))
             position += chunk.shape[self.axis]
             del chunk
             self._progress(min(1.0, (self._stage + position / flow.length) / self._stages))
-        assert whole is not None  # a map has at least one stripe
         self._stage += 1
-        return whole
+        return held
 
-    def _place(self, flow: Flow, chunk: Tensor) -> Tensor:
-        shape = list(chunk.shape)
-        shape[self.axis] = flow.length
-        if flow.spare is not None and list(flow.spare.shape) == shape and flow.spare.dtype == chunk.dtype:
-            return flow.spare
-        # Twice its size, because what it is computed from and what comes of it need a place too.
-        fits = 2 * math.prod(shape) * chunk.element_size() <= self.half.room()
-        return torch.empty(shape, dtype=chunk.dtype, device=chunk.device if fits else "cpu")
-
-    def _read(self, whole: Tensor, nominal: int) -> Flow:
-        chunks = self._moved(whole.split(nominal, self.axis))
-        return Flow(chunks, whole.shape[self.axis], nominal, stored=whole)
+    def _place(self, flow: Flow, chunk: Tensor) -> torch.device:
+        """Where the whole of `flow` is kept, of which `chunk` is a stripe."""
+        size = chunk.numel() // chunk.shape[self.axis] * flow.length * chunk.element_size()
+        # Twice its size, because what comes of it needs a place too.
+        return chunk.device if 2 * size <= self.half.room() else torch.device("cpu")
 
     def _normalised(self, step: Norm, flow: Flow) -> Flow:
-        flow = self._read(self.store(flow), flow.nominal)
-        assert flow.stored is not None
-        known = self.statistics[step] = self.measure(step.groups, flow.stored, flow.nominal)
-        return Flow(map(normaliser(step, known), flow.chunks), flow.length, flow.nominal)
+        held = self.store(flow)
+        known = self.statistics[step] = self.measure(step.groups, held)
+        chunks = self._moved(held.take_all()) if flow.held is None else flow.chunks
+        return Flow(map(normaliser(step, known), chunks), flow.length, flow.nominal)
 
-    def measure(self, groups: int, whole: Tensor, nominal: int) -> Statistics:
-        """Of every one of `groups` groups of the channels of `whole` [1, C, H, W], read in stripes of `nominal`."""
+    def measure(self, groups: int, held: HeldMap) -> Statistics:
+        """Of every one of `groups` groups of the channels of the map `held`, [1, C, H, W]."""
         parts = []
-        for chunk in self._read(whole, nominal).chunks:
+        for chunk in self._moved(held.read()):
             mean, variance = moments(groups, chunk)
             parts.append((chunk.shape[self.axis], mean[0], variance[0]))
             del chunk
-        weights = torch.tensor([size for size, *_ in parts], dtype=torch.float64) / whole.shape[self.axis]
+        sizes = torch.tensor([size for size, *_ in parts], dtype=torch.float64)
         # Only the few parts are left, in float64 and on the CPU, which every machine has.
         means, variances = (torch.stack(values).cpu().double() for values in zip(*(part[1:] for part in parts)))
-        return combine(weights, means, variances)
+        return combine(sizes / sizes.sum(), means, variances)
 
-    def _forked(self, flow: Flow) -> tuple[Flow, Callable[[int], Tensor], Tensor | None]:
-        whole, position = self.store(flow), 0
-
-        def again(count: int) -> Tensor:
-            nonlocal position
-            position += count
-            return whole.narrow(self.axis, position - count, count).to(self.half.device)
-
-        return self._read(whole, flow.nominal), again, whole
+    def _before_fork(self, flow: Flow) -> Flow:
+        held = self.store(flow)
+        return Flow(held.take_all(), flow.length, flow.nominal, held=held)
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
         return self._windows(step, flow, 2**62, 0)
@@ -120,28 +104,10 @@ class BoundedStream(Stream):
         self._estimate, self._window, self._context = estimate, window, context
 
     def _normalised(self, step: Norm, flow: Flow) -> Flow:
-        return flow._replace(chunks=map(normaliser(step, self._estimate.statistics[step]), flow.chunks), spare=None)
+        return flow._replace(chunks=map(normaliser(step, self._estimate.statistics[step]), flow.chunks))
 
-    def _forked(self, flow: Flow) -> tuple[Flow, Callable[[int], Tensor], Tensor | None]:
-        pending: deque[Tensor] = deque()
-
-        def passing(chunk: Tensor) -> Tensor:
-            pending.append(chunk)
-            return chunk
-
-        def again(count: int) -> Tensor:
-            parts = []
-            while count:
-                oldest = pending.popleft()
-                size = oldest.shape[self.axis]
-                if size > count:
-                    pending.appendleft(oldest.narrow(self.axis, count, size - count))
-                    oldest = oldest.narrow(self.axis, 0, count)
-                parts.append(oldest)
-                count -= oldest.shape[self.axis]
-            return torch.cat(parts, self.axis) if len(parts) > 1 else parts[0]
-
-        return flow._replace(chunks=map(passing, flow.chunks)), again, None
+    def _before_fork(self, flow: Flow) -> Flow:
+        return flow
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
         return self._windows(step, flow, self._window, self._context, self._estimate.samples.get(step))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .tiled_vae_held import HeldMap
 from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine, moments
 from .tiled_vae_steps import Attention, Pointwise, Sample, VaeHalf
 from .tiled_vae_stream import Flow
@@ -97,13 +98,13 @@ class Frame(NamedTuple):
         )
         return top, left
 
-    def cut(self, windows: Tensor, context: int) -> Iterator[Tensor]:
+    def cut(self, windows: HeldMap, context: int) -> Iterator[Tensor]:
         """Each of `windows` [N, C, h, w] narrowed to those with less `context`: [1, C, h', w']."""
         to = self._replace(context=context)
         rows, columns = to.window
         for index, corner in enumerate(self.fields.corners):
             (top, left), (new_top, new_left) = self.start(corner), to.start(corner)
-            part = windows[index : index + 1, :, new_top - top :, new_left - left :]
+            part = windows.joined(index)[:, :, new_top - top :, new_left - left :]
             yield part[:, :, :rows, :columns]
 
 
@@ -116,15 +117,16 @@ class _SampledStream(ExactStream):
         """Of every attention that has run: the drawn fields of its map."""
         self._frame = frame
 
-    def measure(self, groups: int, whole: Tensor, nominal: int) -> Statistics:
-        parts = [moments(groups, part) for part in self._frame.cut(whole, 0)]
+    def measure(self, groups: int, held: HeldMap) -> Statistics:
+        parts = [moments(groups, part) for part in self._moved(self._frame.cut(held, 0))]
         means, variances = (torch.cat(values).cpu().double() for values in zip(*parts))
         return combine(self._frame.fields.weights, means, variances)
 
     def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
         if step.up > 1:
             narrow = min(self._frame.context, -(-CONTEXT // step.up))
-            flow = self._read(torch.cat(list(self._frame.cut(self.store(flow), narrow))), flow.nominal)
+            windows = torch.cat(list(self._frame.cut(self.store(flow), narrow)))
+            flow = self.source(windows, flow.nominal)
             self._rescale(step.up, 1, narrow)
         elif step.down > 1:
             self._rescale(1, step.down, self._frame.context)
@@ -139,9 +141,10 @@ class _SampledStream(ExactStream):
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
         # All windows in one row: each looks at all fields, which is what the picture looks like from there.
-        windows = self.store(flow).to(self.half.device)
+        held = self.store(flow)
+        windows = held.joined().to(self.half.device)
         number, channels, height, width = windows.shape
-        fields = torch.cat(list(self._frame.cut(windows, 0)))
+        fields = torch.cat(list(self._frame.cut(held, 0))).to(self.half.device)
         places = fields.shape[2] * fields.shape[3]
         shares = (self._frame.fields.weights / places).float().repeat_interleave(places)
         total = self._frame.cells[0] * self._frame.cells[1] * self._frame.scale**2
@@ -150,7 +153,7 @@ class _SampledStream(ExactStream):
         )
         row = windows.transpose(0, 1).reshape(1, channels, number * height, width)
         found = step.run(row, None, sample).reshape(channels, number, height, width).transpose(0, 1)
-        return self._read(found, flow.nominal)
+        return self.source(found, flow.nominal)
 
 
 def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:

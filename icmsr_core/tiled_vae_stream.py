@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .tiled_vae_held import HeldMap
 from .tiled_vae_steps import Attention, Conv, Down, Norm, Pointwise, Residual, Sample, Step, VaeHalf
 
 
@@ -30,10 +31,8 @@ class Flow(NamedTuple):
     """Samples of the whole map along the axis of the stripes."""
     nominal: int
     """Samples of a usual stripe along that axis; the last ones may have more, by what the convolutions held back."""
-    stored: Tensor | None = None
-    """The whole map, where `chunks` only reads it."""
-    spare: Tensor | None = None
-    """A stored map that nobody reads behind the stripe that comes next, so that this one may be written over it."""
+    held: HeldMap | None = None
+    """The whole map, where `chunks` takes it from there."""
 
 
 class Stream(ABC):
@@ -72,8 +71,8 @@ class Stream(ABC):
         """`flow` after the GroupNorm `step`."""
 
     @abstractmethod
-    def _forked(self, flow: Flow) -> tuple[Flow, Callable[[int], Tensor], Tensor | None]:
-        """`flow` to be used, a function that gives its next n samples a second time, and what may be written over."""
+    def _before_fork(self, flow: Flow) -> Flow:
+        """`flow` with what its readers have to know of the whole; its stripes may be on any device."""
 
     @abstractmethod
     def _attended(self, step: Attention, flow: Flow) -> Flow:
@@ -81,7 +80,7 @@ class Stream(ABC):
 
     def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
         # Before a map grows, so that the stripe that brings what was held back is no larger than the others.
-        chunks = _split(flow.chunks, flow.nominal, self.axis) if step.up > 1 else flow.chunks
+        chunks = split(flow.chunks, flow.nominal, self.axis) if step.up > 1 else flow.chunks
         return Flow(
             map(step.run, chunks), flow.length * step.up // step.down, max(1, flow.nominal * step.up // step.down)
         )
@@ -123,14 +122,24 @@ class Stream(ABC):
         )
 
     def _residual(self, step: Residual, flow: Flow) -> Flow:
-        flow, again, spare = self._forked(flow)
-        main = self.through(step.main, flow)
+        kept, shortcut = HeldMap(self.axis), step.shortcut
+        flow = self._before_fork(flow)
+
+        def passing(piece: Tensor) -> Tensor:
+            chunk = piece.to(self.half.device)
+            # The shortcut at once, so that what it is computed from can go.
+            kept.append(piece if shortcut is None else shortcut(chunk).to(piece.device))
+            return chunk
 
         def add(chunk: Tensor) -> Tensor:
-            kept = again(chunk.shape[self.axis])
-            return chunk.add_(kept if step.shortcut is None else step.shortcut(kept))
+            position = 0
+            for part in kept.take(chunk.shape[self.axis]):
+                chunk.narrow(self.axis, position, part.shape[self.axis]).add_(part.to(chunk.device))
+                position += part.shape[self.axis]
+            return chunk
 
-        return Flow(map(add, main.chunks), main.length, main.nominal, spare=spare)
+        main = self.through(step.main, flow._replace(chunks=map(passing, flow.chunks)))
+        return Flow(map(add, main.chunks), main.length, main.nominal)
 
     def _windows(
         self, step: Attention, flow: Flow, window: int, context: int, sample: Sample | None = None
@@ -168,7 +177,7 @@ class Stream(ABC):
                 first = keep
             return torch.cat(found, axis) if len(found) > 1 else found[0] if found else None
 
-        chunks = _split(_present(map(feed, flow.chunks)), flow.nominal, axis)
+        chunks = split(_present(map(feed, flow.chunks)), flow.nominal, axis)
         return Flow(chunks, length, flow.nominal)
 
 
@@ -177,7 +186,8 @@ def _present(chunks: Iterator[Tensor | None]) -> Iterator[Tensor]:
     return filter(lambda chunk: chunk is not None, chunks)  # type: ignore[arg-type]
 
 
-def _split(chunks: Iterator[Tensor], most: int, axis: int) -> Iterator[Tensor]:
+def split(chunks: Iterator[Tensor], most: int, axis: int) -> Iterator[Tensor]:
+    """`chunks` with those of more than `most` samples along `axis` cut."""
     for chunk in chunks:
         pieces = deque(chunk.split(most, axis))
         del chunk

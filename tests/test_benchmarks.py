@@ -163,7 +163,8 @@ def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
         ("decoder, bounded", "128", "1"), ("decoder, bounded", "256", "1"),
     ]  # fmt: skip
     assert all(float(row["s per megapixel"]) > 0 for row in rows)
-    assert float(rows[3]["MB"]) > 1.5 * float(rows[2]["MB"]) > 0
+    # Two tiles of four times the area: 8 times the cells. What the libraries keep from the pass before blurs the rest.
+    assert float(rows[3]["MB"]) > 3 * float(rows[0]["MB"]) > 0
     # Nano's latent has a cell for 4 x 4 pixels.
     assert float(rows[3]["bytes per cell"]) == pytest.approx(16 * float(rows[3]["bytes per pixel"]), rel=0.02)
 

@@ -21,6 +21,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.image_io import read_picture, to_tensor
 from icmsr_core.one_step import UpscaleSettings, upscale
 from icmsr_core.tiled_vae import decode_tiled, encode_tiled, is_exact, plan_stripes
+from icmsr_core.tiled_vae_held import HeldMap
 from icmsr_core.tiled_vae_modes import BoundedStream, Estimate, ExactStream, Statistics, combine, moments
 from icmsr_core.tiled_vae_statistics import (
     CONTEXT,
@@ -172,7 +173,37 @@ def test_whole_maps_go_where_there_is_room() -> None:
     for room, place in ((1e9, "meta"), (2 * 4 * 60 * 4.0, "meta"), (2 * 4 * 60 * 4 - 1.0, "cpu")):
         stream = ExactStream(VaeHalf((), torch.device("meta"), partial(float, room)), 2)
         chunk = torch.empty(1, 4, 3, 6, device="meta")
-        assert stream._place(Flow(iter(()), 10, 3), chunk).device.type == place
+        assert stream._place(Flow(iter(()), 10, 3), chunk).type == place
+
+
+def test_a_held_map_gives_what_it_was_given_once() -> None:
+    whole = torch.randn(2, 3, 10, 4, generator=torch.Generator().manual_seed(0))
+    for axis in (2, 3):
+        held = HeldMap(axis)
+        assert held.device is None
+        size = whole.shape[axis]
+        for piece in whole.split((3, size - 3), axis):
+            held.append(piece)
+        assert held.device == whole.device
+        torch.testing.assert_close(torch.cat(list(held.read()), axis), whole, rtol=0, atol=0)
+        torch.testing.assert_close(held.joined(1), whole[1:], rtol=0, atol=0)
+        parts = [part for count in (2, 2) for part in held.take(count)]
+        assert [part.shape[axis] for part in parts] == [2, 1, 1]
+        parts += held.take_all()
+        torch.testing.assert_close(torch.cat(parts, axis), whole, rtol=0, atol=0)
+        assert held.device is None
+
+
+def test_a_held_map_frees_what_was_taken() -> None:
+    held = HeldMap(2)
+    stripes = [torch.zeros(1, 1, 2, 2) for _ in range(3)]
+    alive = [weakref.ref(stripe) for stripe in stripes]
+    while stripes:
+        held.append(stripes.pop(0))
+    for left in (2, 1, 0):
+        for part in held.take(2):
+            del part
+        assert sum(one() is not None for one in alive) == left
 
 
 @torch.inference_mode()
@@ -379,7 +410,9 @@ def test_windows_show_the_picture_around_the_fields_and_end_where_it_ends() -> N
     wide = Frame(fields, (rows, columns), 1, 6)
     assert wide.window == (16, 17)
     assert [wide.start(corner) for corner in fields.corners] == [(0, 0), (3, 8), (15, 23), (0, 14)]
-    windows = torch.cat([source[:, :, y : y + 16, x : x + 17] for y, x in map(wide.start, fields.corners)])
+    windows = HeldMap(2)
+    for band in torch.cat([source[:, :, y : y + 16, x : x + 17] for y, x in map(wide.start, fields.corners)]).split(7, 2):
+        windows.append(band)
     for context in (0, 2, 5, 6):
         narrow = wide._replace(context=context)
         height, width = narrow.window
