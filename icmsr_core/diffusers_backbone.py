@@ -23,7 +23,7 @@ from .fixed_step import fix_step
 from .generator_file import Generator, PartWeights, load_generator
 from .hub_base import find_base
 from .merging import fidelity_of, fidelity_to_use, merged_part, merged_tensors
-from .precision import LARGE_FAMILIES, DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
+from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
 from .prompts import embed_prompts
 from .tiled_vae_steps import Pointwise, VaeHalf, VaePart
 from .tiny_vae_file import TinyVae, read_tiny_vae
@@ -54,9 +54,8 @@ class DiffusersBackbone:
         convert: Any = torch.nn.Module.to
         for network in (unet, vae):
             convert(network, device, dtype).eval().requires_grad_(False)
-        if (device.type, dtype) == ("cpu", torch.float32) and descriptor.family not in LARGE_FAMILIES:
-            # A fifth less time for nano's VAE (docs/performance.md); its UNet gains nothing with two threads.
-            # Stable Diffusion's VAE takes as long, and at 2048 px a seventh more memory.
+        if device.type == "cpu":
+            # The VAE takes up to a third less time (docs/performance.md); the UNets gain nothing.
             convert(vae, memory_format=torch.channels_last)
         outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {

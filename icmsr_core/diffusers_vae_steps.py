@@ -26,7 +26,7 @@ from .tiny_vae_steps import layer_steps
 def encoder_steps(vae: Any) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv: [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    A tiny one gives the latent [N, C, h, w]. Raises `IcmsrError` for a VAE with layers that have no step.
+    A tiny one gives the latent [N, C, h, w]. Raises `UnknownLayer` for a VAE with layers that have no step.
     """
     encoder = vae.encoder
     if hasattr(encoder, "layers"):  # tiny: it takes a picture in [0, 1]
@@ -81,4 +81,5 @@ def _norm(module: torch.nn.GroupNorm) -> Norm:
 
 
 def _on_channels(layer: torch.nn.Linear) -> TensorMap:
-    return lambda x: layer(x.movedim(1, -1)).movedim(-1, 1)
+    # In order, or torch multiplies row by row.
+    return lambda x: layer(x.movedim(1, -1).contiguous()).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""The VAE over pictures of any size: untiled where it fits, exact or bounded in stripes beyond.
+"""The VAE over pictures of any size: untiled where it fits and gains, else exact or bounded in stripes.
 
 *Exact* is the untiled result: every GroupNorm waits for its whole map, attention is over the whole picture. *Bounded*
 needs memory for stripes only: the statistics of every GroupNorm are estimated (`tiled_vae_statistics`), attention is
@@ -20,8 +20,8 @@ from .backbone import Backbone
 from .precision import again_when_widened
 from .tiled_vae_modes import BoundedStream, Estimate, ExactStream, count_norms
 from .tiled_vae_statistics import estimate_whole
-from .tiled_vae_steps import Pointwise, VaeHalf
-from .tiled_vae_stream import Flow
+from .tiled_vae_steps import Pointwise, UnknownLayer, VaeHalf, VaePart
+from .tiled_vae_stream import STRIPE_BYTES, Flow
 
 VAE_MODES = ("auto", "exact", "bounded")
 LARGEST_EXACT = 2048 * 2048
@@ -67,20 +67,20 @@ def encode_tiled(
     """Scaled latent [1, C, H/f, W/f] of `image` [1, 3, H, W] in [0, 1], float32, on the backbone's device.
 
     `tile` in latent cells sets the memory (`plan_stripes`), `exact` the mode. `progress` is called with the number of
-    stripes just done, as many in all as the plan has, and may raise to stop. Raises `IcmsrError` for a VAE whose
+    stripes just done, as many in all as the plan has, and may raise to stop. Raises `UnknownLayer` for a VAE whose
     layers are not known when there is more than one stripe.
     """
     factor = backbone.descriptor.latent_factor
     stripes = plan_stripes(image.shape[2] // factor, image.shape[3] // factor, tile)
-    ticker = _Ticker(stripes.number, progress)
-    if stripes.number == 1:
+    ticker, across = _Ticker(stripes.number, progress), image.shape[5 - stripes.axis]
+    if stripes.number == 1 and not _gains_in_stripes(backbone, "encoder", image.shape[2] * image.shape[3]):
         latent = backbone.encode(_signed(image))
         ticker.reach(1)
         return latent
     shape = [1, backbone.descriptor.latent_channels, image.shape[2] // factor, image.shape[3] // factor]
 
     def encode() -> Tensor:
-        half = backbone.vae_half("encoder", stripes.cells * factor * image.shape[5 - stripes.axis])
+        half = backbone.vae_half("encoder", stripes.cells * factor * across)
         latent = torch.empty(shape, dtype=torch.float32, device=half.device)
         half = replace(half, steps=(Pointwise(_signed), *half.steps))
         for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
@@ -107,13 +107,14 @@ def decode_tiled(
     stripes = plan_stripes(latent.shape[2], latent.shape[3], tile)
     ticker = _Ticker(stripes.number, progress)
     height, width = out.shape[2:]
-    if stripes.number == 1:
+    pixels = stripes.cells * factor * factor * latent.shape[5 - stripes.axis]
+    if stripes.number == 1 and not _gains_in_stripes(backbone, "decoder", pixels):
         out.copy_(_unsigned(backbone.decode(latent)[:, :, :height, :width]))
         ticker.reach(1)
         return
 
     def decode() -> None:
-        half = backbone.vae_half("decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis])
+        half = backbone.vae_half("decoder", pixels)
         for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
             room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
             if room > 0:
@@ -121,6 +122,18 @@ def decode_tiled(
                 out.narrow(stripes.axis, position, room).copy_(_unsigned(part.float()))
 
     again_when_widened(decode)
+
+
+def _gains_in_stripes(backbone: Backbone, part: VaePart, pixels: int) -> bool:
+    """Whether a picture of `pixels` that is a single stripe gains by running as one.
+
+    On a CPU its maps are cut finer than that (`STRIPE_BYTES`), and it takes half to two thirds of the untiled VAE's time
+    (docs/performance.md). Elsewhere nothing is cut. Not with layers that have no step, either.
+    """
+    try:
+        return backbone.vae_half(part, pixels).device.type in STRIPE_BYTES
+    except UnknownLayer:
+        return False
 
 
 def _signed(image: Tensor) -> Tensor:
@@ -145,7 +158,7 @@ def _run(
     stream: ExactStream | BoundedStream
     if not count_norms(half.steps):  # nothing to wait for and nothing to estimate
         stream, before = BoundedStream(half, stripes.axis, Estimate({}), WINDOW, CONTEXT), 0.0
-    elif exact:
+    elif exact or stripes.number == 1:
         stream = ExactStream(half, stripes.axis, ticker.reach)
         before = stream.share_before_the_end
     else:

@@ -20,6 +20,10 @@ VaePart = Literal["encoder", "decoder"]
 TensorMap = Callable[[Tensor], Tensor]
 
 
+class UnknownLayer(IcmsrError):
+    """A VAE has a layer that no step stands for, so it cannot run in stripes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pointwise:
     """A map of which every result depends on one block of `down` x `down` samples and makes `up` x `up` of it."""
@@ -138,7 +142,7 @@ class VaeHalf:
 
 
 def conv_step(module: nn.Module) -> Step:
-    """The step for a convolution of a VAE: 3 x 3 with padding 1, or 1 x 1. Raises `IcmsrError` for any other."""
+    """The step for a convolution of a VAE: 3 x 3 with padding 1, or 1 x 1. Raises `UnknownLayer` for any other."""
     if isinstance(module, nn.Conv2d) and module.stride == (1, 1) and module.padding_mode == "zeros":
         if module.kernel_size == (3, 3) and module.padding == (1, 1):
             return Conv(module)
@@ -148,7 +152,7 @@ def conv_step(module: nn.Module) -> Step:
 
 
 def down_step(module: nn.Module) -> Down:
-    """The step for a convolution that halves a map. Raises `IcmsrError` for any other."""
+    """The step for a convolution that halves a map. Raises `UnknownLayer` for any other."""
     if (
         isinstance(module, nn.Conv2d)
         and (module.kernel_size, module.stride, module.padding_mode) == ((3, 3), (2, 2), "zeros")
@@ -163,7 +167,7 @@ def up_steps(module: nn.Module) -> tuple[Step, ...]:
     return Pointwise(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), up=2), conv_step(module)
 
 
-def _unknown(module: nn.Module, wanted: str) -> IcmsrError:
-    return IcmsrError(
+def _unknown(module: nn.Module, wanted: str) -> UnknownLayer:
+    return UnknownLayer(
         f"this VAE cannot run in tiles: expected {wanted}, got {module}: upscale with tile 0, the whole picture at once"
     )

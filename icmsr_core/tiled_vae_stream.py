@@ -9,6 +9,7 @@ needs to know the whole map first: `tiled_vae_modes`.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,12 @@ from torch import Tensor, nn
 
 from .tiled_vae_held import HeldMap
 from .tiled_vae_steps import Attention, Conv, Down, Norm, Pointwise, Residual, Sample, Step, VaeHalf
+
+STRIPE_BYTES = {"cpu": 4 * 2**20}
+"""Of a stripe of a map, by the kind of device; elsewhere the tile's area alone decides. It is still in the cache when
+the next step reads it, and what is larger than 32 MiB glibc gets from the system for every map anew."""
+FEWEST_ROWS = 4
+"""Of a stripe that is cut for its bytes: every convolution copies two more."""
 
 
 class Flow(NamedTuple):
@@ -78,9 +85,18 @@ class Stream(ABC):
     def _attended(self, step: Attention, flow: Flow) -> Flow:
         """`flow` after the attention `step`."""
 
+    def _sized(self, flow: Flow, growth: float) -> Iterator[Tensor]:
+        """The stripes of `flow` regrouped before something that makes maps of `growth` times their size of them."""
+        limit = STRIPE_BYTES.get(self.half.device.type, math.inf) / max(1.0, growth)
+
+        def rows(chunk: Tensor) -> int:
+            row = chunk.numel() // chunk.shape[self.axis] * chunk.element_size()
+            return int(min(flow.nominal, max(FEWEST_ROWS, limit // row)))
+
+        return _regrouped(flow.chunks, self.axis, rows)
+
     def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
-        # Before a map grows, so that the stripe that brings what was held back is no larger than the others.
-        chunks = split(flow.chunks, flow.nominal, self.axis) if step.up > 1 else flow.chunks
+        chunks = self._sized(flow, step.up**2) if step.up > 1 else flow.chunks
         return Flow(
             map(step.run, chunks), flow.length * step.up // step.down, max(1, flow.nominal * step.up // step.down)
         )
@@ -88,6 +104,7 @@ class Stream(ABC):
     def _convolved(self, module: nn.Conv2d, stride: int, flow: Flow) -> Flow:
         """The 3 x 3 convolution `module`; `flow` without the rows that it holds until the next stripe."""
         axis, left = self.axis, flow.length
+        chunks = self._sized(flow, module.out_channels / module.in_channels)
         # The same layer, weights included, that takes the rows which the padding would otherwise stand for.
         valid = copy.copy(module)
         padding = [int(amount) for amount in module.padding]
@@ -98,12 +115,11 @@ class Stream(ABC):
 
         def feed(chunk: Tensor) -> Tensor | None:
             nonlocal left
-            edge = list(chunk.shape)
-            edge[axis] = 1
+            edge = torch.zeros_like(chunk.narrow(axis, 0, 1))  # in its memory layout
             if before and left == flow.length:
-                held.append(chunk.new_zeros(edge))
+                held.append(edge)
             left -= chunk.shape[axis]
-            parts = [*held, chunk, *([] if left else [chunk.new_zeros(edge)])]
+            parts = [*held, chunk, *([] if left else [edge])]
             held.clear()
             rows = torch.cat(parts, axis)
             del chunk, parts
@@ -118,7 +134,7 @@ class Stream(ABC):
             return valid(rows)
 
         return Flow(
-            _present(map(feed, flow.chunks)), flow.length // stride, max(1, flow.nominal // stride)
+            _present(map(feed, chunks)), flow.length // stride, max(1, flow.nominal // stride)
         )
 
     def _residual(self, step: Residual, flow: Flow) -> Flow:
@@ -177,8 +193,7 @@ class Stream(ABC):
                 first = keep
             return torch.cat(found, axis) if len(found) > 1 else found[0] if found else None
 
-        chunks = split(_present(map(feed, flow.chunks)), flow.nominal, axis)
-        return Flow(chunks, length, flow.nominal)
+        return Flow(_present(map(feed, flow.chunks)), length, flow.nominal)
 
 
 def _present(chunks: Iterator[Tensor | None]) -> Iterator[Tensor]:
@@ -186,13 +201,33 @@ def _present(chunks: Iterator[Tensor | None]) -> Iterator[Tensor]:
     return filter(lambda chunk: chunk is not None, chunks)  # type: ignore[arg-type]
 
 
-def split(chunks: Iterator[Tensor], most: int, axis: int) -> Iterator[Tensor]:
-    """`chunks` with those of more than `most` samples along `axis` cut."""
+def _regrouped(chunks: Iterator[Tensor], axis: int, rows_of: Callable[[Tensor], int]) -> Iterator[Tensor]:
+    """The same map in pieces of at most `rows_of` (a piece) samples along `axis`: cut, and small ones joined."""
+    pending: deque[Tensor] = deque()
+    gathered = 0
     for chunk in chunks:
-        pieces = deque(chunk.split(most, axis))
+        rows, size = rows_of(chunk), chunk.shape[axis]
+        if pending and gathered + size > rows:
+            yield _joined(pending, axis)
+            gathered = 0
+        pieces = deque(chunk.split(-(-size // -(-size // rows)), axis))
         del chunk
-        while pieces:
+        while len(pieces) > 1:
             yield pieces.popleft()
+        gathered += pieces[0].shape[axis]
+        pending.append(pieces.popleft())
+        if 2 * gathered > rows:  # nothing that is large enough waits for more
+            yield _joined(pending, axis)
+            gathered = 0
+    if pending:
+        yield _joined(pending, axis)
+
+
+def _joined(pieces: deque[Tensor], axis: int) -> Tensor:
+    """All of `pieces`, which are left empty."""
+    whole = torch.cat(list(pieces), axis) if len(pieces) > 1 else pieces[0]
+    pieces.clear()
+    return whole
 
 
 def _even(length: int, most: int) -> list[tuple[int, int]]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import IcmsrError
-from .tiled_vae_steps import Pointwise, Residual, Step, conv_step, down_step
+from .tiled_vae_steps import Pointwise, Residual, Step, UnknownLayer, conv_step, down_step
 
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Mish)
 
@@ -19,7 +18,7 @@ ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Mish)
 def layer_steps(layers: Iterable[nn.Module]) -> tuple[Step, ...]:
     """The steps of `layers`, convolutions, activations, upsampling and residual blocks of them, in order.
 
-    Raises `IcmsrError` for any other layer.
+    Raises `UnknownLayer` for any other layer.
     """
     steps: list[Step] = []
     for layer in layers:
@@ -34,7 +33,7 @@ def layer_steps(layers: Iterable[nn.Module]) -> tuple[Step, ...]:
             shortcut = None if isinstance(block.skip, nn.Identity) else block.skip
             steps += [Residual(layer_steps(block.conv), shortcut), *layer_steps([block.fuse])]
         else:
-            raise IcmsrError(
+            raise UnknownLayer(
                 f"this tiny VAE cannot run in tiles, it has a layer {layer}: upscale with tile 0, the whole picture at "
                 "once, or take TAESD"
             )

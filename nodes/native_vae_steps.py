@@ -8,13 +8,13 @@ import comfy.taesd.taesd
 import torch
 import torch.nn.functional as F
 
-from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.tiled_vae_steps import (
     Attention,
     Norm,
     Pointwise,
     Residual,
     Step,
+    UnknownLayer,
     conv_step,
     down_step,
     up_steps,
@@ -25,7 +25,7 @@ from ..icmsr_core.tiny_vae_steps import layer_steps
 def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv where it has one: [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    A tiny one gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `IcmsrError` for a VAE of
+    A tiny one gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `UnknownLayer` for a VAE of
     another layout.
     """
     if is_tiny(vae):
@@ -72,7 +72,7 @@ def is_tiny(vae: torch.nn.Module) -> bool:
 def _half(vae: torch.nn.Module, name: str) -> torch.nn.Module:
     half = getattr(vae, name, None)
     if not all(hasattr(half, part) for part in ("conv_in", "mid", "norm_out", "conv_out")):
-        raise IcmsrError(
+        raise UnknownLayer(
             f"a VAE of the kind {type(vae).__name__} cannot run in tiles: connect one of Stable Diffusion's layout, or "
             "upscale with tile 0, the whole picture at once"
         )

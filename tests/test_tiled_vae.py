@@ -411,7 +411,8 @@ def test_windows_show_the_picture_around_the_fields_and_end_where_it_ends() -> N
     assert wide.window == (16, 17)
     assert [wide.start(corner) for corner in fields.corners] == [(0, 0), (3, 8), (15, 23), (0, 14)]
     windows = HeldMap(2)
-    for band in torch.cat([source[:, :, y : y + 16, x : x + 17] for y, x in map(wide.start, fields.corners)]).split(7, 2):
+    whole = torch.cat([source[:, :, y : y + 16, x : x + 17] for y, x in map(wide.start, fields.corners)])
+    for band in whole.split(7, 2):
         windows.append(band)
     for context in (0, 2, 5, 6):
         narrow = wide._replace(context=context)
