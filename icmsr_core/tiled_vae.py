@@ -127,8 +127,8 @@ def decode_tiled(
 def _gains_in_stripes(backbone: Backbone, part: VaePart, pixels: int) -> bool:
     """Whether a picture of `pixels` that is a single stripe gains by running as one.
 
-    On a CPU its maps are cut finer than that (`STRIPE_BYTES`), and it takes half to two thirds of the untiled VAE's time
-    (docs/performance.md). Elsewhere nothing is cut. Not with layers that have no step, either.
+    On a CPU its maps are cut finer than that (`STRIPE_BYTES`), and it takes half to two thirds of the untiled VAE's
+    time (docs/performance.md). Elsewhere nothing is cut. Not with layers that have no step, either.
     """
     try:
         return backbone.vae_half(part, pixels).device.type in STRIPE_BYTES

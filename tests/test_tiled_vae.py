@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from icmsr_core import color, tiled_vae_statistics
+from icmsr_core import color, tiled_vae_statistics, tiled_vae_stream
 from icmsr_core.backbone import BackboneDescriptor
 from icmsr_core.demo import demo_picture
 from icmsr_core.diffusers_backbone import DiffusersBackbone, load_backbone
@@ -33,8 +33,18 @@ from icmsr_core.tiled_vae_statistics import (
     draw_fields,
     estimate_whole,
 )
-from icmsr_core.tiled_vae_steps import Norm, Pointwise, Residual, Sample, Step, VaeHalf, conv_step, down_step
-from icmsr_core.tiled_vae_stream import Flow
+from icmsr_core.tiled_vae_steps import (
+    Norm,
+    Pointwise,
+    Residual,
+    Sample,
+    Step,
+    UnknownLayer,
+    VaeHalf,
+    conv_step,
+    down_step,
+)
+from icmsr_core.tiled_vae_stream import FEWEST_ROWS, STRIPE_BYTES, Flow
 from icmsr_core.train.networks import NetworkConfig, make_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +122,80 @@ def test_exact_is_the_untiled_result(backbone, cells: tuple[int, int], tile: int
     whole = backbone.decode(latent)
     assert whole.std() > 0.05
     torch.testing.assert_close(decoded(backbone, latent, tile=tile), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def narrow_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts these small maps as those of large pictures are cut on a CPU."""
+    monkeypatch.setitem(STRIPE_BYTES, "cpu", 5000)
+    monkeypatch.setattr(tiled_vae_stream, "FEWEST_ROWS", 2)
+
+
+@pytest.mark.usefixtures("narrow_stripes")
+@pytest.mark.parametrize(("cells", "tile"), [((13, 9), 4), ((7, 17), 5), ((12, 10), 0)])
+@torch.inference_mode()
+def test_stripes_cut_for_the_cache_are_exact_too(backbone, cells: tuple[int, int], tile: int) -> None:
+    factor = backbone.descriptor.latent_factor
+    image = picture(cells[0] * factor, cells[1] * factor)
+    latent = backbone.encode(2 * image - 1)
+    torch.testing.assert_close(encode_tiled(backbone, image, tile=tile), latent, rtol=0, atol=TOLERANCE)
+    whole = backbone.decode(latent)
+    torch.testing.assert_close(decoded(backbone, latent, tile=tile), whole, rtol=0, atol=TOLERANCE)
+
+
+class Inputs(TorchDispatchMode):
+    """The sizes in bytes and the memory layouts of what convolutions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+        self.last: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.convolution.default:
+            maps = arguments[0]
+            self.bytes.append(maps.numel() * maps.element_size())
+            if maps.shape[1] > 4:  # the picture and the latent come as they are
+                self.last.append(maps.is_contiguous(memory_format=torch.channels_last))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("shape", [(32, 12), (12, 32)])
+@torch.no_grad()
+def test_on_a_cpu_a_single_picture_runs_in_stripes_of_few_bytes_in_channels_last(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One map in the other layout and every map after it is copied for its convolution: slower, and nobody is told."""
+    backbone = backbone_of(random_vae(3, True, True))
+    image = picture(4 * shape[0], 4 * shape[1])
+    biggest = []
+    for limit in (STRIPE_BYTES["cpu"], 8192):
+        monkeypatch.setitem(STRIPE_BYTES, "cpu", limit)
+        with Inputs() as seen:
+            latent = encode_tiled(backbone, image, tile=0)
+            decoded(backbone, latent, tile=0)
+        assert len(seen.last) > 20
+        assert all(seen.last)
+        biggest.append(max(seen.bytes))
+    # FEWEST_ROWS, two held back and one of padding; 16 channels across the shorter side and its padding.
+    assert biggest[1] <= 4 * 16 * (48 + 1) * (FEWEST_ROWS + 3) < biggest[0] / 3
+
+
+@torch.inference_mode()
+def test_a_single_picture_with_unknown_layers_runs_untiled() -> None:
+    vae = random_vae(3, False, True)
+    backbone, image = backbone_of(vae), picture(24, 20)
+    expected = backbone.encode(2 * image - 1), backbone.decode(torch.ones(1, 4, 6, 5))
+    for half in (vae.encoder, vae.decoder):
+        old = half.conv_in
+        half.conv_in = torch.nn.Conv2d(old.in_channels, old.out_channels, 5, padding=2)
+        half.conv_in.weight.zero_()
+        half.conv_in.weight[:, :, 1:4, 1:4] = old.weight
+        half.conv_in.bias.copy_(old.bias)
+    torch.testing.assert_close(encode_tiled(backbone, image, tile=0), expected[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(decoded(backbone, torch.ones(1, 4, 6, 5), tile=0), expected[1], rtol=0, atol=TOLERANCE)
+    with pytest.raises(UnknownLayer, match="cannot run in tiles"):
+        encode_tiled(backbone, image, tile=2)
 
 
 @torch.inference_mode()
