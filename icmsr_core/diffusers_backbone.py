@@ -54,9 +54,6 @@ class DiffusersBackbone:
         convert: Any = torch.nn.Module.to
         for network in (unet, vae):
             convert(network, device, dtype).eval().requires_grad_(False)
-        if device.type == "cpu":
-            # The VAE takes up to a third less time (docs/performance.md); the UNets gain nothing.
-            convert(vae, memory_format=torch.channels_last)
         outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {
             "encoder": GuardedPart("the VAE's encoder", (vae.encoder, outer[0]), dtype),

@@ -39,12 +39,13 @@ class Memory:
     bounded: tuple[float, float, float]
     """Of the VAE in bounded mode: in any case, per pixel of a tile, and per pixel of the fields that may be
     drawn."""
-    exact: tuple[float, float]
-    """Of the VAE in exact mode: per pixel of a tile, and per pixel of the picture, whose maps are held whole."""
+    exact: tuple[float, float, float]
+    """Of the VAE in exact mode: in any case, per pixel of the picture on a CPU, where its maps are held whole and
+    stripes are cut for the cache, and per pixel of a tile elsewhere (not measured there)."""
 
 
-NANO = Memory(unet=(0, 9.7e3), bounded=(150e6, 1100, 256), exact=(300, 370))
-STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), bounded=(50e6, 5000, 2100), exact=(3000, 2100))
+NANO = Memory(unet=(0, 9.7e3), bounded=(150e6, 1100, 256), exact=(50e6, 350, 670))
+STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), bounded=(50e6, 5000, 2100), exact=(100e6, 1650, 5100))
 HALF = {"unet": 0.5, "vae": 0.75}
 """What half precision takes of float32: measured on nano .40 and .54 to .71, the statistics stay in float32."""
 
@@ -67,7 +68,7 @@ def needed_memory(
     cells = min(settings.tile or height, height) * min(settings.tile or width, width) / descriptor.latent_factor**2
     unet = memory.unet[0] + memory.unet[1] * settings.batch * cells
     if is_exact(settings.vae, height, width):
-        vae = memory.exact[0] * area + memory.exact[1] * (height * width if local else area)
+        vae = memory.exact[0] + (memory.exact[1] * height * width if local else memory.exact[2] * area)
     else:
         fields = min(height * width, LARGEST)
         vae = memory.bounded[0] + memory.bounded[1] * area + memory.bounded[2] * fields

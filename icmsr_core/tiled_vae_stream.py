@@ -50,8 +50,11 @@ class Stream(ABC):
         self.half, self.axis, self.across = half, axis, 5 - axis
 
     def source(self, whole: Tensor, nominal: int) -> Flow:
-        """`whole` [N, C, H, W], on any device, in stripes of `nominal` samples."""
-        return Flow(self._moved(whole.split(nominal, self.axis)), whole.shape[self.axis], nominal)
+        """`whole` [N, C, H, W], on any device, in stripes of `nominal` samples; all maps have their memory layout."""
+        pieces = self._moved(whole.split(nominal, self.axis))
+        if self.half.device.type == "cpu":  # convolutions take up to a third less time than in torch's usual layout
+            pieces = (piece.contiguous(memory_format=torch.channels_last) for piece in pieces)
+        return Flow(pieces, whole.shape[self.axis], nominal)
 
     def _moved(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         return (piece.to(self.half.device) for piece in pieces)
@@ -140,11 +143,14 @@ class Stream(ABC):
     def _residual(self, step: Residual, flow: Flow) -> Flow:
         kept, shortcut = HeldMap(self.axis), step.shortcut
         flow = self._before_fork(flow)
+        length = flow.length if flow.held is not None else 0  # where it passes by, only a few stripes are kept
 
         def passing(piece: Tensor) -> Tensor:
             chunk = piece.to(self.half.device)
-            # The shortcut at once, so that what it is computed from can go.
-            kept.append(piece if shortcut is None else shortcut(chunk).to(piece.device))
+            if shortcut is None:
+                kept.append(piece)
+            else:  # at once, so that what it is computed from can go
+                kept.keep(shortcut(chunk).to(piece.device), length)
             return chunk
 
         def add(chunk: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from skimage import data
 from icmsr_core import tiled_vae
 from icmsr_core.backbone import Backbone, BackboneDescriptor
 from icmsr_core.base_folder import open_base
-from icmsr_core.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
-from icmsr_core.embedded import embedded_base
+from icmsr_core.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.one_step import UpscaleSettings, count_tiles, make_plan, pad_to_multiple, resize, upscale
 from icmsr_core.tiled_vae_steps import Pointwise, VaeHalf
@@ -519,17 +518,6 @@ def test_unusable_inputs(image: torch.Tensor, text: str) -> None:
     with pytest.raises(IcmsrError, match=text):
         upscale(toy, image)
     assert toy.seen == [], "nothing ran"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_layout_of_the_vae(dtype: torch.dtype) -> None:
-    """channels_last on a CPU, where it was measured to gain."""
-    base = open_base(embedded_base())
-    unet, vae = build_networks(base)
-    DiffusersBackbone(unet, vae, base.descriptor(), torch.zeros(1, 32), torch.device("cpu"), dtype)
-    kernels = [weight for weight in vae.parameters() if weight.ndim == 4 and min(weight.shape) > 1]
-    assert kernels
-    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
 
 
 def test_a_precision_that_a_family_cannot_run_in(nano: DiffusersBackbone) -> None:

@@ -63,7 +63,7 @@ def test_less_memory_never_means_a_larger_tile():
 
 
 def test_exact_is_left_only_when_it_was_not_asked_for():
-    """1600 x 1600 of Stable Diffusion: whole maps of 5.4 GB."""
+    """1600 x 1600 of Stable Diffusion: whole maps of 4.2 GB."""
     assert chosen(SD21, 400, 400, 3e10).vae == "auto"
     assert chosen(SD21, 400, 400, 4e9).vae == "bounded"
     assert chosen(SD21, 400, 400, 4e9, given=replace(PLAIN, vae="exact")) == replace(
