@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Main memory that a large map takes at a time. Stripes that stayed where they were computed, among what does not stay,
 left a heap full of holes: at 2048 px twice as large as the maps."""
 
