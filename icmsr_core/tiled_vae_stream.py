@@ -110,6 +110,10 @@ class Stream(ABC):
         chunks = self._sized(flow, module.out_channels / module.in_channels)
         # The same layer, weights included, that takes the rows which the padding would otherwise stand for.
         valid = copy.copy(module)
+        if self.half.device.type == "cpu" and module.weight.element_size() > 1:
+            # In the maps' layout, or every stripe pays for bringing them into it.
+            weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last), False)
+            valid._parameters = {**module._parameters, "weight": weight}
         padding = [int(amount) for amount in module.padding]
         before = padding[axis - 2]
         padding[axis - 2] = 0
