@@ -22,8 +22,8 @@ DtypeChoice = torch.dtype | Literal["auto"]
 Result = TypeVar("Result")
 
 LARGE_FAMILIES = frozenset(SD_FAMILIES.values())
-"""Families that run in 16 bits on a CPU that computes in them: Stable Diffusion's sizes take 54% of the time there
-(docs/performance.md). nano takes 60%, of half a second, and stays in float32, whose result no rounding shows in."""
+"""Families that run in 16 bits on a CPU that computes in them: Stable Diffusion's sizes take half the time there
+(docs/performance.md). So does nano, but of half a second: it stays in float32, in which no rounding shows."""
 NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16")
 """Instruction sets that multiply in bfloat16; without one of them torch converts to and fro and is slower."""
 FIRST_BF16_CUDA = (8, 0)

@@ -29,11 +29,6 @@ class HeldMap:
         self._block: Tensor | None = None
         self._used = 0
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the stripes are; None while there are none."""
-        return self._stripes[0].device if self._stripes else None
-
     def append(self, stripe: Tensor) -> None:
         """Adds the next stripe."""
         self._stripes.append(stripe)
