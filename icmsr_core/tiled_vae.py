@@ -73,14 +73,14 @@ def encode_tiled(
     factor = backbone.descriptor.latent_factor
     stripes = plan_stripes(image.shape[2] // factor, image.shape[3] // factor, tile)
     ticker, across = _Ticker(stripes.number, progress), image.shape[5 - stripes.axis]
-    if stripes.number == 1 and not _gains_in_stripes(backbone, "encoder", image.shape[2] * image.shape[3]):
-        latent = backbone.encode(_signed(image))
-        ticker.reach(1)
-        return latent
     shape = [1, backbone.descriptor.latent_channels, image.shape[2] // factor, image.shape[3] // factor]
 
     def encode() -> Tensor:
-        half = backbone.vae_half("encoder", stripes.cells * factor * across)
+        half = _half(backbone, "encoder", stripes.cells * factor * across, stripes)
+        if half is None:
+            whole = backbone.encode(_signed(image))
+            ticker.reach(1)
+            return whole
         latent = torch.empty(shape, dtype=torch.float32, device=half.device)
         half = replace(half, steps=(Pointwise(_signed), *half.steps))
         for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
@@ -107,14 +107,13 @@ def decode_tiled(
     stripes = plan_stripes(latent.shape[2], latent.shape[3], tile)
     ticker = _Ticker(stripes.number, progress)
     height, width = out.shape[2:]
-    pixels = stripes.cells * factor * factor * latent.shape[5 - stripes.axis]
-    if stripes.number == 1 and not _gains_in_stripes(backbone, "decoder", pixels):
-        out.copy_(_unsigned(backbone.decode(latent)[:, :, :height, :width]))
-        ticker.reach(1)
-        return
 
     def decode() -> None:
-        half = backbone.vae_half("decoder", pixels)
+        half = _half(backbone, "decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis], stripes)
+        if half is None:
+            out.copy_(_unsigned(backbone.decode(latent)[:, :, :height, :width]))
+            ticker.reach(1)
+            return
         for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
             room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
             if room > 0:
@@ -124,16 +123,19 @@ def decode_tiled(
     again_when_widened(decode)
 
 
-def _gains_in_stripes(backbone: Backbone, part: VaePart, pixels: int) -> bool:
-    """Whether a picture of `pixels` that is a single stripe gains by running as one.
+def _half(backbone: Backbone, part: VaePart, pixels: int, stripes: Stripes) -> VaeHalf | None:
+    """The half to run in `stripes` of `pixels`; None where that gains nothing: a single one, or layers without a step.
 
-    On a CPU its maps are cut finer than that (`STRIPE_BYTES`), and it takes half to two thirds of the untiled VAE's
-    time (docs/performance.md). Elsewhere nothing is cut. Not with layers that have no step, either.
+    On a CPU even a single one is cut, finer than that (`STRIPE_BYTES`), and takes half to two thirds of the untiled
+    VAE's time (docs/performance.md). Raises `UnknownLayer` for such layers when there are more.
     """
     try:
-        return backbone.vae_half(part, pixels).device.type in STRIPE_BYTES
+        half = backbone.vae_half(part, pixels)
     except UnknownLayer:
-        return False
+        if stripes.number > 1:
+            raise
+        return None
+    return half if stripes.number > 1 or half.device.type in STRIPE_BYTES else None
 
 
 def _signed(image: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections import deque
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ class HeldMap:
         # Strides as the stripe's own memory would have them: in its layout, without gaps.
         strides = torch.empty_like(stripe, device="meta").stride()
         place = self._block.as_strided(stripe.shape, strides, self._used)
-        self._used += math.prod(stripe.shape)
+        self._used += stripe.numel()
         return place.copy_(stripe)
 
     def read(self) -> Iterator[Tensor]:

@@ -156,7 +156,9 @@ class Inputs(TorchDispatchMode):
             maps = arguments[0]
             self.bytes.append(maps.numel() * maps.element_size())
             if maps.shape[1] > 4:  # the picture and the latent come as they are
-                self.last.append(maps.is_contiguous(memory_format=torch.channels_last))
+                self.last += [
+                    values.is_contiguous(memory_format=torch.channels_last) for values in arguments[:2]
+                ]
         return function(*arguments, **(options or {}))
 
 
@@ -174,9 +176,12 @@ def test_on_a_cpu_a_single_picture_runs_in_stripes_of_few_bytes_in_channels_last
         with Inputs() as seen:
             latent = encode_tiled(backbone, image, tile=0)
             decoded(backbone, latent, tile=0)
-        assert len(seen.last) > 20
+        assert len(seen.last) > 40
         assert all(seen.last)
         biggest.append(max(seen.bytes))
+    kernels = [weight for weight in backbone.vae.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert kernels
+    assert all(kernel.is_contiguous() for kernel in kernels), "the VAE itself is as it was"
     # FEWEST_ROWS, two held back and one of padding; 16 channels across the shorter side and its padding.
     assert biggest[1] <= 4 * 16 * (48 + 1) * (FEWEST_ROWS + 3) < biggest[0] / 3
 
@@ -291,7 +296,6 @@ def test_a_large_map_is_held_in_blocks(
     assert all(stripe.is_contiguous(memory_format=layout) for stripe in stripes)
     places = [stripe.untyped_storage().data_ptr() for stripe in stripes]
     assert places[0] == places[1]
-    assert len(set(places)) < 4
     small = HeldMap(2)
     small.keep(whole[:, :, :2], 2)
     assert next(small.read()).data_ptr() == whole.data_ptr(), "not copied"
