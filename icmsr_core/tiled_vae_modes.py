@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -77,15 +77,19 @@ class ExactStream(Stream):
 
     def measure(self, groups: int, held: HeldMap) -> Statistics:
         """Of every one of `groups` groups of the channels of the map `held`, [1, C, H, W]."""
-        parts = []
-        for chunk in self._moved(held.read()):
-            mean, variance = moments(groups, chunk)
-            parts.append((chunk.shape[self.axis], mean[0], variance[0]))
-            del chunk
-        sizes = torch.tensor([size for size, *_ in parts], dtype=torch.float64)
-        # Only the few parts are left, in float64 and on the CPU, which every machine has.
-        means, variances = (torch.stack(values).cpu().double() for values in zip(*(part[1:] for part in parts)))
-        return combine(sizes / sizes.sum(), means, variances)
+        sizes = torch.tensor([float(chunk.shape[self.axis]) for chunk in held.read()], dtype=torch.float64)
+        return combine(sizes / sizes.sum(), *self.moments_of(groups, held.read(), len(sizes)))
+
+    def moments_of(self, groups: int, maps: Iterable[Tensor], number: int) -> tuple[Tensor, Tensor]:
+        """`moments` of `number` maps [1, C, h, w] on any device: float64 [number, groups] on the CPU, as all have."""
+        # One place for all of it. Small tensors that stay, one from every stripe, lie in glibc's heap between what is
+        # free again, and none of that then serves for the next stripe: a map of 2 GB took 4 GB.
+        found = torch.empty(2, number, groups, device=self.half.device)
+        for index, part in enumerate(self._moved(maps)):
+            found[:, index : index + 1] = torch.stack(moments(groups, part))
+            del part
+        means, variances = found.cpu().double()
+        return means, variances
 
     def _before_fork(self, flow: Flow) -> Flow:
         held = self.store(flow)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .tiled_vae_held import HeldMap
-from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine, moments
+from .tiled_vae_modes import Estimate, ExactStream, Statistics, combine
 from .tiled_vae_steps import Attention, Pointwise, Sample, VaeHalf
 from .tiled_vae_stream import Flow
 
@@ -118,9 +118,8 @@ class _SampledStream(ExactStream):
         self._frame = frame
 
     def measure(self, groups: int, held: HeldMap) -> Statistics:
-        parts = [moments(groups, part) for part in self._moved(self._frame.cut(held, 0))]
-        means, variances = (torch.cat(values).cpu().double() for values in zip(*parts))
-        return combine(self._frame.fields.weights, means, variances)
+        weights = self._frame.fields.weights
+        return combine(weights, *self.moments_of(groups, self._frame.cut(held, 0), len(weights)))
 
     def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
         if step.up > 1:
