@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 16 * 2**20
-"""Main memory that a large map takes at a time. Stripes that stayed where they were computed, among what does not stay,
-left a heap full of holes: at 2048 px twice as large as the maps."""
+"""Main memory that a large map takes at a time. Stripes that stay where they were computed, among what does not stay,
+leave a heap full of holes: Stable Diffusion's decoder takes 1.1 GB with them at 1024 px, .6 GB without."""
 
 
 class HeldMap:
