@@ -2,9 +2,9 @@
 
 The tile is 512 wherever it fits, so that machines with enough memory give the same picture; a smaller one, and the
 VAE's bounded mode in the place of an exact one that was not asked for, are taken only where memory is short. More
-memory buys no larger tile: on a CPU (nano, float32, one thread) UNet and VAE take 15.3 s per megapixel with tiles of
-512 and 16.6 s with 1024, which overlap less but fit no cache. For the same reason a CPU takes one tile at a time: four
-of 512 together took 16% longer. Elsewhere as many run together as fit, up to `MOST_TOGETHER`; that was not measured.
+memory buys no larger tile, though one of 1024 overlaps less and takes a tenth less time on a CPU (docs/performance.md): a
+shorter overlap gains most of that everywhere. A CPU takes one tile at a time, because four of 512 together took no less
+time and four times the memory. Elsewhere as many run together as fit, up to `MOST_TOGETHER`; that was not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from .backbone import Backbone, BackboneDescriptor
 from .one_step import UpscaleSettings, make_plan, padded_size
 from .tiled_vae import is_exact
-from .tiled_vae_statistics import LARGEST
+from .tiled_vae_statistics import windows
 
 TILES = (512, 384, 256, 192, 128)
 """What is chosen from, best first, in pixels of the result."""
@@ -36,16 +36,14 @@ class Memory:
 
     unet: tuple[float, float]
     """Of a batch of tiles: in any case, and per latent cell of all its tiles."""
-    bounded: tuple[float, float, float]
-    """Of the VAE in bounded mode: in any case, per pixel of a tile, and per pixel of the fields that may be
-    drawn."""
-    exact: tuple[float, float, float]
-    """Of the VAE in exact mode: in any case, per pixel of the picture on a CPU, where its maps are held whole and
-    stripes are cut for the cache, and per pixel of a tile elsewhere (not measured there)."""
+    vae: tuple[float, float, float]
+    """Of the VAE: in any case; per pixel of what is held whole, the picture in exact mode and the windows that the
+    statistics are taken from in bounded mode; and, except on a CPU, whose stripes are cut for the cache, per pixel of a
+    tile. The last is of a CPU's stripes before they were cut, as nothing was measured elsewhere."""
 
 
-NANO = Memory(unet=(0, 9.7e3), bounded=(150e6, 1100, 256), exact=(50e6, 350, 670))
-STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), bounded=(50e6, 5000, 2100), exact=(100e6, 1650, 5100))
+NANO = Memory(unet=(0, 9.7e3), vae=(110e6, 256, 1100))
+STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), vae=(150e6, 1024, 5100))
 HALF = {"unet": 0.5, "vae": 0.75}
 """What half precision takes of float32: measured on nano .40 and .54 to .71, the statistics stay in float32."""
 
@@ -67,11 +65,10 @@ def needed_memory(
     area = min(settings.tile**2 or height * width, height * width)
     cells = min(settings.tile or height, height) * min(settings.tile or width, width) / descriptor.latent_factor**2
     unet = memory.unet[0] + memory.unet[1] * settings.batch * cells
-    if is_exact(settings.vae, height, width):
-        vae = memory.exact[0] + (memory.exact[1] * height * width if local else memory.exact[2] * area)
-    else:
-        fields = min(height * width, LARGEST)
-        vae = memory.bounded[0] + memory.bounded[1] * area + memory.bounded[2] * fields
+    exact, factor = is_exact(settings.vae, height, width), descriptor.latent_factor
+    number, window = windows(height // factor, width // factor, factor)
+    held = height * width if exact else number * window * factor**2
+    vae = memory.vae[0] + memory.vae[1] * (held if local or not exact else 0) + memory.vae[2] * (0 if local else area)
     share = HALF if itemsize < 4 else {"unet": 1.0, "vae": 1.0}
     return max(share["unet"] * unet, share["vae"] * vae) + (PICTURES * height * width if local else 0)
 
@@ -92,13 +89,16 @@ def fit_to_memory(
 
     `tile` and `batch` say what may be chosen; what may not stays as it is in `settings`. With `tile`, an overlap is
     shortened to a quarter of a smaller tile, and the VAE mode auto becomes bounded where no tile would make exact fit.
-    The least that there is when nothing fits, or no more than the first choice when `free` is None, not known.
+    What needs the least of them when nothing fits, or no more than the first choice when `free` is None, not known.
     """
     descriptor, target = backbone.descriptor, settings.target_size(height, width)
     room = SHARE * free if free is not None else float("inf")
 
+    def need(candidate: UpscaleSettings) -> float:
+        return needed_memory(*target, candidate, descriptor, itemsize, kind)
+
     def fits(candidate: UpscaleSettings) -> bool:
-        return needed_memory(*target, candidate, descriptor, itemsize, kind) <= room
+        return need(candidate) <= room
 
     chosen = replace(settings, batch=1) if batch else settings
     if tile:
@@ -107,7 +107,8 @@ def fit_to_memory(
             replace(chosen, vae=mode, tile=side, overlap=min(settings.overlap, side // (2 if side == TILES[0] else 4)))
             for mode in modes for side in TILES
         ]  # fmt: skip
-        chosen = next(filter(fits, candidates), candidates[-1])
+        # On a CPU a small picture's windows hold more than the picture, and bounded needs more than exact.
+        chosen = next(filter(fits, candidates), min(reversed(candidates), key=need))
     if batch and kind != "cpu" and free is not None:
         tiles = len(make_plan(backbone, *padded_size(*target, descriptor), chosen))
         return replace(chosen, batch=batch_for(tiles, lambda count: fits(replace(chosen, batch=count))))

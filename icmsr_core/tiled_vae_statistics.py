@@ -155,13 +155,19 @@ class _SampledStream(ExactStream):
         return self.source(found, flow.nominal)
 
 
+def windows(height: int, width: int, factor: int) -> tuple[int, int]:
+    """How many fields of a picture of `height` x `width` cells are drawn at most, and the area in cells of a window."""
+    window = min(FIELD + 2 * CONTEXT, height) * min(FIELD + 2 * CONTEXT, width)
+    number = max(min(int(SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
+    return min(number, -(-height // FIELD) * -(-width // FIELD)), window
+
+
 def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
     """The fields of `source` [1, C, H, W] that stand for it; `unit` and `factor` as in `estimate_whole`."""
     height, width = source.shape[2] // unit, source.shape[3] // unit
     rows, columns = min(FIELD, height), min(FIELD, width)
     tops, lefts = _starts(height, rows), _starts(width, columns)
-    window = min(FIELD + 2 * CONTEXT, height) * min(FIELD + 2 * CONTEXT, width)
-    count = max(min(int(SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
+    count, _ = windows(height, width, factor)
     # From left to right and back, so that neighbours in this order are neighbours in the picture.
     corners, features = [], []
     for index, top in enumerate(tops):
