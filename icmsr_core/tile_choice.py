@@ -2,9 +2,10 @@
 
 The tile is 512 wherever it fits, so that machines with enough memory give the same picture; a smaller one, and the
 VAE's bounded mode in the place of an exact one that was not asked for, are taken only where memory is short. More
-memory buys no larger tile, though one of 1024 overlaps less and takes a tenth less time on a CPU (docs/performance.md): a
-shorter overlap gains most of that everywhere. A CPU takes one tile at a time, because four of 512 together took no less
-time and four times the memory. Elsewhere as many run together as fit, up to `MOST_TOGETHER`; that was not measured.
+memory buys no larger tile, though one of 1024 overlaps less and takes a tenth less time on a CPU
+(docs/performance.md): a shorter overlap gains most of that everywhere. A CPU takes one tile at a time, because four of
+512 together took no less time and four times the memory. Elsewhere as many run together as fit, up to
+`MOST_TOGETHER`; that was not measured.
 """
 
 from __future__ import annotations
