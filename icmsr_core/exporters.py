@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import IcmsrError
-from .generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_atomically
+from .generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_tensors
 from .import_layouts import kohya_name
 from .import_lora import DIFFUSERS_CONFIG, DIFFUSERS_FILE
 from .importers import check_result_file
@@ -64,7 +64,7 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
         tensors, metadata = _diffusers_tensors(lora), {DIFFUSERS_CONFIG: _diffusers_config(lora, alphas)}
     else:
         path, tensors, metadata = dest, _kohya_tensors(lora, alphas), {}
-    write_atomically(path, tensors, {"format": "pt", **metadata})
+    write_tensors(path, tensors, {"format": "pt", **metadata})
     return Exported(path, len(lora), _left_out(generator))
 
 

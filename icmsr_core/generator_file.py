@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,6 +32,7 @@ from torch import Tensor
 from .errors import IcmsrError
 from .file_kinds import known_kind, unreadable
 from .noise_schedule import Prediction, check_prediction
+from .whole_file import replacing
 
 FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
@@ -127,20 +126,11 @@ class Generator:
         return getattr(self, part), self.realistic.get(part, PartWeights())
 
 
-def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A .safetensors at `path`: written beside it, flushed, then renamed, so that no half file is ever seen there."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A .safetensors at `path`, which appears whole or not at all. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, name, metadata=dict(metadata))
-        with open(name, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
 
 
 def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.float16) -> None:
@@ -168,7 +158,7 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
         del description["realistic_default"]
     if not generator.info.notes:
         del description["notes"]
-    write_atomically(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
+    write_tensors(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import threading
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from .errors import IcmsrError
 from .image_16bit import PNG_SIGNATURE, encode_png_16bit, encode_tiff_16bit
 from .image_metadata import Metadata, read_metadata, save_arguments
 from .image_samples import upright_samples
+from .whole_file import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     except (OSError, ValueError) as error:
         raise IcmsrError(f"{path}: cannot be encoded as {file_format} ({error})") from error
     try:
-        _write_atomically(path, data)
+        replace_file(path, data)
     except OSError as error:
         raise IcmsrError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -270,16 +270,3 @@ def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> byt
     buffer = io.BytesIO()
     Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples).save(buffer, file_format, **arguments)
     return buffer.getvalue()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # Not the tempfile module: its files are readable by their owner only, and the renamed one would stay so.
-    temporary = path.parent / f".icmsr-{uuid.uuid4().hex}.part"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already, unless something above failed or was interrupted

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base_folder import BaseFolder
 from .errors import IcmsrError
-from .generator_file import read_tensors, write_atomically
+from .generator_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -60,7 +60,7 @@ def embed_prompts(
     if embedded is None:
         embedded = _embed(base, list(rows), tokens, torch.device(device), batch)
         if cache is not None:
-            write_atomically(cache, {"prompts": embedded}, {"format": FORMAT, **hashes})
+            write_tensors(cache, {"prompts": embedded}, {"format": FORMAT, **hashes})
     return embedded if len(rows) == len(prompts) else embedded[[rows[prompt] for prompt in prompts]]
 
 

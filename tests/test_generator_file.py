@@ -27,7 +27,7 @@ from icmsr_core.generator_file import (
     holds_two_sets,
     load_generator,
     save_generator,
-    write_atomically,
+    write_tensors,
 )
 from icmsr_core.inspection import describe
 from icmsr_core.merging import merged_part, merged_tensors
@@ -649,10 +649,10 @@ def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path, generator: Genera
     before = path.read_bytes()
     shared = torch.ones(4)
     with pytest.raises(RuntimeError, match="share memory"):
-        write_atomically(path, {"a": shared, "b": shared}, {})
+        write_tensors(path, {"a": shared, "b": shared}, {})
     assert path.read_bytes() == before
     with pytest.raises(TypeError):
-        write_atomically(path, {"a": shared}, {"number": 1})  # type: ignore[dict-item]
+        write_tensors(path, {"a": shared}, {"number": 1})  # type: ignore[dict-item]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -661,14 +661,14 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path) -> N
     target = tmp_path / "generator.safetensors"
     (target / "a folder of that name").mkdir(parents=True)
     with pytest.raises(OSError, match=r"generator\.safetensors"):
-        write_atomically(target, {"a": torch.ones(1)}, {})
+        write_tensors(target, {"a": torch.ones(1)}, {})
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_writing_replaces_the_old_file(tmp_path) -> None:
     path = tmp_path / "x.safetensors"
     for value in (1.0, 2.0):
-        write_atomically(path, {"a": torch.full((3, 2), value).T}, {"k": "v"})
+        write_tensors(path, {"a": torch.full((3, 2), value).T}, {"k": "v"})
         assert load_file(path)["a"].unique().item() == value
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644

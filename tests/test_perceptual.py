@@ -20,7 +20,7 @@ from icmsr_core.base_folder import open_base
 from icmsr_core.diffusers_backbone import build_networks
 from icmsr_core.embedded import demo_picture, embedded_base
 from icmsr_core.errors import IcmsrError
-from icmsr_core.generator_file import write_atomically
+from icmsr_core.generator_file import write_tensors
 from icmsr_core.train import lpips
 from icmsr_core.train.lpips import Lpips, convert_lpips, load_lpips
 from icmsr_core.train.perceptual import DecoderPerceptual, PerceptualConfig, feature_distance, make_perceptual
@@ -254,14 +254,14 @@ def test_loading_refuses_other_files(converted, tmp_path):
     with pytest.raises(IcmsrError, match=r"not a converted LPIPS file.*lpips_weights\.py"):
         load_lpips(path)
     tensors = load_file(converted)
-    write_atomically(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 2}'})
+    write_tensors(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 2}'})
     with pytest.raises(IcmsrError, match="format version 2"):
         load_lpips(path)
-    write_atomically(path, tensors, {"format": "icmsr-lpips"})
+    write_tensors(path, tensors, {"format": "icmsr-lpips"})
     with pytest.raises(IcmsrError, match="convert it again"):
         load_lpips(path)
     del tensors["heads.4"]
-    write_atomically(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 1}'})
+    write_tensors(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 1}'})
     with pytest.raises(IcmsrError, match=r"missing tensors, the first is heads\.4"):
         load_lpips(path)
 

@@ -27,7 +27,7 @@ from icmsr_core.train.plots import (
     series,
     smoothed,
 )
-from icmsr_core.train.records import MetricsLog, read_metrics, replace_file
+from icmsr_core.train.records import MetricsLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -166,18 +166,6 @@ def test_without_tensorboard_one_warning(
 def test_no_tensorboard_unless_asked_for(tmp_path: Path) -> None:
     write_lines(tmp_path, range(8, 24, 8))
     assert not (tmp_path / "tensorboard").exists()
-
-
-def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_file(tmp_path / "deep" / "file", b"old")
-
-    def full(handle: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(tmp_path / "deep" / "file", b"new")
-    assert [(path.name, path.read_bytes()) for path in (tmp_path / "deep").iterdir()] == [("file", b"old")]
 
 
 BINS = ("0.02-0.2", "0.2-0.5", "0.5-0.8", "0.8-0.98")

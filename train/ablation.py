@@ -25,8 +25,8 @@ from icmsr_core.train.ablation import (
 )
 from icmsr_core.train.ablation import AblationConfig as Config
 from icmsr_core.train.ablation_report import load_results, markdown, write_report
-from icmsr_core.train.records import replace_file
 from icmsr_core.train.script import parse_config, run_jobs, run_script, settings_of
+from icmsr_core.whole_file import replace_file
 
 FREE_KEYS = ("run", "jobs", "device", "arms", "seeds")
 """Settings that a run folder may be taken up again with: they change none of the results that are there."""

@@ -20,6 +20,7 @@ import torch
 from ..errors import IcmsrError
 from ..generator_file import holds_two_sets
 from ..metrics import metric
+from ..whole_file import replace_file
 from .ablation_pictures import make_photographs, measure, pairs_of
 from .adapter import AdapterConfig
 from .building import build_adapter_task, build_generator_task, check_generator, check_run, training_base
@@ -27,7 +28,7 @@ from .conditioning import ConditionConfig, StructureConfig
 from .data import DataConfig, TrainingPairs
 from .generator import GeneratorConfig
 from .loop import LoopConfig, train
-from .records import METRICS_FILE, read_metrics, replace_file
+from .records import METRICS_FILE, read_metrics
 from .script import start_processes
 
 START = "start"

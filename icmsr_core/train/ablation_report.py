@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,15 +10,15 @@ from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from ..image_io import FloatArray, read_picture
+from ..whole_file import replace_file
 from .ablation import ARMS, PAIRS, PHOTOGRAPHS, REFERENCES, START, AblationConfig
 from .collapse_report import spread
-from .records import replace_file
+from .plots import write_figure
 
 Results = Mapping[str, Any]
 """What `load_results` returns."""
@@ -230,10 +229,8 @@ def write_report(results: Results, config: AblationConfig) -> list[Path]:
         "tradeoff": tradeoff_figure(results), "curves": curves_figure(results), "crops": crops_figure(config),
     }
     for name, figure in figures.items():
-        image = io.BytesIO()
-        FigureCanvasAgg(figure).print_figure(image, format="png", dpi=110)
         files.append(folder / f"ablation_{name}.png")
-        replace_file(files[-1], image.getvalue())
+        write_figure(figure, files[-1])
     return files
 
 

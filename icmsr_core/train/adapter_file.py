@@ -19,7 +19,7 @@ from torch import Tensor
 from ..adapter_layouts import CONFIG_FILE
 from ..base_folder import WEIGHTS_FILE
 from ..errors import IcmsrError
-from ..generator_file import ADAPTER_FORMAT, read_tensors, write_atomically
+from ..generator_file import ADAPTER_FORMAT, read_tensors, write_tensors
 from ..import_pickles import read_pickle
 
 PICKLE_FILE = "diffusion_pytorch_model.bin"
@@ -41,9 +41,9 @@ def save_adapter(path: Path, adapter: T2IAdapter, description: Mapping[str, Any]
     config = {name: adapter.config[name] for name in _FIELDS}
     metadata = {"format": ADAPTER_FORMAT, "icmsr": json.dumps({"config": config, **description}, sort_keys=True)}
     single = path.with_name(path.name + ".safetensors")
-    write_atomically(single, state, metadata)
+    write_tensors(single, state, metadata)
     adapter.save_config(path)
-    write_atomically(path / WEIGHTS_FILE, state, {**metadata, "format": "pt"})
+    write_tensors(path / WEIGHTS_FILE, state, {**metadata, "format": "pt"})
     return [single, path]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..generator_file import read_tensors, write_atomically
+from ..generator_file import read_tensors, write_tensors
 from .task import Player
 
 FORMAT = "icmsr-training-state"
@@ -84,7 +84,7 @@ def save_state(
             for key, value in optimizers[player.name].state.get(parameter, {}).items():
                 tensors[f"{key}/{player.name}/{name}"] = torch.as_tensor(value)
     meta = {"format": FORMAT, "position": json.dumps(vars(position)), "fingerprint": mark}
-    write_atomically(path, {key: value.cpu() for key, value in tensors.items()}, meta)
+    write_tensors(path, {key: value.cpu() for key, value in tensors.items()}, meta)
 
 
 def load_state(

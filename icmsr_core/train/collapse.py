@@ -31,7 +31,7 @@ from ..base_folder import open_base
 from ..diffusers_backbone import build_networks
 from ..embedded import embedded_base
 from ..errors import IcmsrError
-from ..generator_file import read_tensors, write_atomically
+from ..generator_file import read_tensors, write_tensors
 from ..noise_schedule import NoiseSchedule
 from ..one_step import resize
 from .adapter_file import make_adapter
@@ -156,7 +156,7 @@ def load_crops(config: CollapseConfig, data: DataConfig, file: Path) -> tuple[Cr
             truth = [_encode(vae, to_signed(some)) for some in sharp.split(64)]
             given = [_encode(vae, resize(some.float() / 255, side, side) * 2 - 1) for some in low.split(64)]
             tensors |= {f"{part}/truth": torch.cat(truth), f"{part}/given": torch.cat(given)}
-        write_atomically(file, tensors, {"format": "icmsr-crops"})
+        write_tensors(file, tensors, {"format": "icmsr-crops"})
     found = read_tensors(file)[0]
     train, held_out = (
         Crops(*(found[f"{part}/{name}"] for name in ("sharp", "low", "truth", "given")))
@@ -193,7 +193,7 @@ class Bench:
             self._train_generator()
             state = {f"teacher/{key}": value for key, value in self.teacher.state_dict().items()}
             state |= {f"generator/{key}": value for key, value in self.generator.state_dict().items()}
-            write_atomically(file, state, {"format": "icmsr-collapse"})
+            write_tensors(file, state, {"format": "icmsr-collapse"})
         tensors = read_tensors(file)[0]
         for name, network in (("teacher", self.teacher), ("generator", self.generator)):
             network.load_state_dict({
@@ -214,7 +214,7 @@ class Bench:
                     noisy, eps, t = self._noised(crops.truth, all_timesteps("cubic"))
                     seen = adapter(structure.maps(crops.sharp.float() / 255))
                     step(F.mse_loss(self._predict(self.teacher, noisy, t, seen), eps))
-            write_atomically(file, adapter.state_dict(), {"format": "icmsr-collapse"})
+            write_tensors(file, adapter.state_dict(), {"format": "icmsr-collapse"})
         adapter.load_state_dict(read_tensors(file)[0])
         return StructureFeatures([adapter], [structure.channels], [1.0])
 

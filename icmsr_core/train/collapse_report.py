@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .records import replace_file
+from ..whole_file import replace_file
+from .plots import write_figure
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By condition and seed: what `Bench.run` returned."""
@@ -133,8 +132,6 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     replace_file(files[1], (json.dumps(results, indent=1) + "\n").encode())
     shown = [name for name in ("none", "colormap 8", "icm", "image", "image of input") if name in results]
     for name, figure in (("conditions", conditions_figure(results)), ("levels", levels_figure(results, shown))):
-        image = io.BytesIO()
-        FigureCanvasAgg(figure).print_figure(image, format="png", dpi=110)
         files.append(folder / f"collapse_{name}.png")
-        replace_file(files[-1], image.getvalue())
+        write_figure(figure, files[-1])
     return files

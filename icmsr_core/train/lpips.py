@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IcmsrError
-from ..generator_file import read_tensors, write_atomically
+from ..generator_file import read_tensors, write_tensors
 
 FORMAT = "icmsr-lpips"
 FORMAT_VERSION = 1
@@ -149,7 +149,7 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
              "vgg_sha256": sums[vgg], "heads_sha256": sums[heads]}
     # Clones: tensors of a pickle may share memory, which safetensors does not write.
     plain = {key: value.detach().float().clone() for key, value in tensors.items()}
-    write_atomically(out, plain, {"format": FORMAT, "icmsr": json.dumps(about, sort_keys=True)})
+    write_tensors(out, plain, {"format": FORMAT, "icmsr": json.dumps(about, sort_keys=True)})
 
 
 def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:

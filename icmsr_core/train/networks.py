@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..base_folder import PROMPT_FILE, WEIGHTS_FILE, BaseInfo, write_base_info
 from ..errors import IcmsrError
-from ..generator_file import write_atomically
+from ..generator_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def save_base(
     for part, network in (("unet", unet), ("vae", vae)):
         network.save_config(folder / part)
         state = {key: value.detach().to("cpu", dtype) for key, value in network.state_dict().items()}
-        write_atomically(folder / part / WEIGHTS_FILE, state, {"format": "pt"})
+        write_tensors(folder / part / WEIGHTS_FILE, state, {"format": "pt"})
     embedding = {"prompt_embedding": prompt_embedding.detach().cpu().float()}
-    write_atomically(folder / PROMPT_FILE, embedding, {"format": "pt"})
+    write_tensors(folder / PROMPT_FILE, embedding, {"format": "pt"})
     write_base_info(folder, info)

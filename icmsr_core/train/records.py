@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IcmsrError
+from ..whole_file import replace_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -127,20 +126,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         rows.append(row)
     return rows
 
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` atomically: beside it, flushed to the disk, then renamed. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the tempfile module: its files are readable by their owner only, and the renamed one would stay so.
-    temporary = path.parent / f".icmsr-{uuid.uuid4().hex}.part"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already, unless something above failed or was interrupted
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

@@ -32,11 +32,11 @@ from ..image_io import FloatArray, Picture, find_pictures, from_tensor, read_pic
 from ..manifold import clean_estimates, decoded_pictures, latent_error, manifold_grid, seeded_noise
 from ..metrics import psnr_y
 from ..prompts import check_prompts, constant_prompt
+from ..whole_file import replace_file
 from .building import latent_factor, level_widths
 from .collapse_report import spread
 from .conditioning import WITHOUT_ADAPTER, ConditionConfig, StructureFeatures
 from .plots import write_figure
-from .records import replace_file
 from .task import shareable
 
 NONE = "none"
