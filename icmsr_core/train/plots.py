@@ -19,11 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .records import METRICS_FILE, read_metrics, replace_file
+from ..whole_file import replace_file
+from .records import METRICS_FILE, read_metrics
 
 Rows = Sequence[Mapping[str, Any]]
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 PLOTS_FOLDER = "plots"
+DPI = 110
 COLLAPSE_RANGE = (0.2, 0.8)
 """Timesteps, in T, for which collapse means something: below, no network knows the noise; above, every one does."""
 RED = "#c0392b"
@@ -60,9 +62,9 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """`figure` as a PNG at `path`, which is replaced atomically; the folder is made."""
+    """`figure` as a PNG of `DPI` at `path`, which is replaced atomically; the folder is made."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI)
     replace_file(path, buffer.getvalue())
 
 
@@ -236,7 +238,7 @@ def _shade_collapse(axes: Axes, name: str) -> Any:
 def _panels(count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns or (count if count <= 3 else 2 if count == 4 else 3))
     lines = math.ceil(count / columns)
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.1 * lines + 0.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.1 * lines + 0.2), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     engine = figure.get_layout_engine()
     if engine is not None:
