@@ -18,7 +18,7 @@ from ..image_io import FloatArray, read_picture
 from ..whole_file import replace_file
 from .ablation import ARMS, PAIRS, PHOTOGRAPHS, REFERENCES, START, AblationConfig
 from .collapse_report import spread
-from .plots import write_figure
+from .plots import DPI, write_figure
 
 Results = Mapping[str, Any]
 """What `load_results` returns."""
@@ -134,7 +134,9 @@ def tradeoff_figure(results: Results) -> Figure:
     """Detail against fidelity: a row for each set of pictures; small marks are runs, large ones the arms' means."""
     sets, table = picture_sets(results), summary(results)
     shown = [name for name in ("dss", "hf", "fsim") if name in table[sets[0]][START]]
-    figure = Figure(figsize=(4.8 * len(shown) + 0.6, 3.9 * len(sets)), layout=ConstrainedLayoutEngine(w_pad=0.12))
+    figure = Figure(
+        figsize=(4.8 * len(shown) + 0.6, 3.9 * len(sets)), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12)
+    )
     grid = figure.subplots(len(sets), len(shown), squeeze=False)
     for line, pictures in zip(grid, sets):
         for axes, name in zip(line, shown):
@@ -164,7 +166,7 @@ def curves_figure(results: Results) -> Figure:
         "auxiliary": "auxiliary's loss, all t", "rho": DIAGNOSTICS["rho"], "cos": DIAGNOSTICS["cos"],
         "mse_auxiliary": DIAGNOSTICS["mse_auxiliary"],
     }
-    figure = Figure(figsize=(13.5, 7), layout="constrained")
+    figure = Figure(figsize=(13.5, 7), dpi=DPI, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items()):
         for arm, seeds in results["arms"].items():
             curves = [[(point["images"], point[name]) for point in values["curve"] if name in point]
@@ -191,7 +193,7 @@ def crops_figure(config: AblationConfig) -> Figure:
     chosen = [names[number * len(names) // CROPS] for number in range(min(CROPS, len(names)))]
     columns = {"bicubic": config.folder("pictures", "bicubic")}
     columns |= {arm: config.folder("pictures", arm) for arm in config.arms} | {"truth": folder / "hr"}
-    figure = Figure(figsize=(2.15 * len(columns), 2.25 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(2.15 * len(columns), 2.25 * len(chosen)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(chosen), len(columns), squeeze=False)
     for row, name in enumerate(chosen):
         top, left, side = detailed_crop(read_picture(folder / "hr" / f"{name}.png").rgb)

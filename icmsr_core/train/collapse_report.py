@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..whole_file import replace_file
-from .plots import write_figure
+from .plots import DPI, write_figure
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By condition and seed: what `Bench.run` returned."""
@@ -72,7 +72,7 @@ def markdown(results: Results) -> str:
 def conditions_figure(results: Results) -> Figure:
     """Every measure against the condition, from sparse to dense, for both phases."""
     table, names = summary(results), list(results)
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for panel, (name, (label, collapse)) in zip(axes.flat, MEASURES.items()):
         for offset, (phase, words) in zip((-0.08, 0.08), PHASES.items()):
@@ -101,7 +101,7 @@ def conditions_figure(results: Results) -> Figure:
 
 def levels_figure(results: Results, shown: Sequence[str]) -> Figure:
     """Every measure against the noise level, frozen generator, for a few conditions; one thin line a seed."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     palette = ("#777777", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")
     for panel, (name, (label, collapse)) in zip(axes.flat, MEASURES.items()):

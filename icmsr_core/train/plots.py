@@ -62,9 +62,9 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """`figure` as a PNG of `DPI` at `path`, which is replaced atomically; the folder is made."""
+    """`figure` as a PNG at `path`, which is replaced atomically; the folder is made."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI)
+    FigureCanvasAgg(figure).print_png(buffer)
     replace_file(path, buffer.getvalue())
 
 

@@ -127,7 +127,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-
 def _line(values: Mapping[str, Any]) -> bytes:
     plain = {name: _plain(value) for name, value in values.items()}
     return json.dumps(plain, allow_nan=False).encode("ascii") + b"\n"
