@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from .backbone import Backbone, BackboneDescriptor
 from .one_step import UpscaleSettings, make_plan, padded_size
 from .tiled_vae import is_exact
-from .tiled_vae_statistics import windows
+from .tiled_vae_statistics import drawn_windows
 
 TILES = (512, 384, 256, 192, 128)
 """What is chosen from, best first, in pixels of the result."""
@@ -66,10 +66,13 @@ def needed_memory(
     area = min(settings.tile**2 or height * width, height * width)
     cells = min(settings.tile or height, height) * min(settings.tile or width, width) / descriptor.latent_factor**2
     unet = memory.unet[0] + memory.unet[1] * settings.batch * cells
-    exact, factor = is_exact(settings.vae, height, width), descriptor.latent_factor
-    number, window = windows(height // factor, width // factor, factor)
-    held = height * width if exact else number * window * factor**2
-    vae = memory.vae[0] + memory.vae[1] * (held if local or not exact else 0) + memory.vae[2] * (0 if local else area)
+    if is_exact(settings.vae, height, width):
+        held = height * width if local else 0
+    else:
+        factor = descriptor.latent_factor
+        number, cells_each = drawn_windows(height // factor, width // factor, factor)
+        held = number * cells_each * factor**2
+    vae = memory.vae[0] + memory.vae[1] * held + memory.vae[2] * (0 if local else area)
     share = HALF if itemsize < 4 else {"unet": 1.0, "vae": 1.0}
     return max(share["unet"] * unet, share["vae"] * vae) + (PICTURES * height * width if local else 0)
 
@@ -108,8 +111,8 @@ def fit_to_memory(
             replace(chosen, vae=mode, tile=side, overlap=min(settings.overlap, side // (2 if side == TILES[0] else 4)))
             for mode in modes for side in TILES
         ]  # fmt: skip
-        # On a CPU a small picture's windows hold more than the picture, and bounded needs more than exact.
-        chosen = next(filter(fits, candidates), min(reversed(candidates), key=need))
+        # The least is not always the last: on a CPU a small picture's windows hold more than the picture.
+        chosen = next(filter(fits, candidates), None) or min(reversed(candidates), key=need)
     if batch and kind != "cpu" and free is not None:
         tiles = len(make_plan(backbone, *padded_size(*target, descriptor), chosen))
         return replace(chosen, batch=batch_for(tiles, lambda count: fits(replace(chosen, batch=count))))

@@ -155,7 +155,7 @@ class _SampledStream(ExactStream):
         return self.source(found, flow.nominal)
 
 
-def windows(height: int, width: int, factor: int) -> tuple[int, int]:
+def drawn_windows(height: int, width: int, factor: int) -> tuple[int, int]:
     """How many fields of a picture of `height` x `width` cells are drawn at most, and the area in cells of a window."""
     window = min(FIELD + 2 * CONTEXT, height) * min(FIELD + 2 * CONTEXT, width)
     number = max(min(int(SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
@@ -167,7 +167,7 @@ def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
     height, width = source.shape[2] // unit, source.shape[3] // unit
     rows, columns = min(FIELD, height), min(FIELD, width)
     tops, lefts = _starts(height, rows), _starts(width, columns)
-    count, _ = windows(height, width, factor)
+    count, _ = drawn_windows(height, width, factor)
     # From left to right and back, so that neighbours in this order are neighbours in the picture.
     corners, features = [], []
     for index, top in enumerate(tops):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from icmsr_core.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.generator_file import Generator
 from tests.model_files import write_base
+from tests.process_memory import memory
 from tests.sd_files import lora_everywhere, unet_config, write_json, write_sd_checkpoint, write_sd_folder
 
 UNET = "unet/diffusion_pytorch_model"
@@ -243,13 +243,6 @@ def test_built_networks_own_trainable_tensors(own: Path, dtype: torch.dtype) -> 
         assert not any(buffer.is_meta for buffer in network.buffers())
     starts = [parameter.data_ptr() for network in networks for parameter in network.parameters()]
     assert len(set(starts)) == len(starts), "no two share their memory"
-
-
-def memory(what: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (at most so far) of this process."""
-    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def measure_loading(path: Path, generator: Generator | None, answer) -> None:

@@ -179,17 +179,16 @@ def test_wrong_levels_are_named(levels: int) -> None:
 def test_memory_beyond_the_output_is_stripes(mode: str) -> None:
     """A process of its own, because its peak memory is what is measured."""
     program = f"""
-import re, torch
+import torch
 from icmsr_core.color import apply_color_fix
-# Not ru_maxrss, which a new program inherits from the one that started it.
-def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+from tests.process_memory import memory
 apply_color_fix("{mode}", torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
 result, reference = torch.rand(1, 3, 2000, 2000), torch.rand(1, 3, 2000, 2000)
-before = peak()
+before = memory("VmHWM")
 apply_color_fix("{mode}", result, reference, out=result)
-in_place = peak()
+in_place = memory("VmHWM")
 fixed = apply_color_fix("{mode}", result, reference)
-print((in_place - before) / (4 * 2000 * 2000), (peak() - before) / (4 * 2000 * 2000))
+print((in_place - before) / (4 * 2000 * 2000), (memory("VmHWM") - before) / (4 * 2000 * 2000))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120, cwd=ROOT

@@ -33,6 +33,7 @@ from icmsr_core.tiled_vae_statistics import (
     calibrate,
     draw,
     draw_fields,
+    drawn_windows,
     estimate_whole,
 )
 from icmsr_core.tiled_vae_steps import (
@@ -48,6 +49,7 @@ from icmsr_core.tiled_vae_steps import (
 )
 from icmsr_core.tiled_vae_stream import FEWEST_ROWS, STRIPE_BYTES, Flow
 from icmsr_core.train.networks import NetworkConfig, make_unet
+from tests.script_process import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 2e-5
@@ -353,21 +355,22 @@ def test_moments_of_a_flat_picture_are_not_a_difference_of_squares(layout: torch
 def test_measuring_a_map_takes_memory_for_a_stripe() -> None:
     """The map is 256 MiB, a stripe 1 MiB. Small tensors kept from every stripe cost 130 MB, in glibc's heap."""
     program = """
-import re, torch
+import torch
 from icmsr_core.tiled_vae_held import HeldMap
 from icmsr_core.tiled_vae_modes import ExactStream
 from icmsr_core.tiled_vae_steps import VaeHalf
-# Not ru_maxrss, which a new program inherits from the one that started it.
-def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+from tests.process_memory import memory
 torch.set_num_threads(1)
 held = HeldMap(axis=2)
 stripe = torch.ones(1, 64, 8, 1024, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
 for _ in range(256): held.keep(stripe, 2048)
-before = peak()
+before = memory("VmHWM")
 ExactStream(VaeHalf((), torch.device("cpu")), 2).measure(32, held)
-print((peak() - before) / stripe.nbytes)
+print((memory("VmHWM") - before) / stripe.nbytes)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert float(done.stdout) < 32
 
 
@@ -553,6 +556,17 @@ def test_the_statistics_cost_what_they_may() -> None:
         share = len(fields.corners) * ((FIELD + 2 * CONTEXT) * factor) ** 2 / side**2
         assert 0.8 * cost < share <= cost
         assert len(fields.corners) >= 128
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (5, 9), (64, 20), (256, 256), (514, 600)])
+@pytest.mark.parametrize("factor", [4, 8])
+def test_no_more_windows_are_drawn_than_memory_is_counted_for(rows: int, columns: int, factor: int) -> None:
+    source = torch.rand(1, 4, rows, columns, generator=torch.Generator().manual_seed(0))
+    fields = draw_fields(source, 1, factor)
+    number, area = drawn_windows(rows, columns, factor)
+    height, width = Frame(fields, (rows, columns), 1, CONTEXT).window
+    assert area == height * width
+    assert 0.8 * number <= len(fields.corners) <= number
 
 
 def test_windows_show_the_picture_around_the_fields_and_end_where_it_ends() -> None:
