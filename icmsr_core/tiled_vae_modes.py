@@ -83,7 +83,7 @@ class ExactStream(Stream):
     def moments_of(self, groups: int, maps: Iterable[Tensor], number: int) -> tuple[Tensor, Tensor]:
         """`moments` of `number` maps [1, C, h, w] on any device: float64 [number, groups] on the CPU, as all have."""
         # One place for all of it. Small tensors that stay, one from every stripe, lie in glibc's heap between what is
-        # free again, and none of that then serves for the next stripe: a map of 2 GB took 4 GB.
+        # free again, and none of that then serves for the next stripe: half of a map's memory and more is lost.
         found = torch.empty(2, number, groups, device=self.half.device)
         for index, part in enumerate(self._moved(maps)):
             found[:, index : index + 1] = torch.stack(moments(groups, part))
