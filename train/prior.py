@@ -20,13 +20,15 @@ from icmsr_core.base_folder import BaseFolder, BaseInfo, default_prompt_embeddin
 from icmsr_core.diffusers_backbone import build_networks
 from icmsr_core.errors import IcmsrError
 from icmsr_core.noise_schedule import NoiseSchedule
-from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, measure_scaling
+from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, normalise_latent
 from icmsr_core.train.building import exchange_decoder
-from icmsr_core.train.data import DataConfig, TrainingPairs
+from icmsr_core.train.cached_latents import CachedLatents, LatentCacheConfig
+from icmsr_core.train.data import DataConfig, Samples, TrainingPairs
 from icmsr_core.train.diffusion_prior import PriorTask
 from icmsr_core.train.loop import LoopConfig, train
 from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae, save_base
 from icmsr_core.train.script import Stage, parse_config, plan, run_script, settings_of, start_processes
+from icmsr_core.train.task import to_signed
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Config:
     """With start: a UNet from scratch, in the shape of `networks`, instead of the base's own."""
     decoder: str = ""
     """With start: base folder whose decoder the result gets, for the same encoder: distillation trains such a one."""
+    normalise_latent: bool = False
+    """With start: give every latent channel mean 0 and deviation 1 first, as in a new autoencoder. Generators and
+    adapters of that base do not fit the result."""
     autoencoder_only: bool = False
     """Stop after the autoencoder: RUN/autoencoder/base then has a UNet of random weights, as a generator with
     networks.zero_output may begin from."""
@@ -56,6 +61,8 @@ class Config:
     """Check everything, print the plan with parameters and memory, and train nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pictures."""
+    latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    """Train the UNet on latents that are encoded once, before it starts."""
     networks: NetworkConfig = field(default_factory=NetworkConfig)
     """Shape of the networks."""
     autoencoder: LoopConfig = field(default_factory=LoopConfig)
@@ -70,7 +77,7 @@ def main() -> None:
     """Both halves, one after the other; a finished half is not repeated."""
     config = parse_config(Config)
     settings, run, seed = settings_of(config), Path(config.run), config.prior.seed
-    for name in ("fresh_unet", "decoder"):
+    for name in ("fresh_unet", "decoder", "normalise_latent"):
         if getattr(config, name) and not config.start:
             raise IcmsrError(f"{name} is for a prior that goes on from a base: name its folder in start")
     if config.autoencoder_only and config.start:
@@ -102,16 +109,44 @@ def main() -> None:
         task = AutoencoderTask(vae, config.autoencoder_losses)
         # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
         train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
-        sharp = torch.stack([pairs[index]["sharp"] for index in range(64)]).to(device).float() / 127.5 - 1
-        vae.register_to_config(scaling_factor=measure_scaling(vae, sharp))
-        if config.autoencoder_only:
-            if accelerator.is_main_process:
-                save_base(run / "autoencoder" / "base", unet, vae, context, info)
-                logging.info("wrote %s", run / "autoencoder" / "base")
-            return
-    prior_task = PriorTask(unet, vae, context, schedule, info, seed)
-    for path in train(prior_task, pairs, config.prior, run / "prior", settings, accelerator, device):
+    if start is None or config.normalise_latent:
+        _normalise(vae, pairs, device)
+    if config.autoencoder_only:
+        if accelerator.is_main_process:
+            save_base(run / "autoencoder" / "base", unet, vae, context, info)
+            logging.info("wrote %s", run / "autoencoder" / "base")
+        return
+    samples, held_out = _samples(config, pairs, vae)
+    prior_task = PriorTask(unet, vae, context, schedule, info, seed, held_out)
+    for path in train(prior_task, samples, config.prior, run / "prior", settings, accelerator, device):
         logging.info("wrote %s", path)
+
+
+HELD_OUT_CROPS = 192
+"""Crops of held-out photographs on which the prior's error is measured."""
+
+
+def _normalise(vae: AutoencoderKL, pairs: TrainingPairs, device: torch.device) -> None:
+    """Normalises the latent over 256 samples, and rounds the VAE to the float16 in which a base is stored."""
+    sharp = torch.stack([pairs[index]["sharp"] for index in range(256)]).to(device)
+    mean, deviation = normalise_latent(vae, to_signed(sharp))
+    for name, values in (("means", mean), ("deviations", deviation)):
+        logging.info("%s of the latent's channels were %s", name, [round(value, 3) for value in values.tolist()])
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(parameter.half())
+
+
+def _samples(config: Config, pairs: TrainingPairs, vae: AutoencoderKL) -> tuple[Samples, torch.Tensor | None]:
+    """What the UNet is trained on, and crops of held-out latents for its error, where there are any."""
+    if not config.latents.enabled:
+        return pairs, None
+    folder, seed = Path(config.run) / "latents", config.prior.seed
+    samples = CachedLatents(config.data, config.latents, seed, vae, folder / "training.safetensors")
+    if not config.data.hold_out:
+        return samples, None
+    kept = CachedLatents(config.data, config.latents, seed, vae, folder / "held_out.safetensors", held_out=True)
+    return samples, torch.stack([kept[number]["latent"] for number in range(HELD_OUT_CROPS)])
 
 
 def _networks(config: Config, start: BaseFolder | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:

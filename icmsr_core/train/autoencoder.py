@@ -71,6 +71,24 @@ class AutoencoderTask(Task):
 
 
 @torch.no_grad()
-def measure_scaling(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """The scaling factor that gives latents of `pictures` [N, 3, H, W] in [-1, 1] a standard deviation of one."""
-    return 1.0 / float(vae.encode(pictures).latent_dist.mode().float().std())
+def normalise_latent(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives every latent channel of `pictures` [N, 3, H, W] in [-1, 1] mean 0 and standard deviation 1 (ours).
+
+    A scaling factor alone gives the latent as a whole a deviation of one. The noise of the diffusion then drowns the
+    channels with little spread, which hold the detail, long before the others. The change goes into the VAE's 1x1
+    convolutions, `quant_conv` and `post_quant_conv`, so decoded pictures stay the same; the scaling factor becomes 1.
+    Returns the former means [C] and deviations [C], in units of the former scaling factor.
+    """
+    old = float(vae.config.scaling_factor)
+    latent = torch.cat([vae.encode(part).latent_dist.mode().float() for part in pictures.split(8)]) * old
+    mean, deviation = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    channels = len(mean)
+    gain, shape = old / deviation, (-1, 1, 1, 1)
+    quant.weight[:channels] *= gain.view(shape)
+    quant.bias[:channels] = quant.bias[:channels] * gain - mean / deviation
+    quant.bias[channels:] += 2 * gain.log()  # the posterior's log variance
+    post.bias += post.weight[:, :, 0, 0] @ (mean / old)
+    post.weight /= gain.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+    return mean, deviation

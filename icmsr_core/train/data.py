@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,26 @@ class _Met:
     small: int = 0
 
 
-class TrainingPairs(Dataset[dict[str, Tensor]]):
+class Samples(Dataset[dict[str, Tensor]]):
+    """What a run trains on: endlessly many samples, each a function of the run's seed and its number alone."""
+
+    config: DataConfig
+    photographs: list[Path]
+    """The photographs they come from; a sample's ``unreadable`` counts in this list."""
+
+    def __len__(self) -> int:
+        return 1 << 40  # the sampler says when to stop
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample number `index`."""
+
+    @abstractmethod
+    def blank(self) -> dict[str, Tensor]:
+        """A sample of the same shapes, made without reading a photograph."""
+
+
+class TrainingPairs(Samples):
     """Samples by number. Each is a dict of tensors:
 
     - ``sharp`` uint8 [3, crop, crop] RGB, and, with `degraded`, ``low`` uint8 [3, crop / scale, crop / scale];
@@ -148,9 +168,6 @@ class TrainingPairs(Dataset[dict[str, Tensor]]):
         self._cache = PictureCache(config.cache_mb << 20)
         self._unreadable: set[int] = set()
 
-    def __len__(self) -> int:
-        return 1 << 40  # the sampler says when to stop
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, index))
         met, caption = _Met(), 0
@@ -175,6 +192,16 @@ class TrainingPairs(Dataset[dict[str, Tensor]]):
             low = degrade(sharp.astype(np.float32) / 255.0, preset, rng)
             sample["low"] = _tensor((low * 255.0).round().astype(np.uint8))
         return sample
+
+    def blank(self) -> dict[str, Tensor]:
+        """See `Samples`."""
+        crop, scale = self.config.crop, self.config.scale
+        return {
+            "sharp": torch.full((3, crop, crop), 127, dtype=torch.uint8),
+            "low": torch.full((3, crop // scale, crop // scale), 127, dtype=torch.uint8),
+            "index": torch.tensor(0),
+            "caption": torch.tensor(0),
+        }
 
     def _photograph_crop(self, sources: Photographs, rng: np.random.Generator, met: _Met) -> tuple[int, Pixels]:
         """The number of a random photograph and a random crop of it."""
@@ -236,7 +263,7 @@ class Tally:
     unreadable: list[str]
     """The files that could not be read, sorted."""
 
-    def __init__(self, pairs: TrainingPairs) -> None:
+    def __init__(self, pairs: Samples) -> None:
         self._photographs = pairs.photographs
         self._samples, self._events = 0, [0, 0]
         self.unreadable = []
@@ -293,7 +320,7 @@ class Resumable(Sampler[int]):
 
 
 def make_loader(
-    pairs: TrainingPairs, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
+    pairs: Samples, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of samples `start` to `stop`, for process `rank` of `processes`; the same whatever number of workers.
 

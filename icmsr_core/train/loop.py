@@ -33,7 +33,7 @@ from .checkpoint import (
     newest_checkpoint,
     write_checkpoint,
 )
-from .data import Tally, TrainingPairs, make_loader
+from .data import Samples, Tally, make_loader
 from .plots import plot_run
 from .records import MetricsLog
 from .task import Batch, Player, Task
@@ -120,7 +120,7 @@ def learning_rate(config: LoopConfig, images: int, step: int) -> float:
     return config.learning_rate * falls[config.schedule]
 
 
-def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, settings: Mapping[str, Any],
+def train(task: Task, pairs: Samples, config: LoopConfig, run: Path, settings: Mapping[str, Any],
           accelerator: Accelerator, device: torch.device, keep_average: bool = False) -> list[Path]:
     """Trains `task` in the folder `run`, resuming what is there, and returns the exported files.
 
@@ -215,6 +215,11 @@ def train(task: Task, pairs: TrainingPairs, config: LoopConfig, run: Path, setti
                 bar.set_postfix({key: f"{values[key]:.4f}" for key in values if key.endswith("/loss")})
             stop = any_process(accelerator, bool(stopped()))
             if position.images % config.save_every < step or stop or position.images == last:
+                if records is not None:
+                    with averaged(players, averages):
+                        measured = task.measure()
+                    if measured:  # before the checkpoint: a log cut back to the last checkpoint then has this line
+                        records.write(position.images, measured)
                 if main:
                     # The state holds the live weights, for going on; what is exported and shown is the average.
                     write_checkpoint(
@@ -346,7 +351,7 @@ def averaged(players: Sequence[Player], averages: Averages) -> Iterator[None]:
         put(players, live)
 
 
-def save_grid(task: Task, pairs: TrainingPairs, device: torch.device, config: LoopConfig, path: Path) -> None:
+def save_grid(task: Task, pairs: Samples, device: torch.device, config: LoopConfig, path: Path) -> None:
     """The task's picture of six samples as a PNG, the same at every checkpoint; no training sample has their number.
     """
     from ..image_io import Picture, from_tensor, write_picture

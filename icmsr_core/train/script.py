@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from ..device import pick_device
 from ..errors import IcmsrError
-from .data import TrainingPairs
+from .data import Samples
 from .loop import Interrupted, LoopConfig
 from .memory import estimate_memory
 from .task import Task
@@ -67,7 +67,7 @@ Stage = tuple[str, LoopConfig, Callable[[], Task]]
 
 
 def plan(
-    settings: dict[str, Any], stages: Sequence[Stage], pairs: TrainingPairs,
+    settings: dict[str, Any], stages: Sequence[Stage], pairs: Samples,
     processes: int,
 ) -> str:
     """What a run would do, in words: the resolved configuration, steps, parameters and memory. Loads no weights.
@@ -80,7 +80,7 @@ def plan(
     lines.append(f"{'photographs':<22}{len(pairs.photographs)}")
     for name, loop, build in stages:
         crop = pairs.config.crop
-        batch = default_collate([_blank(pairs)] * loop.batch)
+        batch = default_collate([pairs.blank()] * loop.batch)
         memory, counts = estimate_memory(build, batch, loop.precision)
         step = loop.batch * loop.accumulate * processes
         rows = [
@@ -138,17 +138,6 @@ def run_script(main: Callable[[], None]) -> int:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
-
-
-def _blank(pairs: TrainingPairs) -> dict[str, torch.Tensor]:
-    """A sample of the run's shapes, without reading a photograph."""
-    crop, scale = pairs.config.crop, pairs.config.scale
-    return {
-        "sharp": torch.full((3, crop, crop), 127, dtype=torch.uint8),
-        "low": torch.full((3, crop // scale, crop // scale), 127, dtype=torch.uint8),
-        "index": torch.tensor(0),
-        "caption": torch.tensor(0),
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -65,6 +65,10 @@ class Task(nn.Module, ABC):
     def grid(self, batch: Batch) -> Tensor:
         """Sample picture [3, H, W] in [0, 1]."""
 
+    def measure(self) -> dict[str, float]:
+        """Values by log key that are measured at every checkpoint, with the averaged weights in place; may be empty."""
+        return {}
+
     @abstractmethod
     def export(self, folder: Path) -> list[Path]:
         """Writes the results into `folder` (the averaged weights are in place) and names the files."""
