@@ -10,13 +10,13 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
-from icmsr_core.backbone import BackboneDescriptor
-from icmsr_core.color import apply_color_fix
-from icmsr_core.diffusers_backbone import DiffusersBackbone
+from icmsr_core.backbone.noise_schedule import NoiseSchedule
+from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.errors import IcmsrError
-from icmsr_core.noise_schedule import NoiseSchedule
-from icmsr_core.one_step import resize
-from icmsr_core.sd_families import HEAD_WIDTH, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config
+from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone
+from icmsr_core.upscale.color import apply_color_fix
+from icmsr_core.upscale.sizes import resize
+from icmsr_core.weights.sd_families import HEAD_WIDTH, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config
 
 TIMESTEP, TOKENS, CONTEXT_WIDTH = 999, 77, 1024
 TEXT_LAYERS, VOCABULARY = 23, 49408
@@ -131,7 +131,7 @@ class Reference:
     def __init__(
         self, share: float, device: torch.device, dtype: torch.dtype, settings: ReferenceSettings | None = None
     ) -> None:
-        from icmsr_core.train.roles import VAE_ENCODER_TARGETS
+        from icmsr_core.train.networks.roles import VAE_ENCODER_TARGETS
 
         self.settings = settings or ReferenceSettings()
         self.device, self.dtype = device, dtype
@@ -222,7 +222,7 @@ def gaussian_window(tile: int) -> Tensor:
 
 def unet_targets(unet: nn.Module) -> dict[str, list[str]]:
     """Names of the modules that OSEDiff's three adapters sit on: the way down, the way up, the rest."""
-    from icmsr_core.train.roles import UNET_TARGETS
+    from icmsr_core.train.networks.roles import UNET_TARGETS
 
     adapters: dict[str, list[str]] = {"default_encoder": [], "default_decoder": [], "default_others": []}
     for name, _ in unet.named_modules():

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from _command_line import machine, markdown, number
 
-from icmsr_core.base_folder import open_base
-from icmsr_core.diffusers_backbone import build_networks, silence_diffusers
-from icmsr_core.embedded import embedded_base
 from icmsr_core.errors import IcmsrError
-from icmsr_core.image_io import find_pictures, from_tensor, read_picture, to_tensor
-from icmsr_core.metrics import dss, high_frequency_ratio, psnr_y
+from icmsr_core.measures.metrics import dss, high_frequency_ratio, psnr_y
+from icmsr_core.pictures.files import find_pictures, from_tensor, read_picture, to_tensor
+from icmsr_core.runtime.diffusers_backbone import build_networks, silence_diffusers
+from icmsr_core.weights.base import open_base
+from icmsr_core.weights.embedded import embedded_base
 
 PLAIN = {"red": (0.8, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.1, 0.9)}
 COLUMNS = ("base", "pictures", "PSNR, RGB", "worst", "PSNR-Y", "DSS", "high-frequency ratio",

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icmsr_core.contact_sheet import SheetColumn, SheetRow, SheetSettings, contact_sheet
 from icmsr_core.errors import IcmsrError
-from icmsr_core.image_io import Picture, write_picture
+from icmsr_core.pictures.contact_sheet import SheetColumn, SheetRow, SheetSettings, contact_sheet
+from icmsr_core.pictures.files import Picture, write_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

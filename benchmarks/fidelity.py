@@ -18,12 +18,12 @@ import torch
 from _command_line import machine, markdown
 from _measurement import use_threads
 
-from icmsr_core.diffusers_backbone import silence_diffusers
-from icmsr_core.embedded import embedded_base, embedded_generator
 from icmsr_core.errors import IcmsrError
-from icmsr_core.generator_file import holds_two_sets
-from icmsr_core.merging import check_fidelity, fidelity_to_use
-from icmsr_core.train.ablation_pictures import measure, pairs_of
+from icmsr_core.runtime.diffusers_backbone import silence_diffusers
+from icmsr_core.train.experiments.ablation_pictures import measure, pairs_of
+from icmsr_core.weights.embedded import embedded_base, embedded_generator
+from icmsr_core.weights.generator_file import holds_two_sets
+from icmsr_core.weights.merging import check_fidelity, fidelity_to_use
 
 METRICS = {
     "psnr": "PSNR-Y", "ssim": "SSIM-Y", "fsim": "FSIM", "dss": "DSS", "srsim": "SR-SIM", "hf": "high-frequency ratio",
@@ -42,7 +42,7 @@ def draw(path: Path, points: Mapping[float, Mapping[str, float]], bicubic: Mappi
     """One panel for each of `CURVES`: the measure over PSNR-Y along the control, and bicubic as a point."""
     from matplotlib.figure import Figure
 
-    from icmsr_core.train.plots import write_figure
+    from icmsr_core.train.run.plots import write_figure
 
     figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):

@@ -25,9 +25,9 @@ from _command_line import SCALE, add_common_options, checked_settings, machine, 
 from _measurement import DTYPES, STAGES, ChildFailed, Measurement, in_child, measure, use_threads
 from torch import Tensor
 
-from icmsr_core.backbone import Backbone
-from icmsr_core.one_step import UpscaleSettings, upscale
-from icmsr_core.tiled_vae import VAE_MODES
+from icmsr_core.backbone.protocol import Backbone
+from icmsr_core.tiled_vae.tiled import VAE_MODES
+from icmsr_core.upscale.one_step import UpscaleSettings, upscale
 
 LIMITS = (64, 16384)
 MODELS = ("sd21", "nano")
@@ -88,8 +88,8 @@ def _measure(
 
 def load_ours(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, torch.nn.Module]:
     """The backbone of `case` and its UNet."""
-    from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
-    from icmsr_core.embedded import embedded_generator
+    from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.weights.embedded import embedded_generator
 
     silence_diffusers()
     if case.model == "nano":

@@ -17,11 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from icmsr_core.metrics import dss, fsim, high_frequency_ratio, psnr_y
-from icmsr_core.one_step import resize
-from icmsr_core.train.data import DataConfig, TrainingPairs
-from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae
-from icmsr_core.train.reconstruction import charbonnier, fourier_l1, gradient_l1, with_low_frequencies
+from icmsr_core.measures.metrics import dss, fsim, high_frequency_ratio, psnr_y
+from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
+from icmsr_core.train.losses.spectra import fourier_l1
+from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae
+from icmsr_core.upscale.sizes import resize
 
 NETWORKS = {
     "f8x12": NetworkConfig(latent_channels=12),

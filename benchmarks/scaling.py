@@ -20,8 +20,8 @@ import torch
 from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
 from _measurement import DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
 
-from icmsr_core.one_step import UpscaleSettings, upscale
-from icmsr_core.tiled_vae import VAE_MODES
+from icmsr_core.tiled_vae.tiled import VAE_MODES
+from icmsr_core.upscale.one_step import UpscaleSettings, upscale
 
 MEGAPIXELS = (0.25, 1, 4, 16, 64)
 COLUMNS = ("megapixels", "px", "s", "s per megapixel", "against the first", "peak MB", "pictures MB", "beside them MB")
@@ -68,8 +68,8 @@ class Found(NamedTuple):
 
 def measure_case(case: Case) -> Found:
     """Loads nano and measures `case`; for a process of its own."""
-    from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
-    from icmsr_core.embedded import embedded_generator
+    from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.weights.embedded import embedded_generator
 
     use_threads(case.threads)
     silence_diffusers()

@@ -22,13 +22,14 @@ from _command_line import SCALE, machine, markdown, number
 from _measurement import use_threads
 from torch import Tensor
 
-from icmsr_core.backbone import Backbone
-from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
-from icmsr_core.embedded import embedded_generator
+from icmsr_core.backbone.protocol import Backbone
 from icmsr_core.errors import IcmsrError
-from icmsr_core.image_io import find_pictures, read_picture, to_tensor
-from icmsr_core.one_step import UpscaleSettings, make_plan, pad_to_multiple, upscale
-from icmsr_core.tiling import Span, TilePlan
+from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
+from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+from icmsr_core.upscale.one_step import UpscaleSettings, make_plan, upscale
+from icmsr_core.upscale.sizes import pad_to_multiple
+from icmsr_core.upscale.tiling import Span, TilePlan
+from icmsr_core.weights.embedded import embedded_generator
 
 COLUMNS = ("tile", "overlap", "pictures", "mean", "worst", "PSNR, dB", "work")
 

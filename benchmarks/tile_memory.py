@@ -4,7 +4,7 @@
     python benchmarks/tile_memory.py --clock cpu --threads 1 --models sd21 --tiles 256 512
     python benchmarks/tile_memory.py --device cuda --dtypes bf16 --models nano sd21 --batches 1 4 8
 
-The numbers of `icmsr_core/tile_choice.py` come from here. Every line is measured in a process of its own: the peak less
+The numbers of `icmsr_core/upscale/tile_choice.py` come from here. Every line is measured in a process of its own: the peak less
 what the process held before (libraries, weights, pictures), over the latent cells of all tiles of the batch, or over
 the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random weights
 of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
@@ -20,10 +20,10 @@ import torch
 from _command_line import machine, markdown, number
 from _measurement import CLOCKS, DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
 
-from icmsr_core.device import pick_device
 from icmsr_core.errors import IcmsrError
-from icmsr_core.one_step import TILE_MULTIPLE
-from icmsr_core.tiled_vae import decode_tiled, encode_tiled
+from icmsr_core.runtime.device import pick_device
+from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
+from icmsr_core.upscale.one_step import TILE_MULTIPLE
 
 COLUMNS = ("model, precision", "part", "tile", "batch", "s per megapixel", "MB", "bytes per cell", "bytes per pixel")
 PARTS = ("unet", "encoder", "decoder")
@@ -71,8 +71,8 @@ def measure_case(case: Case) -> Found:
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     if case.model == "nano":
-        from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
-        from icmsr_core.embedded import embedded_generator
+        from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+        from icmsr_core.weights.embedded import embedded_generator
 
         silence_diffusers()
         backbone = load_backbone(generator=embedded_generator(), device=device, dtype=dtype)

@@ -22,8 +22,9 @@ from _command_line import SCALE, machine, markdown, number
 from _measurement import CLOCKS, ChildFailed, Peak, Stopwatch, in_child, use_threads
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.image_io import find_pictures, read_picture, to_tensor
-from icmsr_core.one_step import UpscaleSettings, resize
+from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
+from icmsr_core.upscale.one_step import UpscaleSettings
+from icmsr_core.upscale.sizes import resize
 
 MODES = ("untiled", "exact", "bounded")
 COLUMNS = ("px", "mode", "s", "against the first", "peak MB", "beside them MB", "PSNR, dB", "largest difference")
@@ -82,9 +83,9 @@ def mosaic(folder: Path, size: int) -> torch.Tensor:
 
 def measure_case(case: Case) -> Found:
     """Loads nano and measures `case`; for a process of its own."""
-    from icmsr_core.diffusers_backbone import load_backbone, silence_diffusers
-    from icmsr_core.embedded import embedded_generator
-    from icmsr_core.tiled_vae import decode_tiled, encode_tiled
+    from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
+    from icmsr_core.weights.embedded import embedded_generator
 
     use_threads(case.threads)
     silence_diffusers()

@@ -19,9 +19,9 @@ import numpy as np
 import skimage.data
 from numpy.typing import NDArray
 
-from icmsr_core.degradation import degrade
-from icmsr_core.degradation_presets import PRESETS
-from icmsr_core.image_io import Picture, write_picture
+from icmsr_core.pictures.files import Picture, write_picture
+from icmsr_core.train.data.degradation import degrade
+from icmsr_core.train.data.presets import PRESETS
 
 Image = NDArray[np.float32]
 """[H, W, 3] in [0, 1]."""

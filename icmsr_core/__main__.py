@@ -1,6 +1,6 @@
 """``python -m icmsr_core`` is the command ``icmsr``."""
 
-from .cli import run
+from .cli.main import run
 
 if __name__ == "__main__":
     run()

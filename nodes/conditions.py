@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from .image_sockets import to_image, to_pictures
 from .loaders import CATEGORY
+from .native.sockets import to_image, to_pictures
 
 
 class ExtractCondition(io.ComfyNode):

@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .conditions import ExtractCondition
 from .inspect_manifold import InspectManifold
 from .loaders import ApplyGenerator, LoadAdapter, LoadEmbedded
-from .model_folders import register_folder
+from .native.folders import register_folder
 from .upscale import Upscale
 
 

@@ -11,13 +11,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..icmsr_core.errors import IcmsrError
-from ..icmsr_core.one_step import pad_to_multiple, resize
-from ..icmsr_core.tiling import plan_tiles
-from .adapter_features import AdapterFeatures, check_hint, condition_inputs
-from .comfy_backbone import ComfyBackbone
-from .image_sockets import to_image, to_pictures
+from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
+from ..icmsr_core.upscale.tiling import plan_tiles
 from .loaders import CATEGORY
-from .model_description import ModelDescription, describe
+from .native.adapter_features import AdapterFeatures, check_hint, condition_inputs
+from .native.backbone import ComfyBackbone
+from .native.description import ModelDescription, describe
+from .native.sockets import to_image, to_pictures
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ def _grid(
 ) -> Tensor:
     """The grid [1, 3, h, w] of one picture [1, 3, H, W] in [0, 1], called `label` there; `hint` is [1, C, H', W']."""
     # OpenCV draws it: only once it is needed.
-    from ..icmsr_core.image_io import FloatArray, from_tensor, to_tensor
-    from ..icmsr_core.manifold import clean_estimates, decoded_pictures, manifold_grid, seeded_noise
+    from ..icmsr_core.measures.manifold import clean_estimates, decoded_pictures, manifold_grid, seeded_noise
+    from ..icmsr_core.pictures.files import FloatArray, from_tensor, to_tensor
 
     descriptor, (height, width) = backbone.descriptor, picture.shape[-2:]
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..icmsr_core.base_folder import open_base
-from ..icmsr_core.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
-from ..icmsr_core.generator_file import load_generator
-from ..icmsr_core.merging import MAX_FIDELITY
-from .adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
-from .generator_patches import apply_generator
-from .model_description import ATTACHMENT, ModelDescription
-from .model_folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
-from .native_models import load_unet, load_vae
+from ..icmsr_core.weights.base import open_base
+from ..icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
+from ..icmsr_core.weights.generator_file import load_generator
+from ..icmsr_core.weights.merging import MAX_FIDELITY
+from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
+from .native.description import ATTACHMENT, ModelDescription
+from .native.folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
+from .native.generator_patches import apply_generator
+from .native.models import load_unet, load_vae
 
 log = logging.getLogger(__name__)
 

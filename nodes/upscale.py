@@ -10,23 +10,23 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..icmsr_core.color import COLOR_FIXES
 from ..icmsr_core.errors import IcmsrError
-from ..icmsr_core.one_step import (
+from ..icmsr_core.tiled_vae.tiled import VAE_MODES
+from ..icmsr_core.upscale.color import COLOR_FIXES
+from ..icmsr_core.upscale.one_step import (
     MAX_SCALE,
     MIN_SCALE,
     TILE_MULTIPLE,
     UpscaleSettings,
     count_tiles,
     make_plan,
-    padded_size,
     upscale,
 )
-from ..icmsr_core.tiled_vae import VAE_MODES
-from .adapter_features import AdapterFeatures, check_hint, condition_inputs
-from .comfy_backbone import ComfyBackbone
-from .image_sockets import to_image, to_pictures
+from ..icmsr_core.upscale.sizes import padded_size
 from .loaders import CATEGORY
+from .native.adapter_features import AdapterFeatures, check_hint, condition_inputs
+from .native.backbone import ComfyBackbone
+from .native.sockets import to_image, to_pictures
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.comfy_harness import Server, find_comfyui, find_uv, prepare_python
-from tests.script_process import ROOT, ScriptProcess
+from tests.support.comfy_harness import Server, find_comfyui, find_uv, prepare_python
+from tests.support.script_process import ROOT, ScriptProcess
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, put the pack into its custom_nodes, or clone it to ~/.cache/icm-sr/ComfyUI"
 

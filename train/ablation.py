@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.ablation import (
+from icmsr_core.train.experiments.ablation import (
     ARMS,
     REFERENCES,
     check_ablation,
@@ -23,9 +23,9 @@ from icmsr_core.train.ablation import (
     train_adapter,
     train_start,
 )
-from icmsr_core.train.ablation import AblationConfig as Config
-from icmsr_core.train.ablation_report import load_results, markdown, write_report
-from icmsr_core.train.script import parse_config, run_jobs, run_script, settings_of
+from icmsr_core.train.experiments.ablation import AblationConfig as Config
+from icmsr_core.train.experiments.ablation_report import load_results, markdown, write_report
+from icmsr_core.train.run.launch import parse_config, run_jobs, run_script, settings_of
 from icmsr_core.whole_file import replace_file
 
 FREE_KEYS = ("run", "jobs", "device", "arms", "seeds")

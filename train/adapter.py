@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from icmsr_core.train.adapter import AdapterConfig
-from icmsr_core.train.building import build_adapter_task, check_run, training_base
-from icmsr_core.train.data import DataConfig, TrainingPairs
-from icmsr_core.train.loop import LoopConfig, train
-from icmsr_core.train.script import parse_config, plan, run_script, settings_of, start_processes
+from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.run.launch import parse_config, plan, run_script, settings_of, start_processes
+from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.tasks.adapter import AdapterConfig
+from icmsr_core.train.tasks.building import build_adapter_task, check_run, training_base
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ def main() -> None:
     settings, run, seed = settings_of(config), Path(config.run), config.loop.seed
     accelerator, device = start_processes(config.device)
     base = training_base(config.base)
-    check_run(base, config.data, config.loop, config.adapter.base_dtype)
+    check_run(base, config.data, config.loop.precision, config.adapter.base_dtype)
     pairs = TrainingPairs(config.data, seed, degraded=False)
     parts = (base, config.adapter, seed, settings)
     if config.dry_run:
-        stage = ("adapter", config.loop, lambda: build_adapter_task(*parts, weights=False))
+        stage = ("adapter", config.loop.precision, lambda: build_adapter_task(*parts, weights=False))
         if accelerator.is_main_process:
             print(plan(settings, [stage], pairs, accelerator.num_processes))
         return
     torch.manual_seed(seed)
     task = build_adapter_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")
     logging.info("base %s, %d photographs, %s", base.info.name, len(pairs.photographs), device)
-    for path in train(task, pairs, config.loop, run, settings, accelerator, device):
+    for path in train(task, pairs, config.loop.precision, run, settings, accelerator, device):
         logging.info("wrote %s", path)
 
 

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.collapse import CONDITIONS, Bench, CollapseConfig, Condition, adapter_stem, load_crops
-from icmsr_core.train.collapse_report import markdown, write_report
-from icmsr_core.train.data import DataConfig, TrainingPairs
-from icmsr_core.train.script import parse_config, run_jobs, run_script, settings_of
+from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.experiments.collapse import CONDITIONS, Bench, CollapseConfig, Condition, adapter_stem, load_crops
+from icmsr_core.train.experiments.collapse_report import markdown, write_report
+from icmsr_core.train.run.launch import parse_config, run_jobs, run_script, settings_of
 from icmsr_core.whole_file import replace_file
 
 

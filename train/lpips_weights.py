@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from icmsr_core.train.lpips import convert_lpips
-from icmsr_core.train.script import parse_config, run_script
+from icmsr_core.train.losses.lpips import convert_lpips
+from icmsr_core.train.run.launch import parse_config, run_script
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from icmsr_core.base_folder import BaseFolder, BaseInfo, default_prompt_embedding, open_base
-from icmsr_core.diffusers_backbone import build_networks
+from icmsr_core.backbone.noise_schedule import NoiseSchedule
 from icmsr_core.errors import IcmsrError
-from icmsr_core.noise_schedule import NoiseSchedule
-from icmsr_core.train.autoencoder import AutoencoderLosses, AutoencoderTask, normalise_latent
-from icmsr_core.train.building import exchange_decoder
-from icmsr_core.train.cached_latents import CachedLatents, LatentCacheConfig
-from icmsr_core.train.data import DataConfig, Samples, TrainingPairs
-from icmsr_core.train.diffusion_prior import PriorTask
-from icmsr_core.train.loop import LoopConfig, train
-from icmsr_core.train.networks import NetworkConfig, make_unet, make_vae, save_base
-from icmsr_core.train.script import Stage, parse_config, plan, run_script, settings_of, start_processes
-from icmsr_core.train.task import to_signed
+from icmsr_core.pictures.ranges import to_signed
+from icmsr_core.runtime.diffusers_backbone import build_networks
+from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
+from icmsr_core.train.data.pairs import DataConfig, Samples, TrainingPairs
+from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
+from icmsr_core.train.run.launch import Stage, parse_config, plan, run_script, settings_of, start_processes
+from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.tasks.autoencoder import AutoencoderLosses, AutoencoderTask, normalise_latent
+from icmsr_core.train.tasks.building import exchange_decoder
+from icmsr_core.train.tasks.prior import PriorTask
+from icmsr_core.weights.base import BaseFolder, BaseInfo, default_prompt_embedding, open_base
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from icmsr_core.device import pick_device
-from icmsr_core.picture_jobs import check_writable
-from icmsr_core.train.building import training_base
-from icmsr_core.train.script import parse_config, run_script, settings_of
-from icmsr_core.train.teacher_view import (
+from icmsr_core.cli.picture_jobs import check_writable
+from icmsr_core.runtime.device import pick_device
+from icmsr_core.train.experiments.teacher_view import (
     ViewConfig,
     check_view,
     load_arms,
@@ -26,6 +24,8 @@ from icmsr_core.train.teacher_view import (
     read_crops,
     write_view,
 )
+from icmsr_core.train.run.launch import parse_config, run_script, settings_of
+from icmsr_core.train.tasks.building import training_base
 
 
 @dataclass(frozen=True)

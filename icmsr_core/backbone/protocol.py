@@ -1,0 +1,67 @@
+"""What a one-step generator runs on: the protocol that the mathematics is written against.
+
+Two rooms implement it: `diffusers_backbone` (library, command line, training) and ComfyUI's MODEL and VAE
+(`nodes/native/backbone.py`). `one_step.upscale` takes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .noise_schedule import NoiseSchedule, Prediction
+from .vae_steps import VaeHalf, VaePart
+
+
+@dataclass(frozen=True)
+class BackboneDescriptor:
+    """Everything a caller must know of a backbone before it runs it."""
+
+    family: str
+    """Which base the weights belong to: ``nano``, ``sd21``, ``sd15``."""
+    latent_channels: int
+    """Channels of the latent."""
+    latent_factor: int
+    """Pixels per latent cell, along each axis."""
+    multiple_of: int
+    """Height and width in pixels must be multiples of this (latent factor times the UNet's downsampling)."""
+    timestep: int
+    """The generator's one input timestep."""
+    prediction: Prediction
+    """What the network's output means at that timestep."""
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    """The base model's noise schedule."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    """Precisions in which the networks are known to give finite, correct results, best first."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """VAE and UNet behind three functions. Tensors are NCHW on any device; results come back in float32."""
+
+    @property
+    def descriptor(self) -> BackboneDescriptor:
+        """What this backbone is and which sizes it takes."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Scaled latent [N, C, H/f, W/f] of `image` [N, 3, H, W] in [-1, 1]: the posterior's mode, never a sample."""
+
+    def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
+        """The UNet's raw output [N, C, h, w] for `latent` at `timestep`, whatever the descriptor says it predicts.
+
+        `features` are a T2I-Adapter's residuals, one per level of the UNet, or None.
+        """
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image [N, 3, h*f, w*f], nominally in [-1, 1] and not clamped, of a scaled latent."""
+
+    def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
+        """The VAE's encoder or decoder step by step, ready to run over stripes of `pixels` of the picture at a time.
+
+        The encoder gives what `encode` gives, the decoder what `decode` gives. Raises `IcmsrError` for a VAE with
+        layers that are not known.
+        """

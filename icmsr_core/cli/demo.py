@@ -1,0 +1,49 @@
+"""`icmsr demo`: the embedded model on the bundled photograph, and a picture that shows what it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backbone.protocol import Backbone
+from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
+from ..pictures.panels import side_by_side
+from ..upscale.one_step import Progress, UpscaleSettings
+from ..upscale.sizes import resize
+from ..weights.embedded import demo_picture
+from .picture_jobs import check_writable, upscale_picture
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made."""
+
+    input_size: tuple[int, int]
+    """(width, height) of the bundled picture."""
+    result_size: tuple[int, int]
+    """(width, height) of the result."""
+    seconds: float
+    """Time of the upscaling alone, the model being loaded."""
+    files: tuple[Path, ...]
+    """Input, result, side by side."""
+
+
+def run_demo(load: Callable[[], Backbone], folder: Path, progress: Progress | None = None) -> DemoResult:
+    """Upscales the bundled photograph into `folder`, which is checked before `load` is called."""
+    check_writable(folder)
+    picture = read_picture(demo_picture())
+    backbone = load()
+    started = time.perf_counter()
+    result = upscale_picture(backbone, picture, UpscaleSettings(), progress)
+    seconds = time.perf_counter() - started
+    names = ("input.png", "result.png", "side_by_side.png")
+    files = tuple(folder / name for name in names)
+    bicubic = from_tensor(resize(to_tensor(picture.rgb), *result.rgb.shape[:2]))
+    panels = side_by_side({"bicubic x4": bicubic, "ICM-SR nano x4": result.rgb})
+    for path, content in zip(files, (picture, result, Picture(rgb=panels))):
+        write_picture(path, content)
+    sizes = [(image.shape[1], image.shape[0]) for image in (picture.rgb, result.rgb)]
+    return DemoResult(sizes[0], sizes[1], seconds, files)
+

@@ -1,0 +1,236 @@
+"""The command `icmsr`: demo, upscale, conditions, evaluate, inspect, import, export.
+
+Exit codes: 0 done; 1 something failed, said in one line on stderr; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from ..errors import IcmsrError
+from ..upscale.one_step import Progress, UpscaleSettings
+from ..weights.embedded import embedded_generator
+from ..weights.generator_file import holds_two_sets
+from ..weights.merging import fidelity_to_use
+from .arguments import make_parser
+
+if TYPE_CHECKING:
+    from ..runtime.diffusers_backbone import DiffusersBackbone
+    from ..runtime.precision import DtypeChoice
+
+
+def run() -> None:
+    """Entry point of the console script: runs `main` and leaves with its exit code."""
+    code = main(sys.argv[1:])
+    # Threads of the libraries must not turn an interrupt into a second traceback on the way out.
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code. Wrong usage leaves through argparse with code 2."""
+    options = make_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return RUN[options.command](options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # one line for a user; --debug for the rest
+        if options.debug:
+            raise
+        message = " ".join((str(error) or type(error).__name__).split())
+        print(f"icmsr: error: {message}", file=sys.stderr)
+        return 1
+
+
+def run_demo_command(options: argparse.Namespace) -> int:
+    """``icmsr demo``."""
+    from .demo import run_demo
+
+    loaded: list[DiffusersBackbone] = []
+
+    def load() -> DiffusersBackbone:
+        loaded.append(load_model("nano", "nano", options.device, options.dtype))
+        return loaded[0]
+
+    with tqdm(desc="upscaling", unit="tile", disable=None) as bar:
+        result = run_demo(load, options.out, bar_progress(bar))
+    backbone = loaded[0]
+    print(f"model    nano (embedded), family {backbone.descriptor.family}")
+    print(f"device   {backbone.device}, {str(backbone.dtype).removeprefix('torch.')}")
+    print("size     {}x{} -> {}x{}".format(*result.input_size, *result.result_size))
+    print(f"seconds  {result.seconds:.2f}")
+    for path in result.files:
+        print(f"wrote    {path}")
+    return 0
+
+
+def run_upscale(options: argparse.Namespace) -> int:
+    """``icmsr upscale``."""
+    from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
+
+    tile_too, batch_too = options.tile is None, options.batch is None
+    try:
+        settings = UpscaleSettings(
+            scale=options.scale, size=options.size, overlap=options.overlap, color_fix=options.color_fix,
+            tile=UpscaleSettings.tile if tile_too else options.tile, batch=1 if batch_too else options.batch,
+            vae=options.vae_mode,
+        )
+    except IcmsrError as error:
+        options.parser.error(str(error))
+    if options.fidelity is not None:
+        path = generator_path(options.model)
+        fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
+    jobs = plan_jobs(options.input, options.output)
+    started = time.perf_counter()
+    backbone = load_model(
+        options.model, options.base, options.device, options.dtype, options.fidelity, options.prompt, options.tiny_vae,
+        options.compile,
+    )
+    with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
+        unit="tile", leave=False, disable=None
+    ) as tiles:
+
+        def progress(job: Job) -> Progress:
+            tiles.set_description(job.source.name)
+            tiles.reset()
+            return bar_progress(tiles)
+
+        failed = run_jobs(
+            backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
+            fit=memory_fit(backbone, backbone.device, backbone.dtype, tile=tile_too, batch=batch_too)
+            if tile_too or batch_too else None,
+            progress=progress, done=lambda _: files.update(),
+        )
+    done = len(jobs) - failed
+    where = jobs[0].target if len(jobs) == 1 else jobs[0].target.parent
+    if done:
+        print(f"{done} of {len(jobs)} written to {where} in {time.perf_counter() - started:.1f} s")
+    return 1 if failed else 0
+
+
+def run_conditions(options: argparse.Namespace) -> int:
+    """``icmsr conditions``."""
+    from ..conditions import canny_edges, colormap
+    from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
+    from .picture_jobs import check_writable
+
+    image = to_tensor(read_picture(options.input).rgb)
+    edges = canny_edges(image, options.low, options.high)
+    colors = from_tensor(colormap(image))
+    check_writable(options.out)
+    pictures = {
+        "colormap": Picture(rgb=colors),
+        "edges": Picture(rgb=from_tensor(edges.expand(-1, 3, -1, -1)), grey=True),
+        # Four channels as one file: the edges are the alpha channel.
+        "hint": Picture(rgb=colors, alpha=from_tensor(edges)),
+    }
+    for name, picture in pictures.items():
+        path = options.out / f"{options.input.stem}_{name}.png"
+        write_picture(path, picture)
+        print(f"wrote {path}")
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """``icmsr evaluate``."""
+    from ..measures.evaluation import evaluate_folders
+
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    with tqdm(unit="picture", leave=False, disable=None) as bar:
+        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_progress(bar))
+    print(evaluation.table())
+    if options.json is not None:
+        options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n")
+    return 0
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """``icmsr inspect``."""
+    from .inspection import describe
+
+    print(describe(options.file))
+    return 0
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """``icmsr import``."""
+    from ..exchange.importers import ImportSettings, import_checkpoint
+    from ..weights.hub import find_base
+    from .inspection import describe
+
+    base = None if options.base is None else find_base(options.base, options.prompt is not None)
+    settings = ImportSettings(options.family, base, options.timestep, options.prediction, options.prompt)
+    import_checkpoint(options.kind, options.source, options.dest, settings)
+    print(f"wrote {options.dest}")
+    print(describe(options.dest))
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """``icmsr export``."""
+    from ..exchange.exporters import export_generator
+
+    exported = export_generator(options.format, options.file, options.dest, options.fidelity)
+    print(f"wrote {exported.path}: the UNet's LoRA on {exported.modules} modules")
+    print(f"left out: {'; '.join(exported.left_out)}")
+    return 0
+
+
+def bar_progress(bar: Any) -> Progress:
+    """A `Progress` that drives a tqdm bar."""
+
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return advance
+
+
+def generator_path(model: str) -> Path:
+    """The generator file that ``--model`` names."""
+    return embedded_generator() if model == "nano" else Path(model)
+
+
+def load_model(
+    model: str, base: str, device: str, dtype: str, fidelity: float | None = None, prompt: str | None = None,
+    tiny_vae: Path | None = None, compile_unet: bool = False,
+) -> DiffusersBackbone:
+    """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
+    import torch
+
+    from ..runtime.device import pick_device
+
+    chosen = pick_device(device)
+
+    from ..runtime.diffusers_backbone import load_backbone, silence_diffusers
+
+    silence_diffusers()
+    types: dict[str, DtypeChoice] = {
+        "auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+    }
+    known = None if base == "nano" else base
+    return load_backbone(
+        known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt,
+        tiny_vae=tiny_vae, compile_unet=compile_unet,
+    )
+
+
+RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": run_demo_command, "upscale": run_upscale, "conditions": run_conditions, "evaluate": run_evaluate,
+    "inspect": run_inspect, "import": run_import, "export": run_export,
+}

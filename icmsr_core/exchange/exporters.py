@@ -1,0 +1,131 @@
+"""A generator file's UNet LoRA in the files of others: diffusers' folder, and a file for ComfyUI core's loader.
+
+Neither can say at which one timestep the UNet runs or what its output means, and neither holds a VAE's LoRA, tensors
+replaced whole or a prompt embedding: `Exported.left_out` lists what a generator loses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import IcmsrError
+from ..weights.generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_tensors
+from ..weights.merging import fidelity_of
+from .importers import check_result_file
+from .layouts import kohya_name
+from .lora_files import DIFFUSERS_CONFIG, DIFFUSERS_FILE
+
+EXPORT_FORMATS = ("diffusers", "comfyui")
+"""What `export_generator` writes."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    """The .safetensors."""
+    modules: int
+    """Number of modules with a LoRA in it."""
+    left_out: tuple[str, ...]
+    """What the format cannot express, one phrase each."""
+
+
+def export_generator(form: str, source: Path, dest: Path, fidelity: float | None = None) -> Exported:
+    """Writes the UNet's LoRA of the generator file `source` in the format `form`, atomically and in its precision.
+
+    ``diffusers``: ``pytorch_lora_weights.safetensors`` in the folder `dest`, its alpha in the metadata (diffusers reads
+    it from 0.34). ``comfyui``: the file `dest` with kohya's names and alphas, each of which core's key map has. Of two
+    sets, the faithful one and `fidelity` (see `fidelity_to_use`) of the realistic one go into one LoRA, whose matrices
+    are the two sets' side by side, in float32. Raises `IcmsrError` for an unknown format, a damaged file, a fidelity
+    that does not apply, and a generator without any LoRA of the UNet.
+    """
+    if form not in EXPORT_FORMATS:
+        raise IcmsrError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {form!r}")
+    if form == "comfyui":
+        check_result_file(source, dest)
+    elif dest.is_file():
+        raise IcmsrError(f"{dest}: is a file, diffusers keeps a LoRA in a folder: name one")
+    generator = load_generator(source)
+    fidelity = fidelity_of(str(source), generator, fidelity)
+    lora, alphas = _one_lora(generator, fidelity)
+    if not lora:
+        raise IcmsrError(f"{source}: holds no LoRA of the UNet, and a LoRA file can hold nothing else")
+    if form == "diffusers":
+        path = dest / DIFFUSERS_FILE
+        tensors, metadata = _diffusers_tensors(lora), {DIFFUSERS_CONFIG: _diffusers_config(lora, alphas)}
+    else:
+        path, tensors, metadata = dest, _kohya_tensors(lora, alphas), {}
+    write_tensors(path, tensors, {"format": "pt", **metadata})
+    return Exported(path, len(lora), _left_out(generator))
+
+
+def _one_lora(generator: Generator, fidelity: float) -> tuple[dict[str, LoraPair], dict[str, float]]:
+    """The UNet's LoRA by module, both sets in one, and the alpha of each."""
+    info = generator.info
+    faithful, realistic = generator.sets("unet")
+    if fidelity == 0 or not realistic.lora:
+        return dict(faithful.lora), dict.fromkeys(faithful.lora, info.alpha)
+    pairs: dict[str, LoraPair] = {}
+    for module in dict.fromkeys([*faithful.lora, *realistic.lora]):
+        scaled = [
+            LoraPair(pair.down.float(), pair.up.float() * (scale / pair.down.shape[0]))
+            for pair, scale in (
+                (faithful.lora.get(module), info.alpha), (realistic.lora.get(module), fidelity * info.realistic_alpha)
+            )
+            if pair is not None
+        ]
+        pairs[module] = LoraPair(torch.cat([pair.down for pair in scaled]), torch.cat([pair.up for pair in scaled], 1))
+    return pairs, {module: float(pair.down.shape[0]) for module, pair in pairs.items()}
+
+
+def _diffusers_tensors(lora: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    halves = ((f"unet.{module}.lora_{half}.weight", tensor) for module, pair in lora.items()
+              for half, tensor in zip("AB", pair))  # fmt: skip
+    return dict(halves)
+
+
+def _diffusers_config(lora: Mapping[str, LoraPair], alphas: Mapping[str, float]) -> str:
+    """PEFT's configuration as diffusers keeps it; the values that differ from the most common one as patterns."""
+    ranks: dict[str, Any] = {module: pair.down.shape[0] for module, pair in lora.items()}
+    whole = {module: int(alpha) if alpha == int(alpha) else alpha for module, alpha in alphas.items()}
+    config: dict[str, Any] = {"target_modules": sorted(lora)}
+    for name, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", whole)):
+        config[name] = Counter(values.values()).most_common(1)[0][0]
+        config[pattern] = {module: value for module, value in values.items() if value != config[name]}
+    return json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
+
+
+def _kohya_tensors(lora: Mapping[str, LoraPair], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for module, pair in lora.items():
+        name = kohya_name(module)
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = pair
+        tensors[f"{name}.alpha"] = torch.tensor(alphas[module])
+    return tensors
+
+
+def _left_out(generator: Generator) -> tuple[str, ...]:
+    info = generator.info
+    lost = [f"the timestep {info.timestep} and the {info.prediction} prediction, which the user must set"]
+    if info.prediction == "residual":  # samplers know eps and v
+        lost = [f"the timestep {info.timestep} and the residual prediction, which no ordinary sampler computes"]
+    whole = [name for weights in generator.sets("unet") for name in weights.tensors]
+    if whole:
+        lost.append(f"the UNet's whole tensors {first_names(dict.fromkeys(whole))}")
+    vae: list[PartWeights] = [weights for weights in generator.sets("vae") if weights]
+    if vae:
+        modules = {*(name for weights in vae for name in weights.lora)}
+        tensors = {*(name for weights in vae for name in weights.tensors)}
+        lost.append(f"the VAE's LoRA on {len(modules)} modules and {len(tensors)} whole tensors")
+    if generator.prompt_embedding is not None:
+        lost.append("the prompt embedding")
+    return tuple(lost)

@@ -1,0 +1,149 @@
+"""LoRA files of a UNet as others write them: PEFT's, diffusers' and kohya's."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import IcmsrError
+from ..weights.generator_file import LoraPair, first_names, read_tensors
+from .layouts import lora_keys
+
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
+"""Entry of a diffusers file's metadata (from 0.34) that holds PEFT's configuration."""
+
+
+class LoraFile(NamedTuple):
+    """The LoRA of one UNet: the update of each module is ``alpha / rank_of_the_pair * B @ A``."""
+
+    pairs: dict[str, LoraPair]
+    rank: int
+    """The most common rank."""
+    alpha: float
+
+
+def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
+    """The LoRA in `source`, a .safetensors or the folder of one, for a UNet with these diffusers `modules`.
+
+    Each module's scale comes from its own ``.alpha``, or the PEFT configuration beside or inside the file, or is 1.
+    Where the alphas differ, all are brought to the most common one, in float32. Raises `IcmsrError` for a file that is
+    missing or damaged, a key without a place, half a LoRA, values that are not finite, and a PEFT LoRA without its
+    configuration or of another form than B A.
+    """
+    path = _find(source)
+    tensors, metadata = read_tensors(path)
+    keys, lost = lora_keys(tensors, modules)
+    if lost:
+        text = any("text_encoder" in key or key.startswith("lora_te") for key in lost)
+        hint = "a generator holds no text encoder" if text else "only a plain LoRA of this family's UNet can be read"
+        raise IcmsrError(f"{path}: no place in the UNet for {first_names(lost)}: {hint}")
+    if not keys:
+        raise IcmsrError(f"{path}: holds no tensors")
+    found: dict[str, dict[str, str]] = {}
+    for key, (module, role) in keys.items():
+        if role in found.setdefault(module, {}):
+            raise IcmsrError(f"{path}: {key} and {found[module][role]} hold the same matrix of {module}")
+        if not bool(tensors[key].isfinite().all()):
+            raise IcmsrError(f"{path}: NaN or infinite values in {key}")
+        found[module][role] = key
+    config = _config(path, metadata, peft=any("base_model.model." in key for key in keys))
+    pairs, alphas = {}, {}
+    for module, roles in found.items():
+        missing = [role for role in ("down", "up") if role not in roles]
+        if missing:
+            raise IcmsrError(f"{path}: {module} has no {missing[0]} matrix, only {next(iter(roles.values()))}")
+        pair = LoraPair(tensors[roles["down"]], tensors[roles["up"]])
+        if pair.down.ndim not in (2, 4) or pair.up.ndim < 2 or not pair.down.shape[0] == pair.up.shape[1] > 0:
+            raise IcmsrError(
+                f"{path}: {roles['down']} {list(pair.down.shape)} and {roles['up']} {list(pair.up.shape)} "
+                "do not multiply"
+            )
+        pairs[module] = pair
+        alphas[module] = _alpha(path, module, pair, tensors.get(roles.get("alpha", "")), config)
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    for module, own in alphas.items():
+        if own != alpha:
+            down, up = pairs[module]
+            pairs[module] = LoraPair(down, up.float() * (own / alpha))
+    rank = Counter(pair.down.shape[0] for pair in pairs.values()).most_common(1)[0][0]
+    return LoraFile(pairs, rank, alpha)
+
+
+def _find(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    for name in (PEFT_FILE, DIFFUSERS_FILE):
+        if (source / name).is_file():
+            return source / name
+    raise IcmsrError(f"{source}: holds neither {PEFT_FILE} nor {DIFFUSERS_FILE}: name the .safetensors itself")
+
+
+def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str, Any]:
+    """PEFT's configuration of the UNet's LoRA; empty when the file has none and needs none."""
+    if peft:
+        file, where = path.parent / PEFT_CONFIG, f"{path.parent / PEFT_CONFIG}"
+        if not file.is_file():
+            raise IcmsrError(f"{file}: missing, it states the alpha of {path.name}: put it beside the weights")
+        text = file.read_text(encoding="utf-8", errors="replace")
+    else:
+        where, text = f"{path}: {DIFFUSERS_CONFIG}", metadata.get(DIFFUSERS_CONFIG, "{}")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise IcmsrError(f"{where} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise IcmsrError(f"{where}: expected a JSON object, got {type(config).__name__}")
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("lora_bias", False), ("bias", "none")):
+        if config.get(key) not in (None, plain):
+            raise IcmsrError(f"{where}: {key} is {config[key]!r}, only {plain!r} can be read")
+    if config and not (_positive(config.get("r")) and _positive(config.get("lora_alpha"))):
+        raise IcmsrError(
+            f"{where}: r and lora_alpha must be positive numbers, got {config.get('r')!r} and "
+            f"{config.get('lora_alpha')!r}"
+        )
+    return config
+
+
+def _alpha(path: Path, module: str, pair: LoraPair, own: Tensor | None, config: Mapping[str, Any]) -> float:
+    """The alpha that gives `module` its scale over the rank of `pair`."""
+    rank = pair.down.shape[0]
+    if own is not None:
+        if own.numel() != 1 or not _positive(float(own)):
+            raise IcmsrError(f"{path}: the alpha of {module} must be one positive number, got {own.tolist()}")
+        return float(own)
+    if not config:
+        return float(rank)
+    stated = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    if stated != rank:
+        raise IcmsrError(f"{path}: the rank of {module} is {rank}, its configuration says {stated}")
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if not _positive(alpha):
+        raise IcmsrError(f"{path}: the alpha of {module} must be a positive number, got {alpha!r}")
+    # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _pattern_value(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that the name is, or ends in after a dot."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        except re.error as error:
+            raise IcmsrError(f"the LoRA's configuration holds {pattern!r}, no pattern of names: {error}") from error
+    return default
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,0 +1,117 @@
+"""What a diffusion prior takes a noised latent for: its clean estimate, with a condition and without.
+
+The regulariser of ICM-SR rests on these estimates (arXiv 2511.22048, section 3 and its second figure): at high noise a
+teacher without a condition guesses any picture, one that sees the sparse structure stays near the truth. The grid of
+pictures is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backbone.protocol import Backbone
+from ..errors import IcmsrError
+from ..pictures.files import FloatArray, from_tensor
+from ..pictures.panels import Cell, labelled_grid
+from .metrics import psnr_y
+
+
+def seeded_noise(latent: Tensor, seed: int) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of `latent` [N, C, h, w]; the same for the same seed.
+
+    It is drawn on the CPU in float32, sample after sample: the noise of sample n depends neither on the size of the
+    batch nor on the device.
+    """
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.empty(latent.shape)
+    for sample in noise:
+        torch.randn(sample.shape, generator=random, out=sample)
+    return noise.to(latent)
+
+
+@torch.no_grad()
+def clean_estimates(
+    backbone: Backbone,
+    latent: Tensor,
+    timesteps: Sequence[int],
+    noise: Tensor,
+    features: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The clean estimate [N, C, h, w] of `latent` [N, C, h, w] from each of `timesteps`, in their order.
+
+    ``z_t = a_t z + s_t noise``; the network's output at z_t becomes x0 in closed form, by what the backbone predicts.
+    `noise` [N, C, h, w] is the same at all timesteps; hand in the same tensor with `features` and without, and the
+    condition is all that differs. `features` are those of `Backbone.predict_noise`; they are left as they are.
+
+    Raises `IcmsrError` for a timestep that the schedule lacks, for none, for other shapes, and for a backbone whose
+    output is a residual: that is a one-step generator, which knows one timestep and no noise.
+    """
+    descriptor = backbone.descriptor
+    if descriptor.prediction == "residual":
+        raise IcmsrError(
+            "clean estimates need a diffusion prior (prediction eps or v), the backbone predicts a residual: open the "
+            "base without its generator"
+        )
+    if not timesteps:
+        raise IcmsrError("timesteps is empty: name one or more, such as 200, 500, 800")
+    for t in timesteps:
+        descriptor.schedule.check_timestep(t)
+    if latent.ndim != 4 or latent.shape[1] != descriptor.latent_channels or noise.shape != latent.shape:
+        raise IcmsrError(
+            f"latent and noise must both be [N, {descriptor.latent_channels}, h, w], got {list(latent.shape)} and "
+            f"{list(noise.shape)}"
+        )
+    estimates = []
+    for t in timesteps:
+        noisy = descriptor.schedule.add_noise(latent, noise, t)
+        # A list of its own for each call: a network that empties it would run unconditioned from the second one on.
+        output = backbone.predict_noise(noisy, t, None if features is None else list(features))
+        estimates.append(descriptor.schedule.x0_from_output(descriptor.prediction, noisy, output, t))
+    return estimates
+
+
+def latent_error(estimate: Tensor, latent: Tensor) -> Tensor:
+    """Mean squared error [N], float64, of each sample of `estimate` [N, C, h, w] against `latent` [N, C, h, w]."""
+    return (estimate.double() - latent.double()).square().flatten(1).mean(1)
+
+
+def decoded_pictures(backbone: Backbone, latent: Tensor) -> list[FloatArray]:
+    """The pictures [H, W, 3] in [0, 1] of a latent [N, C, h, w], clamped."""
+    with torch.no_grad():
+        images = backbone.decode(latent).add(1).div(2).clamp(0, 1)
+    return [from_tensor(image[None]) for image in images]
+
+
+def manifold_grid(
+    truth: FloatArray,
+    timesteps: Sequence[int],
+    rows: Mapping[str, Sequence[FloatArray]],
+    maps: Mapping[str, Mapping[str, FloatArray]] | None = None,
+    truth_label: str = "truth",
+) -> FloatArray:
+    """The truth [H, W, 3] and what became of it at each of `timesteps`, as one labelled picture in [0, 1].
+
+    `rows` has, by name, a picture like the truth for each timestep: the decoded noised latent, the clean estimate
+    without condition, with it. Over each stands its timestep and its PSNR of Y against the truth. `maps` has, by the
+    name of its row, what the network was shown, by name: it stands at the row's left. The truth begins the first row,
+    under `truth_label`.
+    Raises `IcmsrError` where a row has not one picture for each timestep, or one of another size than the truth.
+    """
+    shown: dict[str, list[Cell]] = {name: list((maps or {}).get(name, {}).items()) for name in rows}
+    for name, pictures in rows.items():
+        if len(pictures) != len(timesteps):
+            raise IcmsrError(f"row {name!r} must have a picture for each of {len(timesteps)} timesteps, "
+                             f"got {len(pictures)}")
+    if rows:
+        shown[next(iter(rows))].insert(0, (truth_label, truth))
+    width = max(map(len, shown.values()), default=0)
+    grid = {}
+    for name, pictures in rows.items():
+        blank: list[Cell] = [("", None)] * (width - len(shown[name]))
+        labels = [f"t = {t}   {psnr_y(picture, truth):.1f} dB" for t, picture in zip(timesteps, pictures)]
+        grid[name] = [*shown[name], *blank, *zip(labels, pictures)]
+    return labelled_grid(grid)
+

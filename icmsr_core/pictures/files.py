@@ -1,0 +1,272 @@
+"""Pictures in files and as arrays: PNG, JPEG, WebP and TIFF, read (BMP too) and written, in 8 or 16 bits."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import IcmsrError
+from ..whole_file import replace_file
+from .metadata import Metadata, read_metadata, save_arguments
+from .samples import upright_samples
+from .sixteen_bits import PNG_SIGNATURE, encode_png_16bit, encode_tiff_16bit
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+ENCODED_ROWS = 256
+"""Rows that are rounded at a time."""
+_WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+WRITE_EXTENSIONS: tuple[str, ...] = tuple(_WRITE_FORMATS)
+"""Extensions, in lower case, that `write_picture` takes."""
+READ_EXTENSIONS: tuple[str, ...] = (*WRITE_EXTENSIONS, ".bmp")
+"""Extensions, in lower case, that `find_pictures` finds. `read_picture` looks at the content, not at the extension."""
+
+MAX_PIXELS = 512_000_000
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+_LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # limits of libjpeg and libwebp
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601, as Pillow's "L"
+_pillow_globals = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture in memory, upright, and all that its file said about it. Change it with `dataclasses.replace`.
+
+    Raises IcmsrError if the arrays do not have the shapes and types named below, or `bits` is neither 8 nor 16.
+    """
+
+    rgb: FloatArray
+    """float32 [height, width, 3], R, G, B in [0, 1], in the file's own colour space, not premultiplied by alpha."""
+    alpha: FloatArray | None = None
+    """float32 [height, width] in [0, 1], 1 opaque; None where the file has no transparency."""
+    bits: int = 8
+    """Bits per sample of the source, 8 or 16; `write_picture` keeps them where the format can."""
+    grey: bool = False
+    """The source was greyscale: R = G = B, and the output is written as grey again where the format can."""
+    metadata: Metadata = field(default_factory=Metadata)
+    """Profile, EXIF, XMP, resolution and text of the source."""
+
+    def __post_init__(self) -> None:
+        if self.rgb.dtype != np.float32 or self.rgb.ndim != 3 or self.rgb.shape[2] != 3 or not self.rgb.size:
+            raise IcmsrError(f"rgb must be float32 [height, width, 3], got {self.rgb.dtype} {list(self.rgb.shape)}")
+        if self.alpha is not None and (self.alpha.dtype != np.float32 or self.alpha.shape != self.rgb.shape[:2]):
+            raise IcmsrError(
+                f"alpha must be float32 {list(self.rgb.shape[:2])} like rgb, got {self.alpha.dtype} "
+                f"{list(self.alpha.shape)}"
+            )
+        if self.bits not in (8, 16):
+            raise IcmsrError(f"bits must be 8 or 16, got {self.bits}")
+
+
+def to_tensor(array: FloatArray) -> torch.Tensor:
+    """`array` [height, width, channels] or [height, width] as a float32 tensor [1, channels or 1, height, width].
+
+    The range stays as it is ([0, 1] for a Picture's arrays). The tensor is contiguous, on the CPU, and owns its memory.
+    """
+    stacked = array if array.ndim == 3 else array[..., None]
+    return torch.from_numpy(np.array(stacked.transpose(2, 0, 1), np.float32, order="C"))[None]
+
+
+def from_tensor(tensor: torch.Tensor) -> FloatArray:
+    """The inverse of `to_tensor`: a tensor [1, 3, H, W] as [H, W, 3], a tensor [1, 1, H, W] as [H, W].
+
+    Any device and floating type; the result is float32 and contiguous. Values are not clamped: `write_picture` does
+    that. Raises IcmsrError for any other shape.
+    """
+    if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[1] not in (1, 3):
+        raise IcmsrError(f"a picture's tensor must be [1, 3 or 1, height, width], got {list(tensor.shape)}")
+    image = tensor.detach()[0].permute(1, 2, 0).to("cpu", torch.float32).contiguous()
+    return np.asarray((image if image.shape[2] == 3 else image[..., 0]).numpy(), np.float32)
+
+
+def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
+    """The picture files of `folder`, sorted by name: `READ_EXTENSIONS` in any case, no hidden files, no sub-folders.
+
+    An empty list where there are none. Raises IcmsrError if `folder` is missing, not a folder or not readable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise IcmsrError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise IcmsrError(f"{folder}: cannot be read ({error.strerror})") from error
+    return [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in READ_EXTENSIONS and not entry.name.startswith(".") and entry.is_file()
+    ]
+
+
+def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """The picture in a PNG, JPEG, WebP, TIFF or BMP file, told by its content; of several frames or pages the first.
+
+    - It is turned upright by its EXIF orientation, which is then 1.
+    - Palettes are expanded, and transparency of every kind (channel, palette, colour key) becomes `alpha`.
+    - PNG and TIFF with 16 bits per sample keep them (`bits` 16); 12-bit TIFF counts as 16, all else as 8.
+    - CMYK becomes sRGB: through the file's own CMYK profile where it has a usable one, by the plain formula otherwise.
+      That profile describes inks, so it is not carried on.
+    - Two things are logged as warnings: frames left out, and 16-bit colours that could only be read as 8 bits.
+
+    Raises IcmsrError, naming the file, if it is missing, a folder, unreadable, empty, not a picture of these formats,
+    damaged or cut short, of a kind of samples that has no agreed range (float, 32-bit), or larger than `max_pixels`.
+    (Damage inside JPEG data that leaves the stream decodable cannot be seen by any decoder.)
+    """
+    path = Path(path)
+    data = _read_bytes(path)
+    try:
+        with _pillow_quiet_and_unlimited():
+            if data.startswith(PNG_SIGNATURE):
+                with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                    image.verify()  # the checksums of all chunks, which loading does not look at
+            with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise IcmsrError(
+                        f"{path}: {width} x {height} is {width * height / 1e6:.0f} megapixels, "
+                        f"more than the {max_pixels / 1e6:.0f} allowed: cut it into parts, or raise max_pixels"
+                    )
+                # MPO: a photograph with a depth map or a second eye behind it; nobody expects those in the output.
+                frames = int(getattr(image, "n_frames", 1))
+                if frames > 1 and image.format != "MPO":
+                    logger.warning("%s: only the first of its %d frames is read", path, frames)
+                return _decode(image, data, path)
+    except (IcmsrError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise IcmsrError(f"{path}: not a picture that can be read: PNG, JPEG, WebP, TIFF or BMP") from error
+    except Exception as error:  # parsers of damaged files raise nearly everything: OSError, SyntaxError, KeyError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IcmsrError(f"{path}: the file is damaged or cut short ({reason})") from error
+
+
+def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int = 95) -> None:
+    """Write `picture` in the format that the extension of `path` names (`WRITE_EXTENSIONS`, in any case).
+
+    - Samples are clamped to [0, 1] and rounded to the nearest level; `bits` 16 is kept in PNG and TIFF.
+    - A grey picture is written as grey (BT.601 luma of `rgb`), except in WebP, and, with alpha, in 16-bit TIFF, which
+      have no such form. JPEG has no alpha: the picture is laid on white, with a logged warning.
+    - Metadata go where the format can carry them, see `save_arguments`.
+    - `quality`, 1..100, is that of JPEG (full colour resolution) and WebP (100: lossless). TIFF is uncompressed.
+    - The file appears whole or not at all: it is written beside its place under a temporary name that begins with a
+      dot, flushed to the disk, then renamed over whatever was there.
+
+    Raises IcmsrError, naming the file, for an unknown extension, a quality outside 1..100, an output folder that is
+    missing or not writable, values that are not finite, and a picture too large for the format.
+    """
+    path = Path(path)
+    file_format = _WRITE_FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        raise IcmsrError(f"{path}: cannot write {path.suffix or 'a file without extension'}: use one of "
+                         f"{', '.join(WRITE_EXTENSIONS)}")
+    if not 1 <= quality <= 100:
+        raise IcmsrError(f"quality must be in 1..100, got {quality}")
+    if path.is_dir():
+        raise IcmsrError(f"{path}: is a folder, not a file to write")
+    if not path.parent.is_dir():
+        raise IcmsrError(f"{path}: there is no folder {path.parent}: make it first")
+    height, width = picture.rgb.shape[:2]
+    longest = _LONGEST_SIDE.get(file_format)
+    if longest is not None and max(height, width) > longest:
+        raise IcmsrError(f"{path}: {file_format} holds at most {longest} pixels a side, got {width} x {height}: "
+                         "write PNG or TIFF")
+    if not np.isfinite(picture.rgb).all() or (picture.alpha is not None and not np.isfinite(picture.alpha).all()):
+        raise IcmsrError(f"{path}: not written, the picture holds values that are not finite: try a wider dtype (fp32)")
+    try:
+        data = _encode(picture, file_format, quality, path)
+    except (OSError, ValueError) as error:
+        raise IcmsrError(f"{path}: cannot be encoded as {file_format} ({error})") from error
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        raise IcmsrError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise IcmsrError(f"{path}: no such file") from None
+    except OSError as error:
+        what = "is a folder, not a picture" if path.is_dir() else f"cannot be read ({error.strerror})"
+        raise IcmsrError(f"{path}: {what}") from error
+    if not data:
+        raise IcmsrError(f"{path}: the file is empty")
+    return data
+
+
+@contextmanager
+def _pillow_quiet_and_unlimited() -> Iterator[None]:
+    """Pillow's own limit on pixels is a global, and lower than ours: away with it while one of our files is read.
+
+    Its remarks on odd tags go too: a file that matters ends in an error, and the others need no line on stderr.
+    """
+    with _pillow_globals, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(image: Image.Image, data: bytes, path: Path) -> Picture:
+    samples, peak = upright_samples(image, data, path)
+    values = samples.astype(np.float32) / np.float32(peak)
+    channels = values.shape[2]
+    return Picture(
+        rgb=np.ascontiguousarray(values[..., :3] if channels > 2 else np.repeat(values[..., :1], 3, axis=2)),
+        alpha=np.ascontiguousarray(values[..., -1]) if channels in (2, 4) else None,
+        bits=8 if peak == 255 else 16,
+        grey=channels < 3,
+        metadata=read_metadata(image),
+    )
+
+
+def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> bytes:
+    alpha = picture.alpha
+    on_white = alpha is not None and file_format == "JPEG"
+    if on_white:
+        logger.warning("%s: JPEG has no transparency, the picture is laid on white", path)
+    wide = picture.bits == 16 and file_format in ("PNG", "TIFF")
+    kept = alpha is not None and not on_white
+    grey = picture.grey and file_format != "WEBP" and not (wide and kept and file_format == "TIFF")
+    height, width = picture.rgb.shape[:2]
+    samples = np.empty((height, width, (1 if grey else 3) + kept), np.uint16 if wide else np.uint8)
+    for top in range(0, height, ENCODED_ROWS):  # beside the result, memory holds no copy of the picture in float32
+        rows = slice(top, top + ENCODED_ROWS)
+        channels = np.clip(picture.rgb[rows], 0, 1)
+        opaque = np.ones(1, np.float32) if alpha is None else np.clip(alpha[rows], 0, 1)[..., None]
+        if on_white:
+            channels = channels * opaque + (1 - opaque)
+        if grey:
+            channels = (channels @ _LUMA)[..., None]
+        if kept:
+            channels = np.dstack([channels, opaque])
+        samples[rows] = np.rint(np.clip(channels, 0, 1) * np.float32(65535 if wide else 255))
+    arguments = save_arguments(picture.metadata, file_format, grey=grey)
+    if wide:
+        return (encode_png_16bit if file_format == "PNG" else encode_tiff_16bit)(samples, arguments)
+    if file_format == "JPEG":
+        arguments |= {"quality": quality, "subsampling": 0}  # no detail is made to be halved again in the colours
+    elif file_format == "WEBP":
+        # `exact` keeps colours under full transparency. Without loss, Pillow's quality is the effort.
+        arguments |= {"exact": True, "lossless": quality == 100, "quality": 80 if quality == 100 else quality}
+    buffer = io.BytesIO()
+    Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples).save(buffer, file_format, **arguments)
+    return buffer.getvalue()

@@ -1,0 +1,318 @@
+"""The backbone of the library, the command line and training: diffusers' UNet2DConditionModel and AutoencoderKL."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from ..backbone.protocol import BackboneDescriptor
+from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
+from ..errors import IcmsrError
+from ..weights.base import BaseFolder, open_base
+from ..weights.embedded import embedded_base
+from ..weights.generator_file import Generator, PartWeights, load_generator
+from ..weights.hub import find_base
+from ..weights.merging import fidelity_of, fidelity_to_use, merged_part, merged_tensors
+from ..weights.tiny_vae_file import TinyVae, read_tiny_vae
+from .compilation import check_compiler, compiled
+from .diffusers_vae_steps import decoder_steps, encoder_steps
+from .fixed_step import fix_step
+from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
+from .prompts import embed_prompts
+
+log = logging.getLogger(__name__)
+
+
+class DiffusersBackbone:
+    """`Backbone` over diffusers modules on one device, in one precision so long as that is enough (`precision`)."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL | AutoencoderTiny,
+        descriptor: BackboneDescriptor,
+        prompt_embedding: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        compile_unet: bool = False,
+    ) -> None:
+        if dtype not in descriptor.dtypes:
+            names = ", ".join(dtype_name(entry) for entry in descriptor.dtypes)
+            raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype_name(dtype)}")
+        self._descriptor = descriptor
+        self.device, self.dtype = device, dtype
+        self.unet, self.vae = unet, vae
+        # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
+        convert: Any = torch.nn.Module.to
+        for network in (unet, vae):
+            convert(network, device, dtype).eval().requires_grad_(False)
+        outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
+        self._parts = {
+            "encoder": GuardedPart("the VAE's encoder", (vae.encoder, outer[0]), dtype),
+            "decoder": GuardedPart("the VAE's decoder", (vae.decoder, outer[1]), dtype),
+            "unet": GuardedPart("the UNet", (unet,), dtype),
+        }
+        self._context = prompt_embedding.to(device, dtype)[None]
+        self._compiled = compiled if compile_unet else None
+        self._fix_step()
+
+    @property
+    def descriptor(self) -> BackboneDescriptor:
+        """See `Backbone`."""
+        return self._descriptor
+
+    def encode(self, image: Tensor) -> Tensor:
+        """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            found = self.vae.encode(image.to(self.device, dtype))
+            latent = found.latents if isinstance(self.vae, AutoencoderTiny) else found.latent_dist.mode()
+            return latent.float() * self.vae.config.scaling_factor
+
+        return self._parts["encoder"].run(compute)
+
+    def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
+        """See `Backbone`."""
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            if self._context.dtype != dtype:  # what was computed from it once is in the other precision, too
+                self._context = self._context.to(dtype)
+                self._fix_step()
+            # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
+            # run unconditioned without a word.
+            residuals = None if features is None else [entry.to(self.device, dtype) for entry in features]
+            output = self.unet(
+                latent.to(self.device, dtype),
+                timestep,  # a number: a tensor would have to be read back from the device
+                encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
+                down_intrablock_additional_residuals=residuals,
+            )
+            return output.sample.float()
+
+        return self._parts["unet"].run(compute)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """See `Backbone`."""
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            return self.vae.decode(latent.to(self.device, dtype) / self.vae.config.scaling_factor).sample.float()
+
+        return self._parts["decoder"].run(compute)
+
+    def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
+        """See `Backbone`. The steps raise `Widened` where 16 bits were not enough: ask for them again."""
+        factor, guard = self.vae.config.scaling_factor, self._parts[part]
+        dtype, channels = guard.dtype, self._descriptor.latent_channels
+        if part == "encoder":
+            steps = (
+                Pointwise(lambda image: image.to(dtype)),
+                *encoder_steps(self.vae),
+                Pointwise(lambda moments: guard.check(moments[:, :channels].float() * factor)),
+            )
+        else:
+            # Cast and scaled in the order of `decode`, which rounds as it does.
+            steps = (
+                Pointwise(lambda latent: latent.to(dtype) / factor), *decoder_steps(self.vae), Pointwise(guard.check)
+            )
+        return VaeHalf(steps, self.device, self._room)
+
+    def _fix_step(self) -> None:
+        fix_step(self.unet, self._descriptor.timestep, self._context, self._compiled)
+
+    def _room(self) -> float:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
+
+
+def silence_diffusers() -> None:
+    """Keeps diffusers' advice to programmers (on `.to(dtype)`, say) out of a program's output; errors still show."""
+    diffusers_logging.set_verbosity_error()
+
+
+def build_networks(
+    base: BaseFolder,
+    dtype: torch.dtype = torch.float32,
+    generator: Generator | None = None,
+    fidelity: float | None = None,
+    name: str = "generator",
+) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE of `base` in `dtype` on the CPU, strictly loaded, every parameter trainable.
+
+    With `generator`, it is merged in at `fidelity` (see `fidelity_to_use`); `name` names it in errors. Built without
+    weights and filled tensor by tensor, each merged in float32 and cast as it is read: the peak of memory is the two
+    networks and a few tensors more. Raises `IcmsrError` when a tensor is missing, left over or of another shape, in the
+    base or in the generator.
+    """
+    networks = _build(base, ("unet", "vae"), dtype, generator, fidelity, name)
+    return networks["unet"], networks["vae"]
+
+
+def _build(
+    base: BaseFolder,
+    parts: Sequence[str],
+    dtype: torch.dtype,
+    generator: Generator | None,
+    fidelity: float | None,
+    name: str,
+) -> dict[str, Any]:
+    kinds = {"unet": (UNet2DConditionModel, base.unet_config), "vae": (AutoencoderKL, base.vae_config)}
+    networks: dict[str, Any] = {}
+    for part in parts:
+        kind, config = kinds[part]
+        # Only the parameters are left out: a buffer that is no part of the file is computed here, or by nobody.
+        with init_empty_weights(include_buffers=False):
+            networks[part] = kind.from_config(dict(config))
+        if generator is not None:  # on shapes alone, so before the first tensor is read
+            merged_part(name, generator, part, networks[part].state_dict(), fidelity)
+    for part, network in networks.items():
+        if generator is None:
+            state = dict(base.tensors(part, dtype))
+        else:
+            state = _collected(_merged(base, name, generator, part, fidelity), network.state_dict(), dtype)
+        try:
+            network.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            first_lines = " ".join(str(error).split()[:40])
+            raise IcmsrError(f"{base.where(part)}: the weights do not fit the configuration: {first_lines}") from error
+    return networks
+
+
+def _tiny_vae(tiny: TinyVae, dtype: torch.dtype) -> AutoencoderTiny:
+    """`tiny` built in `dtype`. Raises `IcmsrError` when its tensors do not fit its configuration."""
+    # diffusers writes block_out_channels into its own files and warns of it when it reads them.
+    config = {key: value for key, value in tiny.config.items() if key != "block_out_channels"}
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderTiny.from_config({"latent_channels": tiny.latent_channels, **config})
+    try:
+        vae.load_state_dict({key: value.to(dtype) for key, value in tiny.state.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        first_lines = " ".join(str(error).split()[:40])
+        raise IcmsrError(f"{tiny.path}: the weights do not fit an AutoencoderTiny: {first_lines}") from error
+    return vae
+
+
+def _collected(
+    tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """`tensors` in `dtype`, each in a place that was set aside for it before the first was read.
+
+    Otherwise what is kept lies between what merging leaves behind, and memory is full of holes: measured at half of
+    SD2.1's width, twice the result.
+    """
+    places = {key: torch.empty(value.shape, dtype=dtype) for key, value in expected.items()}
+    state = {}
+    for key, tensor in tensors:
+        place = places.get(key)
+        state[key] = tensor if place is None or place.shape != tensor.shape else place.copy_(tensor)
+    return state
+
+
+def _merged(
+    base: BaseFolder, name: str, generator: Generator, part: str, fidelity: float | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `base` in float32, with the generator merged into each in turn."""
+    faithful, realistic = generator.sets(part)
+    strength = fidelity_of(name, generator, fidelity)
+    sets = [(faithful, generator.info.alpha, 1.0), (realistic, generator.info.realistic_alpha, strength)]
+    for parameter, tensor in base.tensors(part, torch.float32):
+        for weights, alpha, share in sets:
+            own = _weights_of(weights, parameter)
+            if own and share:
+                tensor = merged_tensors(name, own, {parameter: tensor}, alpha, share)[parameter]
+        yield parameter, tensor
+
+
+def _weights_of(weights: PartWeights, parameter: str) -> PartWeights:
+    """What of `weights` changes `parameter`."""
+    module = parameter.removesuffix(".weight")
+    lora = {module: weights.lora[module]} if module != parameter and module in weights.lora else {}
+    tensors = {parameter: weights.tensors[parameter]} if parameter in weights.tensors else {}
+    return PartWeights(lora, tensors)
+
+
+@torch.no_grad()
+def merge_into(name: str, network: torch.nn.Module, weights: PartWeights, alpha: float, strength: float = 1.0) -> None:
+    """Merges one set of weights into `network`'s parameters, one by one in float32; errors as in `merged_tensors`.
+
+    Nothing is changed when one of them does not fit.
+    """
+    state = network.state_dict()
+    merged_tensors(name, weights, {key: value.to("meta") for key, value in state.items()}, alpha, strength)
+    for parameter in {*weights.tensors, *(f"{module}.weight" for module in weights.lora)}:
+        own = _weights_of(weights, parameter)
+        state[parameter].copy_(merged_tensors(name, own, state, alpha, strength)[parameter])
+
+
+def load_backbone(
+    base: Path | str | None = None,
+    generator: Path | Generator | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: DtypeChoice = torch.float32,
+    fidelity: float | None = None,
+    prompt: str | None = None,
+    tiny_vae: Path | None = None,
+    compile_unet: bool = False,
+) -> DiffusersBackbone:
+    """A base with a generator merged into it, ready to run.
+
+    `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
+    embedded nano. Without `generator` the bare prior is loaded. `dtype` "auto" is the fastest precision that is safe
+    for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
+    of weights: 0 is faithful, 1 realistic, up to 2; None is what the file says, 1 if nothing. `prompt` replaces the
+    constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
+    generators without an embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a
+    generator that changes the VAE loses that, of which a warning is logged. `compile_unet` has torch.compile make code
+    for every size of tile that comes (see `compilation`). Raises `IcmsrError` for files that are missing, damaged or of
+    another family, for a fidelity that is out of range or has no two sets to choose between, and where there is no
+    prompt or no compiler.
+    """
+    device = torch.device(device)
+    if compile_unet:
+        check_compiler(device)
+    folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
+    name = str(generator) if isinstance(generator, Path) else "generator"
+    if isinstance(generator, Path):
+        generator = load_generator(generator)
+    fidelity_to_use(name, generator is not None and generator.has_two_sets, fidelity)  # before the networks
+    descriptor = folder.descriptor(generator)
+    tiny = None if tiny_vae is None else read_tiny_vae(tiny_vae)
+    if tiny is not None:
+        tiny.check_fits(descriptor)
+        if generator is not None and any(generator.sets("vae")):
+            log.warning("%s changes the VAE, too, and the tiny VAE has none of that: a preview of its result", name)
+    if prompt is not None:
+        embedding: Tensor | None = embed_prompts(folder, [prompt], None, device)[0]
+    else:
+        embedding = generator.prompt_embedding if generator is not None else None
+        if embedding is None:
+            embedding = folder.prompt_embedding()
+    if embedding is None:
+        raise IcmsrError(
+            f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding: give a prompt "
+            '(--prompt "" for the empty one) and a base with a text encoder, a whole Stable Diffusion folder or a hub '
+            "id; or import the generator again with both"
+        )
+    width = folder.unet_config["cross_attention_dim"]
+    if embedding.shape[-1] != width:
+        raise IcmsrError(
+            f"{name}: its prompt embedding has width {embedding.shape[-1]}, the base {folder.path} takes {width}: "
+            "choose files that belong together"
+        )
+    if generator is not None and generator.info.base_hash and generator.info.base_hash != folder.hash():
+        log.warning(
+            "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
+            name, folder.path,
+        )
+    if dtype == "auto":
+        dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
+    networks = _build(folder, ("unet", "vae") if tiny is None else ("unet",), dtype, generator, fidelity, name)
+    vae = networks["vae"] if tiny is None else _tiny_vae(tiny, dtype)
+    return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype, compile_unet)

@@ -1,0 +1,113 @@
+"""The precision that networks run in: which one is fastest and safe, and what happens where it was not safe after all.
+
+bfloat16 has float32's range at 8 bits; float16 has 11 bits and ends at 65504, which the activations of some VAEs
+exceed. So every result is looked at, and a part that overflowed runs in float32 from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.vae_steps import Widened
+from ..errors import IcmsrError
+from ..weights.sd_families import SD_FAMILIES
+
+log = logging.getLogger(__name__)
+
+DtypeChoice = torch.dtype | Literal["auto"]
+
+LARGE_FAMILIES = frozenset(SD_FAMILIES.values())
+"""Families that run in 16 bits on a CPU that computes in them: Stable Diffusion's sizes take half the time there
+(docs/performance.md). So does nano, but of half a second: it stays in float32, in which no rounding shows."""
+NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16")
+"""Instruction sets that multiply in bfloat16; without one of them torch converts to and fro and is slower."""
+FIRST_BF16_CUDA = (8, 0)
+"""Ampere: NVIDIA cards before it compute bfloat16 by conversion."""
+
+
+def choose_dtype(device_type: str, family: str, native_bf16: bool) -> torch.dtype:
+    """What ``auto`` means for networks of `family` on a device of the kind `device_type` ("cpu", "cuda", "mps", ...).
+
+    `native_bf16` says whether the device itself computes in bfloat16 (`computes_bf16`).
+    """
+    if device_type == "cpu":
+        return torch.bfloat16 if native_bf16 and family in LARGE_FAMILIES else torch.float32
+    if device_type == "mps" and family not in LARGE_FAMILIES:
+        return torch.float32
+    return torch.bfloat16 if native_bf16 else torch.float16
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies in bfloat16 itself. False where torch cannot tell."""
+    if device.type == "cpu":
+        found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+        return any(bool(found.get(name)) for name in NATIVE_BF16_CPU)
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= FIRST_BF16_CUDA
+    return device.type != "mps"
+
+
+class GuardedPart:
+    """The encoder, the UNet or the decoder: its layers, and the precision that they are in at the moment."""
+
+    def __init__(self, name: str, modules: Sequence[nn.Module | None], dtype: torch.dtype) -> None:
+        """`name` stands in messages; `modules` are the part's layers, in `dtype`, None for those it does not have."""
+        self.name, self.dtype = name, dtype
+        self._modules = [module for module in modules if module is not None]
+
+    def run(self, compute: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """`compute` of the part's precision; once more in float32 where the result is not finite.
+
+        Raises `IcmsrError` where it is not finite in float32.
+        """
+        result = compute(self.dtype)
+        if not self._overflowed(result):
+            return result
+        del result
+        return self._checked(compute(self.dtype))
+
+    def check(self, result: Tensor) -> Tensor:
+        """`result`, a piece of what the part gives in a stream, if it is finite.
+
+        Raises `Widened` where it is not and the part has been taken to float32 for that, `IcmsrError` where it was in
+        float32 already.
+        """
+        if self._overflowed(result):
+            raise Widened(self.name)
+        return result
+
+    def _overflowed(self, result: Tensor) -> bool:
+        """Whether `result` is not finite, for which the part is taken to float32; errors as in `run`."""
+        if bool(result.isfinite().all()):
+            return False
+        if self.dtype == torch.float32:
+            self._checked(result)
+        log.warning(
+            "%s gave NaN or infinite values in %s and runs in fp32 from here on (--dtype fp32 starts with it)",
+            self.name, dtype_name(self.dtype),
+        )
+        for module in self._modules:
+            # A tensor of inference mode cannot take the place of one that was made outside of it, nor the reverse.
+            with torch.inference_mode(next(module.parameters()).is_inference()):
+                nn.Module.to(module, torch.float32)
+        self.dtype = torch.float32
+        return True
+
+    def _checked(self, result: Tensor) -> Tensor:
+        if not bool(result.isfinite().all()):
+            raise IcmsrError(
+                f"{self.name} gave NaN or infinite values in fp32: the weights of the generator or of its base are "
+                "damaged or do not belong together: choose others, or download them again"
+            )
+        return result
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name of `dtype`, as the command line takes it."""
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return short.get(dtype, str(dtype).removeprefix("torch."))

@@ -1,0 +1,213 @@
+"""Text prompts as tensors: embedded once by the base folder's own text encoder, then read from a cache.
+
+For teachers that are conditioned on text, and for foreign generators that come without their constant prompt: no text
+is read while a picture is upscaled. transformers (the extra text) is imported when a prompt is embedded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import IcmsrError
+from ..weights.base import BaseFolder
+from ..weights.generator_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+log = logging.getLogger(__name__)
+
+FORMAT = "icmsr-prompts"
+WEIGHTS_VARIANTS = {"model.safetensors": None, "model.safetensors.index.json": None, "model.fp16.safetensors": "fp16"}
+"""What transformers calls the weights, and the variant that it must be asked for."""
+
+
+@torch.no_grad()
+def embed_prompts(
+    base: BaseFolder, prompts: Sequence[str], cache: Path | None, device: torch.device | str, batch: int = 16
+) -> Tensor:
+    """The text encoder's last hidden state for each prompt: [P, tokens, width], float32 on the CPU.
+
+    As Stable Diffusion's own pipelines condition on text: padded to the encoder's length (77 tokens), no attention
+    mask, final norm included. SD 2.1's penultimate layer is that state too, its published encoder ends there. Longer
+    prompts are cut, with one warning that counts them. The encoder runs on `device` in float32, `batch` prompts at a
+    time, and once for prompts that are equal. The results are kept in the .safetensors `cache`, which is used again
+    while the prompts and the files of text encoder and tokenizer are the same, and written anew when they are not.
+
+    Raises `IcmsrError` when the base has no text encoder or one of another width, transformers is missing, or
+    `cache` is a file of another kind.
+    """
+    if not prompts or isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise IcmsrError(f"prompts must be one or more texts, got {prompts!r}")
+    if batch < 1:
+        raise IcmsrError(f"batch must be 1 or more prompts, got {batch}")
+    tokens = check_prompts(base)
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    hashes = {}
+    embedded = None
+    if cache is not None:
+        hashes = {"prompts": _hash_texts(list(rows)), "text_encoder": _hash_text_files(base.path)}
+        embedded = _read_cache(cache, hashes)
+    if embedded is None:
+        embedded = _embed(base, list(rows), tokens, torch.device(device), batch)
+        if cache is not None:
+            write_tensors(cache, {"prompts": embedded}, {"format": FORMAT, **hashes})
+    return embedded if len(rows) == len(prompts) else embedded[[rows[prompt] for prompt in prompts]]
+
+
+def _embed(base: BaseFolder, prompts: list[str], tokens: int, device: torch.device, batch: int) -> Tensor:
+    encoder, tokenizer = _load_text_encoder(base.path)
+    ids = _token_ids(tokenizer, prompts, tokens)
+    if int(ids.max()) >= encoder.config.vocab_size:
+        raise IcmsrError(
+            f"{base.path}: the tokenizer knows token {int(ids.max())}, the text encoder {encoder.config.vocab_size} "
+            "tokens: use the tokenizer that belongs to the text encoder"
+        )
+    torch.nn.Module.to(encoder, device)
+    embedded = torch.empty(len(prompts), tokens, int(base.unet_config["cross_attention_dim"]))
+    for start in range(0, len(prompts), batch):
+        embedded[start : start + batch] = encoder(ids[start : start + batch].to(device)).last_hidden_state.cpu()
+    if not bool(embedded.isfinite().all()):
+        raise IcmsrError(f"{base.path}/text_encoder: it gives NaN or infinite values: download the folder again")
+    return embedded
+
+
+def constant_prompt(base: BaseFolder, cache: Path | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """The one context [tokens, width] that a generator of `base` is trained with, float32 on the CPU.
+
+    The folder's own prompt embedding where it has one, else the empty prompt; `cache`, `device` and the errors are
+    those of `embed_prompts`.
+    """
+    own = base.prompt_embedding()
+    return embed_prompts(base, [""], cache, device)[0] if own is None else own.float().clone()
+
+
+def check_prompts(base: BaseFolder) -> int:
+    """The number of tokens of the base's text encoder, once its files are seen to be there and to fit the UNet."""
+    folder = base.path / "text_encoder"
+    if not folder.is_dir() or not (base.path / "tokenizer").is_dir():
+        raise IcmsrError(
+            f"{base.path}: text needs a base with a text encoder, and {base.info.name} lacks text_encoder/ or "
+            "tokenizer/: choose a whole Stable Diffusion folder or a hub id"
+        )
+    _weights_variant(folder)
+    tokenizer = base.path / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):  # transformers makes up an empty vocabulary without a word
+            if not (tokenizer / name).is_file():
+                raise IcmsrError(f"{tokenizer}: {name} is missing: download the folder again")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        width, tokens = int(config["hidden_size"]), int(config.get("max_position_embeddings", 77))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IcmsrError(
+            f"{folder}/config.json: not a text encoder's configuration ({error!r}): download the folder again"
+        ) from error
+    expected = base.unet_config["cross_attention_dim"]
+    if width != expected:
+        raise IcmsrError(
+            f"{folder}: embeds text with width {width}, the UNet of {base.path} takes {expected}: "
+            "use the text encoder that belongs to the UNet"
+        )
+    return tokens
+
+
+def _weights_variant(folder: Path) -> str | None:
+    """The variant that transformers must be asked for to find the weights in `folder`."""
+    for name, variant in WEIGHTS_VARIANTS.items():
+        if (folder / name).is_file():
+            return variant
+    raise IcmsrError(
+        f"{folder}: model.safetensors is missing (pickled .bin weights must be saved as .safetensors first)"
+    )
+
+
+def _load_text_encoder(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise IcmsrError(
+            f"text prompts need transformers ({error}): pip install transformers, or install the extra text"
+        ) from error
+    folder = path / "text_encoder"
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        # The file's own precision, whatever the configuration says: transformers would round to that.
+        "torch_dtype": torch.float32,
+        "variant": _weights_variant(folder),
+        "output_loading_info": True,
+    }
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = CLIPTextModel.from_pretrained(str(folder), **options)
+        tokenizer = CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()[:40])
+        raise IcmsrError(f"{path}: text_encoder or tokenizer cannot be read ({reason}): download it again") from error
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+    encoder, report = loaded
+    # transformers fills what the file lacks with random values and only warns.
+    lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
+    if lacking:
+        raise IcmsrError(f"{folder}: the weights do not fit the configuration: {', '.join(lacking[:4])}")
+    return encoder.eval().requires_grad_(False), tokenizer
+
+
+def _token_ids(tokenizer: CLIPTokenizer, prompts: list[str], tokens: int) -> Tensor:
+    """[P, tokens] int64."""
+    lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+    cut = sum(length > tokens for length in lengths)
+    if cut:
+        log.warning("%d of %d prompts are longer than %d tokens and are cut", cut, len(prompts), tokens)
+    padded = tokenizer(prompts, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+    ids: Tensor = padded["input_ids"]
+    return ids
+
+
+def _hash_texts(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def _hash_text_files(base: Path) -> str:
+    """SHA-256 of everything that decides how text is embedded: names and contents of both folders' files."""
+    digest = hashlib.sha256()
+    for folder in ("text_encoder", "tokenizer"):
+        for path in sorted((base / folder).iterdir()):
+            if path.suffix not in (".json", ".txt", ".safetensors") or not path.is_file():
+                continue
+            digest.update(f"{folder}/{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
+    """The embeddings in the cache at `path`, or None where there is none or it is of other prompts or files."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise IcmsrError(f"{path}: not a readable cache of prompts ({error}): delete it or name another") from error
+    if metadata.get("format") != FORMAT:
+        raise IcmsrError(f"{path}: not a cache of prompts, and it would be overwritten: name another file")
+    if any(metadata.get(key) != value for key, value in hashes.items()):
+        log.info("%s: other prompts or another text encoder: embedding anew", path)
+        return None
+    return read_tensors(path)[0]["prompts"].clone()

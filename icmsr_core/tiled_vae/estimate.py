@@ -1,0 +1,255 @@
+"""What a VAE's GroupNorms and attention would see of a whole picture, from a small part of it. Source: ours.
+
+A reduced picture will not do: it has other spatial frequencies than the picture. Nor will places taken at random: a
+black frame or a patch of sky decides over the variance, and there are too few places to meet it in its proportion.
+So the picture is cut into small fields, of which cheap features are known everywhere. Fields are drawn with a chance
+that grows with how unusual they are (sampling with probability proportional to size, systematic and without random
+numbers), and weighted so that their features add up to the whole picture's (calibration, Deville and Sarndal 1992).
+The drawn fields run through the network together, each in a window with the picture around it: a field that ended in
+zeros would look to the network like the corner of a picture. The window counts in no statistics, ends where the
+picture ends, and is narrowed before a map grows, because what comes after sees less far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.vae_steps import Attention, Pointwise, Sample, VaeHalf
+from .held_map import HeldMap
+from .modes import Estimate, ExactStream, Statistics, combine
+from .stream import Flow
+
+FIELD, CONTEXT = 4, 4
+"""Side of a field in latent cells, and what its window shows on each side of it: in cells where the encoder begins, in
+samples of the map wherever the decoder has just grown. The embedded VAE's halves on a mosaic of photographs of 1024 px
+(`benchmarks/tiled_vae.py`) were 31 and 39 dB from exact without a window, 58 and 59 with 2 around fields of 8, 68 and
+67 with 3, 72 and 71 with 4, 75 and 72 with 6."""
+SHARE, FEWEST, LARGEST = 1 / 8, 128, 3 * 2**18
+"""How much of the picture the windows are at the most, their least number all the same, and their area in pixels."""
+RIDGE = 0.1
+"""How dear it is to move the weights off their chances, against a feature's miss in standard deviations."""
+LAGS = (1, 4)
+"""Distances in samples at which differences are taken as features, of every channel on its own: with one number for
+all channels a VAE of factor 8 and 12 channels was 47 dB from exact on a mosaic of 2048 px, with one for each 57."""
+CROSSED = 4
+"""Channels up to which products of two of them are features: their number grows with the square."""
+
+
+class Fields(NamedTuple):
+    """Fields of a picture and how much each of them stands for."""
+
+    corners: list[tuple[int, int]]
+    """Top and left, in cells."""
+    size: tuple[int, int]
+    """Height and width, in cells."""
+    weights: Tensor
+    """Float64 [number of fields], above 0; they add up to 1."""
+
+
+def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int) -> Estimate:
+    """What `half` has to know of the whole of `source` [1, C, H, W], from a part of it; the same every time.
+
+    `unit` samples of `source` are one cell, `factor` pixels of the picture. The memory of the convolutions is that of
+    `tile` x `tile` cells.
+    """
+    fields = draw_fields(source, unit, factor)
+    frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, CONTEXT * unit)
+    stream = _SampledStream(half, frame)
+    rows, columns = frame.window
+    crops = torch.cat([
+        source[:, :, top : top + rows, left : left + columns] for top, left in map(frame.start, fields.corners)
+    ])
+    nominal = unit * max(1, tile * tile * unit // (len(fields.corners) * columns))
+    for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
+        pass
+    return Estimate(stream.statistics, stream.samples)
+
+
+class Frame(NamedTuple):
+    """Where fields and the windows around them lie in maps of one scale."""
+
+    fields: Fields
+    cells: tuple[int, int]
+    """Height and width of the picture."""
+    scale: int
+    """Samples of a map per cell, along each axis."""
+    context: int
+    """Samples of a map on each side of a field."""
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of a window in samples."""
+        rows, columns = (
+            min(cells * self.scale, size * self.scale + 2 * self.context)
+            for cells, size in zip(self.cells, self.fields.size)
+        )
+        return rows, columns
+
+    def start(self, corner: tuple[int, int]) -> tuple[int, int]:
+        """Where the window of the field at `corner` begins in the map: it is moved so that it lies inside."""
+        top, left = (
+            min(max(0, place * self.scale - self.context), cells * self.scale - size)
+            for place, cells, size in zip(corner, self.cells, self.window)
+        )
+        return top, left
+
+    def cut(self, windows: HeldMap, context: int) -> Iterator[Tensor]:
+        """Each of `windows` [N, C, h, w] narrowed to those with less `context`: [1, C, h', w']."""
+        to = self._replace(context=context)
+        rows, columns = to.window
+        for index, corner in enumerate(self.fields.corners):
+            (top, left), (new_top, new_left) = self.start(corner), to.start(corner)
+            part = windows.joined(index)[:, :, new_top - top :, new_left - left :]
+            yield part[:, :, :rows, :columns]
+
+
+class _SampledStream(ExactStream):
+    """Runs over the windows as a batch; what it takes for the statistics is the whole picture's estimate."""
+
+    def __init__(self, half: VaeHalf, frame: Frame) -> None:
+        super().__init__(half, 2)
+        self.samples: dict[Attention, Sample] = {}
+        """Of every attention that has run: the drawn fields of its map."""
+        self._frame = frame
+
+    def measure(self, groups: int, held: HeldMap) -> Statistics:
+        weights = self._frame.fields.weights
+        return combine(weights, *self.moments_of(groups, self._frame.cut(held, 0), len(weights)))
+
+    def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
+        if step.up > 1:
+            narrow = min(self._frame.context, -(-CONTEXT // step.up))
+            windows = torch.cat(list(self._frame.cut(self.store(flow), narrow)))
+            flow = self.source(windows, flow.nominal)
+            self._rescale(step.up, 1, narrow)
+        elif step.down > 1:
+            self._rescale(1, step.down, self._frame.context)
+        return super()._pointwise(step, flow)
+
+    def _convolved(self, module: nn.Conv2d, stride: int, flow: Flow) -> Flow:
+        self._rescale(1, stride, self._frame.context)
+        return super()._convolved(module, stride, flow)
+
+    def _rescale(self, up: int, down: int, context: int) -> None:
+        self._frame = self._frame._replace(scale=self._frame.scale * up // down, context=context * up // down)
+
+    def _attended(self, step: Attention, flow: Flow) -> Flow:
+        # All windows in one row: each looks at all fields, which is what the picture looks like from there.
+        held = self.store(flow)
+        windows = held.joined().to(self.half.device)
+        number, channels, height, width = windows.shape
+        fields = torch.cat(list(self._frame.cut(held, 0))).to(self.half.device)
+        places = fields.shape[2] * fields.shape[3]
+        shares = (self._frame.fields.weights / places).float().repeat_interleave(places)
+        total = self._frame.cells[0] * self._frame.cells[1] * self._frame.scale**2
+        sample = self.samples[step] = Sample(
+            fields.transpose(0, 1).reshape(1, channels, -1), shares.to(fields.device), total
+        )
+        row = windows.transpose(0, 1).reshape(1, channels, number * height, width)
+        found = step.run(row, None, sample).reshape(channels, number, height, width).transpose(0, 1)
+        return self.source(found, flow.nominal)
+
+
+def drawn_windows(height: int, width: int, factor: int) -> tuple[int, int]:
+    """How many fields of a picture of `height` x `width` cells are drawn at most, and the area in cells of a window."""
+    window = min(FIELD + 2 * CONTEXT, height) * min(FIELD + 2 * CONTEXT, width)
+    number = max(min(int(SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
+    return min(number, -(-height // FIELD) * -(-width // FIELD)), window
+
+
+def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
+    """The fields of `source` [1, C, H, W] that stand for it; `unit` and `factor` as in `estimate_whole`."""
+    height, width = source.shape[2] // unit, source.shape[3] // unit
+    rows, columns = min(FIELD, height), min(FIELD, width)
+    tops, lefts = _starts(height, rows), _starts(width, columns)
+    count, _ = drawn_windows(height, width, factor)
+    # From left to right and back, so that neighbours in this order are neighbours in the picture.
+    corners, features = [], []
+    for index, top in enumerate(tops):
+        order = lefts if index % 2 == 0 else lefts[::-1]
+        corners += [(top, left) for left in order]
+        band = source[:, :, top * unit : (top + rows) * unit]
+        features.append(_features(torch.cat([band[..., left * unit : (left + columns) * unit] for left in order])))
+    every = torch.cat(features)
+    # How far each feature is off the picture's mean, in standard deviations; 0 where it is the same everywhere.
+    off = (every - every.mean(0)) / every.std(0, correction=0).clamp_min(1e-6)
+    chosen, chances = draw(1 + off.square().mean(1), count)
+    weights = calibrate(off[chosen], 1 / chances)
+    chosen, weights = chosen[weights > 0], weights[weights > 0]
+    return Fields([corners[index] for index in chosen.tolist()], (rows, columns), weights)
+
+
+def _starts(length: int, size: int) -> list[int]:
+    """Where fields of `size` begin so that they cover [0, length), the last one up to its end."""
+    count = -(-length // size)
+    return [index * (length - size) // max(1, count - 1) for index in range(count)]
+
+
+def _features(fields: Tensor) -> Tensor:
+    """Of each field [N, C, h, w], float64 [N, F]: what the variance after a convolution is made of.
+
+    Means and mean squares of the channels, mean products of two of them, mean squared differences at `LAGS`.
+    """
+    found = [fields.mean((2, 3)), fields.square().mean((2, 3))]
+    channels = fields.shape[1]
+    if channels <= CROSSED:
+        found += [
+            (fields[:, one] * fields[:, other]).mean((1, 2))[:, None]
+            for one, other in combinations(range(channels), 2)
+        ]
+    for lag in LAGS:
+        if lag < min(fields.shape[2:]):
+            down = fields[:, :, lag:] - fields[:, :, :-lag]
+            right = fields[..., lag:] - fields[..., :-lag]
+            found.append(down.square().mean((2, 3)) + right.square().mean((2, 3)))
+    return torch.cat(found, 1).cpu().double()
+
+
+def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices of at most `count` of the entries of `importance` [M], in order, and the chance that each of them had.
+
+    Chances are proportional to the square root of `importance`, at most 1. Systematic: every place where the sum of
+    the chances passes a half, so the entries drawn are spread over the order.
+    """
+    size = importance.sqrt()
+    count = min(count, size.shape[0])
+    sure = torch.zeros_like(size, dtype=torch.bool)
+    while True:
+        left = count - int(sure.sum())
+        chances = torch.where(sure, torch.ones_like(size), size * (left / size[~sure].sum()))
+        beyond = (chances >= 1) & ~sure
+        if not bool(beyond.any()) or bool((sure | beyond).all()):
+            break
+        sure |= beyond
+    passed = (chances.clamp(max=1).cumsum(0) - 0.5 + 1e-9).floor()
+    before = torch.cat([passed.new_full((1,), -1), passed[:-1]])
+    chosen = (passed > before).nonzero()[:, 0]
+    return chosen, chances.clamp(max=1)[chosen]
+
+
+def calibrate(off: Tensor, weights: Tensor) -> Tensor:
+    """`weights` [n] changed as little as will do so that the features `off` [n, F] nearly add up to 0; they sum to 1.
+
+    The least of RIDGE * sum (w' - w)^2 / w + sum over features (sum w' off)^2 among weights that are not negative,
+    found by leaving out those that would be, so long as there are any.
+    """
+    start = weights / weights.sum()
+    used = torch.ones_like(start, dtype=torch.bool)
+    while True:
+        own, count = start[used], int(used.sum())
+        scaled = off[used] * own[:, None]
+        system = torch.zeros((count + 1, count + 1), dtype=torch.float64)
+        system[:count, :count] = scaled @ scaled.T + RIDGE * own.diag()
+        system[:count, count] = system[count, :count] = own
+        goal = torch.cat([RIDGE * own, torch.ones(1, dtype=torch.float64)])
+        gain = torch.linalg.solve(system, goal)[:count]
+        if bool((gain >= 0).all()):
+            result = torch.zeros_like(start)
+            result[used] = gain * own
+            return result
+        used[used.clone()] = gain > 0

@@ -1,0 +1,156 @@
+"""T2I-Adapters on disk: a diffusers folder, or one .safetensors that describes itself.
+
+Both hold the same tensors under diffusers' names, so ComfyUI's node, diffusers and the training here read either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import IcmsrError
+from ...weights.adapter_layouts import CONFIG_FILE
+from ...weights.base import WEIGHTS_FILE
+from ...weights.generator_file import ADAPTER_FORMAT, read_tensors, write_tensors
+from ...weights.pickles import read_pickle
+
+PICKLE_FILE = "diffusion_pytorch_model.bin"
+_FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
+_BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
+
+
+def make_adapter(channels_in: int, factor: int, widths: Sequence[int]) -> T2IAdapter:
+    """A new ``full_adapter`` for maps of `channels_in` channels, a latent factor and the UNet's level widths."""
+    return T2IAdapter(channels_in, list(widths), 2, factor, "full_adapter")
+
+
+def save_adapter(path: Path, adapter: T2IAdapter, description: Mapping[str, Any], dtype: torch.dtype) -> list[Path]:
+    """Writes `path`.safetensors and the diffusers folder `path`, each atomically file by file; returns both.
+
+    `description` (JSON-able) says what the adapter was trained for: its ``structure``, family, base.
+    """
+    state = {key: value.detach().to("cpu", dtype) for key, value in adapter.state_dict().items()}
+    config = {name: adapter.config[name] for name in _FIELDS}
+    metadata = {"format": ADAPTER_FORMAT, "icmsr": json.dumps({"config": config, **description}, sort_keys=True)}
+    single = path.with_name(path.name + ".safetensors")
+    write_tensors(single, state, metadata)
+    adapter.save_config(path)
+    write_tensors(path / WEIGHTS_FILE, state, {**metadata, "format": "pt"})
+    return [single, path]
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """``in_channels``, ``channels``, ``downscale_factor`` and so on of an adapter, and ``structure`` if it says.
+
+    Reads no weights. A file without a description (another tool's) gives what its shapes tell, with a downscale factor
+    of 0. Raises `IcmsrError` for a missing, damaged or foreign file.
+    """
+    if path.is_dir():
+        config_file = path / CONFIG_FILE
+        if not config_file.is_file():
+            raise IcmsrError(f"{path}: not a T2I-Adapter, {CONFIG_FILE} is missing")
+        try:
+            config = json.loads(config_file.read_text())
+        except ValueError as error:
+            raise IcmsrError(f"{config_file}: cannot be read as JSON ({error})") from error
+        missing = [name for name in _FIELDS if not isinstance(config, dict) or name not in config]
+        if missing:
+            raise IcmsrError(f"{config_file}: not a T2I-Adapter's, it lacks {', '.join(missing)}")
+        weights = path / WEIGHTS_FILE
+        if not weights.is_file() and not (path / PICKLE_FILE).is_file():
+            raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing")
+        extra = _description(weights) if weights.is_file() else {}
+        return {name: config[name] for name in _FIELDS} | {"structure": extra.get("structure")}
+    if not path.is_file():
+        raise IcmsrError(f"{path}: no such adapter file or folder: train one with train/adapter.py")
+    described = _description(path)
+    if "config" in described:
+        return {**described["config"], "structure": described.get("structure")}
+    return _from_shapes(path)
+
+
+def check_adapter(path: Path, channels_in: int, factor: int, widths: Sequence[int], structure: Any = None) -> None:
+    """Raises `IcmsrError` unless the adapter at `path` takes `channels_in` channels and fits the base's levels.
+
+    With `structure` (kind and settings of the condition), an adapter that says it was trained for another is refused:
+    it would work without a word and mean nothing.
+    """
+    config = read_adapter_config(path)
+    taken = config["in_channels"] // (factor**2 if config["downscale_factor"] == 0 else 1)
+    if taken != channels_in:
+        raise IcmsrError(f"{path}: the adapter takes {taken} channels, the condition has {channels_in}")
+    made = list(config["channels"])
+    if config["adapter_type"] == "light_adapter":  # it makes one level more than it names
+        made += made[-1:]
+    if made != list(widths):
+        raise IcmsrError(f"{path}: the adapter is for a UNet of widths {made}, the base has {list(widths)}")
+    if config["downscale_factor"] not in (0, factor):
+        raise IcmsrError(
+            f"{path}: the adapter shrinks by {config['downscale_factor']}, the base's latent by {factor}"
+        )
+    trained = config.get("structure")
+    if structure is not None and trained and trained != structure:
+        raise IcmsrError(f"{path}: the adapter was trained for {trained}, the condition is {structure}")
+
+
+def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
+    """The adapter at `path` in float32. `factor` serves files that do not describe themselves. Raises `IcmsrError`."""
+    config = {key: value for key, value in read_adapter_config(path).items() if key in _FIELDS}
+    if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
+        state = _read_pickle(path / PICKLE_FILE)
+    else:
+        state = read_tensors(path / WEIGHTS_FILE if path.is_dir() else path)[0]
+    if config["downscale_factor"] == 0:
+        config |= {"downscale_factor": factor, "in_channels": config["in_channels"] // factor**2}
+    adapter = T2IAdapter(**config)
+    bad = [key for key, value in state.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise IcmsrError(f"{path}: NaN or infinite values in {', '.join(bad[:4])}")
+    try:
+        adapter.load_state_dict({key: value.float() for key, value in state.items()})
+    except RuntimeError as error:
+        raise IcmsrError(f"{path}: damaged adapter: {' '.join(str(error).split())}") from error
+    return adapter
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Public adapters come as pickles."""
+    state = read_pickle(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise IcmsrError(f"{path}: not the weights of a network by name: download it again")
+    return state
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("icmsr", "{}")
+        values = json.loads(text)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IcmsrError(f"{path}: not a readable .safetensors file ({error}): export it again") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _from_shapes(path: Path) -> dict[str, Any]:
+    with safe_open(str(path), framework="pt") as file:
+        names = list(file.keys())
+        shapes: dict[str, Sequence[int]] = {name: file.get_slice(name).get_shape() for name in names}
+    blocks = sorted((int(match[1]), int(match[2])) for match in map(_BODY.match, names) if match)
+    if not blocks or "adapter.conv_in.weight" not in shapes:
+        raise IcmsrError(f"{path}: not a T2I-Adapter of diffusers' full_adapter layout")
+    levels = blocks[-1][0] + 1
+    return {
+        "in_channels": shapes["adapter.conv_in.weight"][1],
+        "channels": [shapes[f"adapter.body.{level}.resnets.0.block1.weight"][0] for level in range(levels)],
+        "num_res_blocks": blocks[-1][1] + 1,
+        "downscale_factor": 0,
+        "adapter_type": "full_adapter",
+    }

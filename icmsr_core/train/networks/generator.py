@@ -1,0 +1,182 @@
+"""The networks of a distillation: who encodes, who denoises, who judges, over one base model.
+
+With ``weights: lora`` one UNet and one VAE serve every role (`roles.Roles`). With ``weights: whole``, for small bases,
+the generator is a copy of its own, trained in every tensor; the base stays the teacher, the auxiliary LoRA on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ...backbone.noise_schedule import NoiseSchedule, Prediction
+from ...errors import IcmsrError
+from ...runtime.diffusers_backbone import merge_into
+from ...weights.generator_file import Generator, PartWeights
+from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
+
+WEIGHTS = ("lora", "whole")
+DECODER_PARTS = ("decoder", "post_quant_conv")
+BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class NetworksConfig:
+    """Which weights the generator and the auxiliary train."""
+
+    weights: str = "lora"
+    """lora: low-rank updates of the UNet and the VAE's encoder. whole: every tensor, for small bases (nano)."""
+    rank: int = 4
+    """LoRA rank of the generator, in the UNet and in the VAE's encoder; alpha equals it."""
+    auxiliary_rank: int = 4
+    """LoRA rank of the auxiliary."""
+    start: str = ""
+    """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
+    on top of it, and exported as the realistic set of a file whose faithful set is this one."""
+    train_decoder: bool = False
+    """With whole weights: train the decoder too. The latent then is no longer the base's, so there can be no ICM."""
+    zero_output: bool = False
+    """With whole weights: start from a UNet output of zero. With residual prediction the generator then begins as the
+    plain autoencoder."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    base_dtype: str = "fp32"
+    """Precision of the frozen base, fp32 or bf16; what is trained is float32 in either."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weights", WEIGHTS), ("base_dtype", tuple(BASE_DTYPES))):
+            if getattr(self, name) not in allowed:
+                raise IcmsrError(f"networks.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("rank", "auxiliary_rank"):
+            if getattr(self, name) < 1:
+                raise IcmsrError(f"networks.{name} must be at least 1, got {getattr(self, name)}")
+        if self.weights == "whole" and self.base_dtype != "fp32":
+            raise IcmsrError("networks.base_dtype must be fp32 with whole weights: they are what is trained")
+        for name in ("train_decoder", "zero_output"):
+            if self.weights == "lora" and getattr(self, name):
+                raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
+
+
+def in_decoder(parameter: str) -> bool:
+    """Whether a VAE's parameter belongs to its decoder."""
+    return parameter.split(".")[0] in DECODER_PARTS
+
+
+class GeneratorNetworks(nn.Module):
+    """Generator, teacher and auxiliary. Latents are scaled, pictures in [-1, 1]; results are float32."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, schedule: NoiseSchedule, prior: Prediction,
+        config: NetworksConfig, auxiliary: bool, start: Generator | None = None,
+    ) -> None:
+        """`prior` is what the base predicts; without `auxiliary` there are no weights for it; `start` is the generator
+        of `NetworksConfig.start`. Raises `IcmsrError` when that one does not fit the base."""
+        super().__init__()
+        self.unet, self.vae = unet.requires_grad_(False), vae.requires_grad_(False)
+        self.schedule, self.prior, self.config = schedule, prior, config
+        self.scaling = float(vae.config.scaling_factor)
+        self.generator_unet, self.generator_vae, self.start = unet, vae, start
+        whole = config.weights == "whole"
+        if whole or start is not None:  # networks of its own, beside the teacher's
+            self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
+        if start is not None:
+            for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):
+                merge_into(config.start, network, getattr(start, part), start.info.alpha)
+        judges: dict[Role, int] = {"auxiliary": config.auxiliary_rank} if auxiliary else {}
+        own: dict[Role, int] = {} if whole else {"generator": config.rank}
+        shared = self.generator_unet is unet
+        self.unet_roles = Roles(unet, {**own, **judges} if shared else judges, UNET_TARGETS)
+        # With whole weights the generator's networks play no roles: switching the frozen ones has no effect on them.
+        self.generator_roles = self.unet_roles if shared or whole else Roles(self.generator_unet, own, UNET_TARGETS)
+        self.vae_roles = Roles(vae if whole else self.generator_vae, own, VAE_ENCODER_TARGETS)
+        self._generator: Role = "teacher" if whole else "generator"  # the role in which the generator's networks run
+        if whole:
+            self._train_whole()
+        if config.checkpointing:
+            for roles in {self.unet_roles, self.generator_roles, self.vae_roles}:
+                roles.enable_checkpointing()
+            if whole:
+                for network in (self.generator_unet, self.generator_vae):
+                    network.enable_gradient_checkpointing()
+
+    def trained(self, player: str) -> dict[str, nn.Parameter]:
+        """The parameters of ``generator`` or ``auxiliary``, by names that begin with ``unet.`` or ``vae.``."""
+        if player == "auxiliary":
+            parts: Mapping[str, Mapping[str, nn.Parameter]] = {"unet": self.unet_roles.parameters("auxiliary")}
+        elif self.config.weights == "lora":
+            roles = {"unet": self.generator_roles, "vae": self.vae_roles}
+            parts = {part: entry.parameters("generator") for part, entry in roles.items()}
+        else:
+            networks = {"unet": self.generator_unet, "vae": self.generator_vae}
+            parts = {
+                part: {name: value for name, value in network.named_parameters() if value.requires_grad}
+                for part, network in networks.items()
+            }
+        return {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
+
+    def generator_weights(self) -> dict[str, PartWeights]:
+        """What the generator changes in ``unet`` and ``vae``, as a generator file holds it."""
+        if self.config.weights == "lora":
+            roles = {"unet": self.generator_roles, "vae": self.vae_roles}
+            return {part: PartWeights(lora=entry.lora("generator")) for part, entry in roles.items()}
+        trained = self.trained("generator")
+        return {
+            part: PartWeights(tensors={
+                name.removeprefix(f"{part}."): value.detach().clone()
+                for name, value in trained.items() if name.startswith(f"{part}.")
+            })
+            for part in ("unet", "vae")
+        }
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """The generator's latent of `picture` [N, 3, H, W]: the mode of its own encoder's posterior."""
+        with self.vae_roles.use(self._generator):
+            return self._latent(self.generator_vae, picture)
+
+    @torch.no_grad()
+    def encode_truth(self, picture: Tensor) -> Tensor:
+        """The base's own latent of `picture`."""
+        if self.vae is not self.generator_vae:
+            return self._latent(self.vae, picture)
+        with self.vae_roles.use("teacher"):
+            return self._latent(self.vae, picture)
+
+    def denoise(self, latent: Tensor, t: int, prediction: Prediction, context: Tensor) -> Tensor:
+        """The generator's one step: the clean latent from `latent` at timestep `t`; `context` [N, tokens, width]."""
+        steps = torch.full((latent.shape[0],), t, device=latent.device)
+        with self.generator_roles.use(self._generator):
+            output = predict(self.generator_unet, latent, steps, context, None)
+        return self.schedule.x0_from_output(prediction, latent, output, t)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The picture of a scaled latent, in the generator's decoder."""
+        with self.vae_roles.use("teacher"):  # the decoder carries no LoRA
+            picture: Tensor = self.generator_vae.decode(latent / self.scaling).sample
+        return picture.float()
+
+    def noise(self, role: Role, noisy: Tensor, t: Tensor, context: Tensor, features: Sequence[Tensor] | None) -> Tensor:
+        """The noise that the teacher or the auxiliary sees in `noisy` at timesteps `t` [N], in eps form."""
+        with self.unet_roles.use(role):
+            output = predict(self.unet, noisy, t, context, features)
+        return self.schedule.eps_from_output(self.prior, noisy, output, t)
+
+    def _latent(self, vae: AutoencoderKL, picture: Tensor) -> Tensor:
+        latent: Tensor = vae.encode(picture).latent_dist.mode()
+        return latent.float() * self.scaling
+
+    def _train_whole(self) -> None:
+        self.generator_unet.requires_grad_(True)
+        self.generator_vae.requires_grad_(False)
+        parts = ("encoder", "quant_conv", *(DECODER_PARTS if self.config.train_decoder else ()))
+        for part in parts:
+            module = getattr(self.generator_vae, part)
+            if module is not None:  # a VAE may lack quant_conv
+                module.requires_grad_(True)
+        if self.config.zero_output and self.start is None:
+            nn.init.zeros_(self.generator_unet.conv_out.weight)
+            nn.init.zeros_(self.generator_unet.conv_out.bias)

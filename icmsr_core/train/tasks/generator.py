@@ -1,0 +1,337 @@
+"""One-step distillation: a generator trained against the truth, and by the ICM regulariser against a teacher.
+
+    x_L -> encoder -> UNet once -> z -> frozen decoder -> x       L = L2 + perceptual + ICM (ICM-SR, equation 7)
+
+and, in turn, the auxiliary, trained by the diffusion loss on the generator's own latents z (`icm`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backbone.noise_schedule import check_prediction
+from ...errors import IcmsrError
+from ...pictures.ranges import to_signed
+from ...upscale.sizes import resize
+from ...weights.base import BaseFolder
+from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
+from ..data.draws import TimestepConfig, all_timesteps, draw_noising
+from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
+from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
+from ..losses.lpips import Lpips
+from ..losses.perceptual import DecoderPerceptual, PerceptualConfig, make_perceptual
+from ..losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
+from ..losses.spectra import fourier_l1, local_spectrum
+from ..networks.bases import save_base
+from ..networks.conditioning import ConditionConfig, StructureFeatures, picture_of
+from ..networks.generator import GeneratorNetworks, NetworksConfig, in_decoder
+from .task import Batch, Player, Task, latent_shape, shareable, stack_rows
+
+AUTOENCODER_STRIDE = 4
+"""The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
+generator's own."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the generator's losses; a term of weight 0 is not computed."""
+
+    l2: float = 1.0
+    """Mean squared error on [-1, 1]."""
+    perceptual: float = 2.0
+    """The perceptual distance (`generator.perceptual`)."""
+    icm: float = 1.0
+    """The ICM regulariser."""
+    charbonnier: float = 0.0
+    """Charbonnier (smooth L1) distance (ours)."""
+    gradient: float = 0.0
+    """L1 of image gradients (ours)."""
+    fourier: float = 0.0
+    """L1 of Fourier magnitudes (ours)."""
+    spectrum: float = 0.0
+    """Log ratio of local amplitudes (ours; `reconstruction.local_spectrum`)."""
+    autoencoder: float = 0.0
+    """Charbonnier distance and half the L1 of gradients between the truth and what the decoder makes of the base's own
+    latent of it; with `networks.train_decoder` (ours). It keeps the decoder that of the base's latent, and the run
+    exports a base with it."""
+    tone: float = 0.0
+    """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
+    warmup: dict[str, int] = field(default_factory=dict)
+    """Images over which a term's weight rises from 0, by its name: {icm: 4000}."""
+
+    def __post_init__(self) -> None:
+        terms = self.terms()
+        if not all(0 <= weight < float("inf") for weight in terms.values()):
+            raise IcmsrError(f"loss weights must not be negative, got {terms}")
+        if not any(terms.values()):
+            raise IcmsrError("every loss weight is 0: nothing would be trained")
+        unknown = sorted(set(self.warmup) - set(terms))
+        if unknown or any(images < 0 for images in self.warmup.values()):
+            raise IcmsrError(f"losses.warmup takes images by term ({', '.join(terms)}), got {self.warmup}")
+
+    def terms(self) -> dict[str, float]:
+        """The weights by name."""
+        return {name: value for name, value in asdict(self).items() if name != "warmup"}
+
+    def at(self, images: int) -> dict[str, float]:
+        """The weights at a position of the run, warm-up included, without those of terms that are never used."""
+        return {
+            name: weight * min(1.0, images / self.warmup[name] if self.warmup.get(name) else 1.0)
+            for name, weight in self.terms().items() if weight
+        }
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What the generator is and how it is trained."""
+
+    timestep: int = 999
+    """The one input timestep."""
+    prediction: str = "eps"
+    """What the generator's UNet output means: eps, v, or residual (x0 = z - output)."""
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+    """Which weights are trained."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the losses."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """The perceptual term."""
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """Where the regulariser draws its timesteps."""
+    gradient_floor: float = 1e-4
+    """Floor under the normaliser of the ICM gradient."""
+    auxiliary_steps: int = 1
+    """Optimiser steps of the auxiliary in each step of the generator."""
+    auxiliary_learning_rate: float = 1.0
+    """The auxiliary's learning rate over the generator's."""
+    color_fix: bool = False
+    """Measure the losses after the wavelet colour correction, as inference applies it (ours): a small network then
+    spends its capacity on detail and leaves the low frequencies to the input."""
+    licence: str = "Apache-2.0"
+    """Licence of the exported weights (SPDX)."""
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        if self.auxiliary_steps < 1:
+            raise IcmsrError(f"auxiliary_steps must be at least 1, got {self.auxiliary_steps}")
+        for name in ("auxiliary_learning_rate", "gradient_floor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise IcmsrError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.losses.icm and self.networks.train_decoder:
+            raise IcmsrError(
+                "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
+                "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
+            )
+        if self.losses.autoencoder and not self.networks.train_decoder:
+            raise IcmsrError("losses.autoencoder trains the decoder: set networks.train_decoder to true, or it to 0")
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Embedded prompts: what cross-attention sees, each [tokens, width]."""
+
+    constant: Tensor
+    """The generator's own, and everybody's where the condition is not text."""
+    captions: Tensor | None = None
+    """For text: [P, tokens, width], by the batch's caption numbers."""
+    negative: Tensor | None = None
+    """For text with guidance: the unconditional half's."""
+
+
+class GeneratorTask(Task):
+    """See the module's own words."""
+
+    constant: Tensor
+    negative: Tensor | None
+
+    def __init__(
+        self, networks: GeneratorNetworks, features: StructureFeatures | None, contexts: Contexts, base: BaseFolder,
+        config: GeneratorConfig, condition: ConditionConfig, seed: int, settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.networks, self.features, self.base, self.settings = networks, features, base, settings
+        self.config, self.condition, self.seed = config, condition, seed
+        self.schedule = base.schedule
+        self.schedule.check_timestep(config.timestep)
+        self.prediction = check_prediction(config.prediction)
+        wanted = config.losses.perceptual > 0
+        self.perceptual = make_perceptual(config.perceptual, networks.vae, torch.device("cpu")) if wanted else None
+        self.register_buffer("constant", contexts.constant, persistent=False)
+        self.captions = contexts.captions  # on the CPU: a large data set's are larger than a GPU
+        self.register_buffer("negative", contexts.negative, persistent=False)
+        self.meter = BinnedMeans(self.schedule.steps)
+
+    def players(self) -> Sequence[Player]:
+        """See `Task`."""
+        config = self.config
+        generator = Player("generator", self.networks.trained("generator"))
+        if not config.losses.icm:
+            return [generator]
+        auxiliary = Player(
+            "auxiliary", self.networks.trained("auxiliary"), config.auxiliary_steps, config.auxiliary_learning_rate,
+            averaged=False,
+        )
+        return [generator, auxiliary]
+
+    def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
+        """See `Task`. Adds ``t`` [N], ``eps`` [N, C, h, w], the condition's ``maps`` and the weights of the losses."""
+        device, config = batch["sharp"].device, self.config
+        added: Batch = {}
+        if player == "generator":
+            added = {f"weight/{name}": torch.tensor(value) for name, value in config.losses.at(images).items()}
+        if config.losses.icm:
+            purpose = f"{player}/{turn}"
+            law = config.timesteps if player == "generator" else all_timesteps()
+            shape = latent_shape(self.networks.vae, batch["sharp"])
+            added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law, device)
+            if self.captions is not None:
+                added["text"] = self.captions[batch["caption"].cpu()].to(device)
+            if self.features is not None and "maps" not in batch:
+                added["maps"] = self.condition.maps(picture_of(batch, self.condition.source))
+        return {**batch, **added}
+
+    def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        """See `Task`."""
+        return self._generator_losses(batch) if player == "generator" else self._auxiliary_losses(batch)
+
+    def generate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The generator's latent [N, C, h, w] and picture [N, 3, H, W] for the batch's inputs."""
+        latent = self._latent(batch)
+        return latent, self.networks.decode(latent)
+
+    @torch.no_grad()
+    def grid(self, batch: Batch) -> Tensor:
+        """Input, result, truth, and the maps of the condition, row by row."""
+        result, given = self.generate(batch)[1], input_of(batch)
+        rows = [given, self._corrected(result, given), to_signed(batch["sharp"])]
+        if self.condition.names:
+            maps = self.condition.maps(picture_of(batch, self.condition.source))
+            rows += self.condition.shown(maps * 2 - 1)
+        return stack_rows(*rows)
+
+    def export(self, folder: Path) -> list[Path]:
+        """The generator file in `folder`, and the folder ``base`` where the base has got a new decoder."""
+        config, networks, start = self.config, self.config.networks, self.networks.start
+        weights = self.networks.generator_weights()
+        lora = networks.weights == "lora"
+        info = GeneratorInfo(
+            family=self.base.info.family, timestep=config.timestep, prediction=self.prediction,
+            base=self.base.info.name, base_hash=self.base.hash(), rank=networks.rank if lora else 0,
+            alpha=float(networks.rank) if lora else 0.0, licence=config.licence,
+            training=shareable(self.settings),
+        )
+        embedding = self.constant.float().cpu()
+        path, written = folder / "generator.safetensors", []
+        if config.losses.autoencoder:
+            decoder = {name: value for name, value in weights["vae"].tensors.items() if in_decoder(name)}
+            encoder = {name: value for name, value in weights["vae"].tensors.items() if name not in decoder}
+            weights["vae"] = PartWeights(tensors=encoder)
+            vae = copy.deepcopy(self.networks.vae)
+            vae.load_state_dict({**vae.state_dict(), **decoder})
+            save_base(folder / "base", self.networks.unet, vae, embedding, self.base.info)
+            written.append(folder / "base")
+        if lora and start is not None:  # a second set, on top of the one that it began from
+            info = replace(
+                start.info, base=info.base, base_hash=info.base_hash, licence=config.licence,
+                realistic_rank=networks.rank, realistic_alpha=float(networks.rank), realistic_training=info.training,
+                realistic_default=1.0,
+            )
+            generator = Generator(info, start.unet, start.vae, embedding, realistic=weights)
+        else:
+            generator = Generator(info, weights["unet"], weights["vae"], embedding)
+        save_generator(path, generator)
+        return [path, *written]
+
+    def _latent(self, batch: Batch) -> Tensor:
+        latent = self.networks.encode(input_of(batch))
+        return self.networks.denoise(latent, self.config.timestep, self.prediction, self._constant(latent))
+
+    def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        truth, weights = to_signed(batch["sharp"]), self.config.losses.terms()
+        latent = self._latent(batch)
+        terms: dict[str, Tensor] = {}
+        raw = None
+        if isinstance(self.perceptual, DecoderPerceptual):
+            picture, seen = self.perceptual.decode(latent)
+            wanted = self.perceptual.features(self.networks.encode_truth(truth))
+            terms["perceptual"] = self.perceptual.distance(seen, wanted)
+            raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
+        if raw is None:
+            raw = self.networks.decode(latent)
+        result = self._corrected(raw, input_of(batch))
+        if isinstance(self.perceptual, Lpips):
+            terms["perceptual"] = self.perceptual(result, truth)
+        distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "l2": F.mse_loss, "charbonnier": charbonnier, "gradient": gradient_l1, "fourier": fourier_l1,
+            "spectrum": local_spectrum,
+        }
+        terms |= {name: distance(result, truth) for name, distance in distances.items() if weights[name]}
+        if weights["tone"]:
+            terms["tone"] = charbonnier(raw, truth)
+        if weights["autoencoder"]:
+            some = truth[::AUTOENCODER_STRIDE]
+            again = self.networks.decode(self.networks.encode_truth(some))
+            terms["autoencoder"] = charbonnier(again, some) + 0.5 * gradient_l1(again, some)
+        carried: Batch = {}
+        if weights["icm"]:
+            gradient, carried = self._icm_gradient(latent, batch)
+            terms["icm"] = icm_loss(latent, gradient)
+        loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
+        with torch.no_grad():
+            mse = (result.clamp(-1, 1) - truth).square().mean() / 4
+            health = {"psnr": -10 * mse.log10(), "saturation": saturation(result)}
+            if len(result) > 1:  # a single picture has no spread
+                health["variety"] = variety(result, truth)
+        return {"loss": loss, **terms, **health}, carried
+
+    @torch.no_grad()
+    def _icm_gradient(self, latent: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+        """g for `latent`, and what the auxiliary's turn needs: the latent and the condition's maps."""
+        t, eps = batch["t"], batch["eps"]
+        noisy = self.schedule.add_noise(latent, eps, t)
+        context, features = self._text(batch, latent), self._features(batch)
+        teacher = self.networks.noise("teacher", noisy, t, context, features)
+        auxiliary = self.networks.noise("auxiliary", noisy, t, context, features)
+        if self.condition.guidance != 1:
+            # The auxiliary stays free of guidance: it tells the generator's own score, not a sharpened one.
+            negative = self.negative if self.negative is not None else self.constant
+            plain = self.networks.noise("teacher", noisy, t, self._repeat(negative, latent), None)
+            teacher = guided(teacher, plain, self.condition.guidance)
+        assert self.meter is not None
+        self.meter.add(diagnostics(teacher, auxiliary, eps), t)
+        carried = {"latent": latent.detach()} | ({"maps": batch["maps"]} if "maps" in batch else {})
+        return icm_gradient(teacher, auxiliary, eps, self.config.gradient_floor), carried
+
+    def _auxiliary_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        latent, t, eps = batch["latent"].detach(), batch["t"], batch["eps"]
+        noisy = self.schedule.add_noise(latent, eps, t)
+        predicted = self.networks.noise("auxiliary", noisy, t, self._text(batch, latent), self._features(batch))
+        return {"loss": auxiliary_loss(predicted, eps)}, {}
+
+    def _features(self, batch: Batch) -> list[Tensor] | None:
+        return None if self.features is None else self.features(batch["maps"])
+
+    def _text(self, batch: Batch, latent: Tensor) -> Tensor:
+        """What teacher and auxiliary see in cross-attention: captions for text, else the constant."""
+        return batch["text"].to(latent.dtype) if "text" in batch else self._constant(latent)
+
+    def _constant(self, latent: Tensor) -> Tensor:
+        return self._repeat(self.constant, latent)
+
+    def _repeat(self, embedding: Tensor, latent: Tensor) -> Tensor:
+        return embedding.to(latent.dtype)[None].expand(latent.shape[0], -1, -1)
+
+    def _corrected(self, raw: Tensor, given: Tensor) -> Tensor:
+        return with_low_frequencies(raw, given) if self.config.color_fix else raw
+
+
+def input_of(batch: Batch) -> Tensor:
+    """The degraded picture at the size of its truth, in [-1, 1]."""
+    return resize(batch["low"].float() / 255, *batch["sharp"].shape[-2:]) * 2 - 1

@@ -1,0 +1,38 @@
+"""Sizes of pictures: resizing, and padding to what the networks take."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backbone.protocol import BackboneDescriptor
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """`image` [N, C, H, W] at height x width: bicubic (a = -0.5) with antialiasing, as Pillow's.
+
+    Float32, clamped to [0, 1]; never `image` itself.
+    """
+    image = image.float()
+    if image.shape[-2:] == (height, width):
+        return image.clamp(0, 1)
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """`image` [N, C, H, W] extended at the bottom and the right to multiples of `multiple`.
+
+    By reflection, and by replication along an axis that is too short to reflect. Never squeezed: the caller crops.
+    """
+    height, width = image.shape[-2:]
+    down, right = -height % multiple, -width % multiple
+    for amounts, room in (((0, 0, 0, down), height), ((0, right, 0, 0), width)):
+        if any(amounts):
+            image = F.pad(image, amounts, mode="reflect" if max(amounts) < room else "replicate")
+    return image
+
+
+def padded_size(height: int, width: int, descriptor: BackboneDescriptor) -> tuple[int, int]:
+    """The sides of a result as the networks see them: `pad_to_multiple` of what the family takes."""
+    multiple = descriptor.multiple_of
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple

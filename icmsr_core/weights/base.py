@@ -1,0 +1,309 @@
+"""A base model on disk: a diffusers folder (`unet/`, `vae/`), with `icmsr_base.json` beside them or plain, or one file.
+
+A plain folder is Stable Diffusion as it is published, with `scheduler/scheduler_config.json`: its family is read off
+the UNet's configuration; of a checkpoint in one file, off the shapes (`single_file.py`). Read with json and safetensors
+alone, so that the ComfyUI nodes need no diffusers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbone.noise_schedule import NoiseSchedule, Prediction, check_prediction
+from ..backbone.protocol import BackboneDescriptor
+from ..errors import IcmsrError
+from .generator_file import Generator, info_from_json, open_tensors, read_tensors
+from .generator_fit import check_family, check_prior
+from .sd_families import SD_SCALING, published_values
+from .single_file import diffusers_name, diffusers_tensor, read_checkpoint
+
+INFO_FILE = "icmsr_base.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+HALF_FILE = "diffusion_pytorch_model.fp16.safetensors"
+HALF_INDEX_FILE = f"{WEIGHTS_FILE}.index.fp16.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+PROMPT_FILE = "prompt_embedding.safetensors"
+
+REOPEN_AFTER = 1 << 22
+"""Bytes of tensors that are read before a weights file is opened anew."""
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names in VAE checkpoints from before diffusers 0.17, and today's."""
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What a base folder says of itself beyond the diffusers configurations."""
+
+    name: str
+    """Name of the model, for people."""
+    family: str
+    """Family that generator files refer to."""
+    prediction: Prediction = "eps"
+    """What the UNet, as a diffusion prior, predicts."""
+    beta_start: float = 0.00085
+    """Scaled-linear noise schedule, first beta."""
+    beta_end: float = 0.012
+    """Scaled-linear noise schedule, last beta."""
+    steps: int = 1000
+    """Training timesteps."""
+    licence: str = ""
+    """Licence of the weights (SPDX)."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the weights of one network are."""
+
+    path: Path
+    """The .safetensors (of a single file the whole checkpoint), or the index of a sharded one."""
+    shards: tuple[Path, ...]
+    """The files that hold the tensors, in name order: `path` alone, or those that the index names."""
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """An opened base: configurations read and checked, weights not yet loaded."""
+
+    path: Path
+    """The folder, or the checkpoint file."""
+    info: BaseInfo
+    unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The prior's noise schedule."""
+        return NoiseSchedule(self.info.beta_start, self.info.beta_end, self.info.steps)
+
+    def unet_weights_path(self) -> Path:
+        """The UNet's .safetensors, or the index of its shards."""
+        return find_weights(self.path, "unet").path
+
+    def unet_state(self) -> dict[str, Tensor]:
+        """The UNet's tensors under their diffusers names; they may be views of the mapped files."""
+        return self._state("unet")
+
+    def vae_state(self) -> dict[str, Tensor]:
+        """The VAE's tensors under their diffusers names; they may be views of the mapped files."""
+        return self._state("vae")
+
+    def tensors(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything in `part` (``unet``, ``vae``), one at a time, floating ones in `dtype`.
+
+        Each has memory of its own. The file is opened anew every few megabytes, because the pages of a mapped file
+        count as the process's memory for as long as it is open: the peak is what the caller keeps and one tensor more.
+        Raises `IcmsrError` for a damaged file, and for a value that is not finite in `dtype`.
+        """
+        for path, group in groupby(self._keys(part), key=lambda entry: entry[0]):
+            entries = deque(group)
+            while entries:
+                batch: dict[str, Tensor] = {}
+                with open_tensors(path) as file:
+                    while entries and sum(tensor.nbytes for tensor in batch.values()) < REOPEN_AFTER:
+                        _, key, name = entries.popleft()
+                        batch[name] = _cast_copy(diffusers_tensor(part, name, file.get_tensor(key)), dtype)
+                        _check_finite(path, key, batch[name])
+                yield from batch.items()
+
+    def where(self, part: str) -> str:
+        """Where `part` is, for an error."""
+        return f"{self.path} ({part})" if self.path.is_file() else f"{self.path}/{part}"
+
+    def _state(self, part: str) -> dict[str, Tensor]:
+        state = {}
+        for path, keys in groupby(self._keys(part), key=lambda entry: entry[0]):
+            with open_tensors(path) as file:
+                for _, key, name in keys:
+                    state[name] = diffusers_tensor(part, name, file.get_tensor(key))
+        return state
+
+    def _keys(self, part: str) -> Iterator[tuple[Path, str, str]]:
+        """File, key in it and diffusers name of every tensor of `part`."""
+        single = self.path.is_file()
+        for path in find_weights(self.path, part).shards:
+            with open_tensors(path) as file:
+                keys = list(file.keys())
+            for key in keys:
+                name = diffusers_name(part, key) if single else _present_name(part, key)
+                if name is not None:
+                    yield path, key, name
+
+    def prompt_embedding(self) -> Tensor | None:
+        """The prior's constant context [tokens, width], or None when the folder has none."""
+        path = self.path / PROMPT_FILE
+        if not path.is_file():
+            return None
+        tensors = read_tensors(path)[0]
+        if "prompt_embedding" not in tensors or tensors["prompt_embedding"].ndim != 2:
+            raise IcmsrError(f"{path}: must hold the tensor prompt_embedding [tokens, width]: write the base again")
+        return tensors["prompt_embedding"]
+
+    def hash(self) -> str:
+        """SHA-256 of the file with the UNet, as generator files record it; of shards one after another by name."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
+        digest = hashlib.sha256()
+        for path in find_weights(self.path, "unet").shards:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):  # the large families' weights are gigabytes
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def descriptor(self, generator: Generator | None = None) -> BackboneDescriptor:
+        """The backbone that this base gives, with `generator`'s timestep and prediction, or the prior's own at t = 0.
+
+        Raises `IcmsrError` when the generator belongs to another family, or its LoRA to a prior of another prediction.
+        """
+        if generator is not None:
+            check_family(generator.info, self.info.family, f"the base {self.info.name!r}")
+            where = f"the base {self.info.name!r}"
+            if self.path.is_file():
+                where += ", as its metadata says or its weights suggest; its diffusers folder states it"
+            recorded = generator.info.base_hash
+            check_prior(generator, self.info.prediction, where, lambda: recorded == self.hash())
+        factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        descriptor = BackboneDescriptor(
+            family=self.info.family,
+            latent_channels=int(self.vae_config["latent_channels"]),
+            latent_factor=factor,
+            multiple_of=factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1),
+            timestep=0 if generator is None else generator.info.timestep,
+            prediction=self.info.prediction if generator is None else generator.info.prediction,
+            schedule=self.schedule,
+        )
+        self.schedule.check_timestep(descriptor.timestep)
+        return descriptor
+
+
+def open_base(path: Path) -> BaseFolder:
+    """The base at `path`: a folder, or a Stable Diffusion checkpoint in one .safetensors (see `read_checkpoint`).
+
+    Raises `IcmsrError`, which names what is missing, cannot be read or is of no known family.
+    """
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        own = info_from_json(str(path), BaseInfo, dict(checkpoint.values))
+        return _checked(BaseFolder(path, own, checkpoint.unet_config, checkpoint.vae_config))
+    if not path.is_dir():
+        raise IcmsrError(f"{path}: no such file or folder, a base is a diffusers folder or a checkpoint (.safetensors)")
+    plain = not (path / INFO_FILE).is_file()
+    if plain and not (path / SCHEDULER_FILE).is_file():
+        raise IcmsrError(
+            f"{path}: not a base folder of ICM-SR, {INFO_FILE} is missing "
+            f"(a plain Stable Diffusion folder has {SCHEDULER_FILE} instead)"
+        )
+    for part in ("unet", "vae"):
+        if not (path / part / "config.json").is_file():
+            raise IcmsrError(f"{path}: not a base folder of ICM-SR, {part}/config.json is missing")
+        find_weights(path, part)
+    info = None if plain else info_from_json(str(path / INFO_FILE), BaseInfo, _read_json(path / INFO_FILE))
+    configs = {}
+    for part, needed_keys in (
+        ("unet", ("block_out_channels", "cross_attention_dim")), ("vae", ("block_out_channels", "latent_channels"))
+    ):
+        configs[part] = _read_json(path / part / "config.json")
+        missing = [key for key in needed_keys if key not in configs[part]]
+        if missing:
+            raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")
+    configs["vae"].setdefault("scaling_factor", SD_SCALING)
+    if info is None:
+        file = path / SCHEDULER_FILE
+        way_out = f"another base needs an {INFO_FILE}"
+        info = info_from_json(
+            str(file), BaseInfo, published_values(path, configs["unet"], file, _read_json(file), way_out)
+        )
+    return _checked(BaseFolder(path, info, configs["unet"], configs["vae"]))
+
+
+def _checked(base: BaseFolder) -> BaseFolder:
+    check_prediction(base.info.prediction)
+    _ = base.schedule  # raises for numbers that make no schedule
+    return base
+
+
+def find_weights(base: Path, part: str) -> WeightFiles:
+    """The weights in the folder `part` of `base`: one file, else shards under an index, else the same as fp16 variant.
+
+    Of a checkpoint in one file, that file. Raises `IcmsrError` when there are none, or when the index cannot be read or
+    names a shard that is not there.
+    """
+    if base.is_file():
+        return WeightFiles(base, (base,))
+    folder = base / part
+    found = [name for name in (WEIGHTS_FILE, INDEX_FILE, HALF_FILE, HALF_INDEX_FILE) if (folder / name).is_file()]
+    if not found:
+        raise IcmsrError(
+            f"{base}: not a base folder of ICM-SR, {part}/{WEIGHTS_FILE} is missing (so are {INDEX_FILE}, {HALF_FILE} "
+            f"and {HALF_INDEX_FILE}; pickled .bin weights must be saved as .safetensors first)"
+        )
+    index = folder / found[0]
+    if index.suffix == ".safetensors":
+        return WeightFiles(index, (index,))
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(_is_file_name(name) for name in names.values()):
+        raise IcmsrError(f"{index}: its weight_map must name a file of its folder for each tensor: download it again")
+    shards = tuple(folder / name for name in sorted(set(names.values())))
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise IcmsrError(f"{index}: names {', '.join(absent[:4])}, which is missing: download the folder again")
+    return WeightFiles(index, shards)
+
+
+def _present_name(part: str, key: str) -> str:
+    if part != "vae":
+        return key
+    return re.sub(
+        r"(?<=\.attentions\.\d\.)(query|key|value|proj_attn)(?=\.)", lambda match: OLD_ATTENTION[match[1]], key
+    )
+
+
+def _cast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _check_finite(path: Path, key: str, tensor: Tensor) -> None:
+    # The extremes are NaN where there is one, and take no memory, unlike a mask.
+    if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise IcmsrError(f"{path}: NaN or infinite values in {key} (as {tensor.dtype}): download or export it again")
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".safetensors") and not re.search(r"[/\\]", value)
+
+
+def write_base_info(path: Path, info: BaseInfo) -> None:
+    """Writes `icmsr_base.json` into the folder `path`."""
+    (path / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IcmsrError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise IcmsrError(f"{path}: expected a JSON object")
+    return values
+
+
+def default_prompt_embedding(tokens: int, width: int) -> Tensor:
+    """The constant context of a text-free base, [tokens, width]: seeded normal values (ours).
+
+    Any constant would do; zeros would leave the cross-attention's key and value matrices without a gradient.
+    """
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(2211))

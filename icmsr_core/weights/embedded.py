@@ -1,0 +1,29 @@
+"""The small default model ("nano") that ships with the pack: where its files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EMBEDDED_FIDELITY = 0.0
+"""Fidelity that the embedded generator's file asks for where no other is: its faithful set is the sharper one."""
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def embedded_base() -> Path:
+    """Folder of nano's base: VAE and diffusion prior."""
+    return ASSETS / "nano"
+
+
+def embedded_generator() -> Path:
+    """nano's one-step generator file."""
+    return ASSETS / "nano" / "generator.safetensors"
+
+
+def embedded_adapter() -> Path:
+    """nano's T2I-Adapter: colormap and edges, for its bare prior."""
+    return ASSETS / "nano" / "adapter.safetensors"
+
+
+def demo_picture() -> Path:
+    """The bundled photograph of `icmsr demo` (source and licence in `assets/README.md`)."""
+    return ASSETS / "demo.png"

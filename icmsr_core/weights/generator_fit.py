@@ -1,0 +1,40 @@
+"""Whether a generator belongs on a base, by what both say of themselves; its tensors are checked in `merging.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import IcmsrError
+from .generator_file import Generator, GeneratorInfo
+from .sd_families import SD_HUB_IDS
+
+
+def check_family(info: GeneratorInfo, family: str, where: str) -> None:
+    """Raises `IcmsrError` when the generator is for another family than `family`; `where` names the base."""
+    if info.family != family:
+        hub = f" (--base {SD_HUB_IDS[info.family]}, say)" if info.family in SD_HUB_IDS else ""
+        raise IcmsrError(
+            f"the generator is for the family {info.family!r}, {where} is {family!r}: choose files of one family{hub}"
+        )
+
+
+def check_prior(
+    generator: Generator, prediction: str, where: str, own_base: Callable[[], bool] = lambda: False
+) -> None:
+    """Raises `IcmsrError` when the generator's LoRA does not belong on a prior that predicts `prediction`.
+
+    LoRA starts from what its base predicts. A generator with residual prediction does not say what that was: eps is
+    taken for granted, and another prior passes only where `own_base` finds it to be the one it was trained on. A UNet
+    replaced whole may predict what it likes. `where` names the base in the error.
+    """
+    if not any(weights.lora for weights in generator.sets("unet")):
+        return
+    own = generator.info.prediction
+    if (prediction == "eps" or own_base()) if own == "residual" else prediction == own:
+        return
+    wanted = "eps" if own == "residual" else own
+    model = "v-prediction (768 px)" if wanted == "v" else "eps-prediction (512 px, such as SD2.1-base)"
+    raise IcmsrError(
+        f"the generator is for a base that predicts {wanted}, this one predicts {prediction} ({where}): "
+        f"choose the {model} model"
+    )

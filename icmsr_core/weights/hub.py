@@ -1,0 +1,79 @@
+"""A base by its name: a path, or a model on the Hugging Face hub, of which only what is needed is fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import IcmsrError
+from .base import HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, INFO_FILE, PROMPT_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from .sd_families import SD_HUB_IDS
+
+PARTS = ("unet", "vae")
+TEXT_WEIGHTS, TEXT_HALF = ["model.safetensors"], ["model.fp16.safetensors"]
+"""Weights of the text encoder in full precision, and their fp16 variant."""
+TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/merges.txt")
+
+
+def find_base(name: str, text: bool = False) -> Path:
+    """The folder or file that `name` names.
+
+    A local path wins. What has the form ``owner/name`` of a hub id, and whose first half is no local folder, is the
+    snapshot of that model in huggingface_hub's cache: fetched there when it is missing, without a network (or with
+    HF_HUB_OFFLINE=1) as far as it is there. Weights in full precision are fetched, else the fp16 variant; with `text`
+    the text encoder and its tokenizer too.
+
+    Raises `IcmsrError` for an id that is neither in the cache nor within reach. Other names come back as they are;
+    `open_base` says what is wrong with them.
+    """
+    path = Path(name)
+    if path.exists() or not is_hub_id(name) or path.parent.exists():
+        return path
+    fetch = _downloader(name)
+    weights = [WEIGHTS_FILE, INDEX_FILE, _shards(WEIGHTS_FILE)]
+    half = [HALF_FILE, HALF_INDEX_FILE, _shards(HALF_FILE)]
+    wanted = dict.fromkeys(PARTS, (weights, half))
+    if text:
+        wanted["text_encoder"] = (TEXT_WEIGHTS, TEXT_HALF)
+    folder = fetch([
+        INFO_FILE, PROMPT_FILE, SCHEDULER_FILE, *(TOKENIZER_FILES if text else ()),
+        *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in ("config.json", *whole)),
+    ])
+    without = [part for part, (whole, _) in wanted.items() if not any((folder / part / f).is_file() for f in whole[:2])]
+    if without:
+        folder = fetch([f"{part}/{file}" for part in without for file in wanted[part][1]])
+    return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form ``owner/name`` of a model on the hub, and is no path to a file."""
+    half = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+    return re.fullmatch(f"{half}/{half}", name) is not None and not name.endswith((".safetensors", ".ckpt"))
+
+
+def _shards(file: str) -> str:
+    """The pattern of the shards of what would be `file` in one piece."""
+    return file.replace(".safetensors", "-?????-of-?????.safetensors")
+
+
+def _downloader(name: str) -> Any:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise IcmsrError(
+            f"{name}: no such file or folder, and to fetch it huggingface_hub is needed ({error}): "
+            "pip install huggingface_hub, or name a folder"
+        ) from error
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:  # of several libraries: its own, the HTTP client's, the operating system's
+            reason = " ".join(str(error).split()[:30]) or type(error).__name__
+            raise IcmsrError(
+                f"{name}: no file or folder here, and not to be had from the Hugging Face hub ({reason}): check the "
+                f"name (such as {SD_HUB_IDS['sd21']}), or download it first and name the folder"
+            ) from error
+
+    return fetch

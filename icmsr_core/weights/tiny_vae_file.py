@@ -1,0 +1,112 @@
+"""The weights of a tiny VAE (TAESD, github.com/madebyollin/taesd, MIT) in the forms it is published in.
+
+Read with json and safetensors alone; the names are diffusers' AutoencoderTiny's in the end. Its latents are Stable
+Diffusion's scaled ones (scaling factor 1), so encoder and decoder take the place of the VAE's without further ado.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..backbone.protocol import BackboneDescriptor
+from ..errors import IcmsrError
+from .generator_file import read_tensors
+
+WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
+PAIR = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
+CLAMP_LAYERS = 1
+"""Layers that TAESD's own decoder has before the first convolution (a clamp) and diffusers' list has not."""
+FORMS = f"a diffusers folder ({CONFIG_FILE}, {WEIGHTS_FILE}), or {PAIR[0]} with {PAIR[1]} beside it"
+
+
+@dataclass(frozen=True, eq=False)
+class TinyVae:
+    """A tiny VAE that was read, not yet built."""
+
+    path: Path
+    """Where it was found."""
+    state: Mapping[str, Tensor]
+    """Its tensors under AutoencoderTiny's names: ``encoder.layers.0.weight``, ..."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """diffusers' configuration; what it leaves out is TAESD's."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of its latent."""
+        return int(self.state["decoder.layers.0.weight"].shape[1])
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell."""
+        return int(2 ** (len(self.config.get("num_decoder_blocks", (3, 3, 3, 1))) - 1))
+
+    def check_fits(self, descriptor: BackboneDescriptor) -> None:
+        """Raises `IcmsrError` where this is no VAE for the latents of `descriptor`."""
+        own = self.latent_channels, self.latent_factor
+        wanted = descriptor.latent_channels, descriptor.latent_factor
+        if own != wanted:
+            raise IcmsrError(
+                f"{self.path}: this tiny VAE has {own[0]} latent channels and {own[1]} pixels a cell, the family "
+                f"{descriptor.family} has {wanted[0]} and {wanted[1]}: TAESD is for sd15 and sd21"
+            )
+
+
+def read_tiny_vae(path: Path) -> TinyVae:
+    """The tiny VAE at `path`: a diffusers folder, its weights file, or one of TAESD's own pair or their folder.
+
+    Raises `IcmsrError`, which names what is missing, for anything else.
+    """
+    if path.is_dir():
+        if (path / WEIGHTS_FILE).is_file():
+            path = path / WEIGHTS_FILE
+        elif (path / PAIR[0]).is_file() or (path / PAIR[1]).is_file():
+            path = path / PAIR[0]
+        else:
+            raise IcmsrError(f"{path}: holds no tiny VAE: expected {FORMS}")
+    elif not path.is_file():
+        raise IcmsrError(f"{path}: no such file or folder: --tiny-vae takes {FORMS}")
+    if path.suffix != ".safetensors":
+        raise IcmsrError(f"{path}: must be a .safetensors; pickled .pth and .bin files are never opened: take {FORMS}")
+    if "encoder" in path.name or "decoder" in path.name:
+        return _read_pair(path)
+    state = read_tensors(path)[0]
+    config = _read_config(path.with_name(CONFIG_FILE)) if path.with_name(CONFIG_FILE).is_file() else {}
+    return _checked(TinyVae(path, state, config))
+
+
+def _read_pair(path: Path) -> TinyVae:
+    state = {}
+    for part, shift in (("encoder", 0), ("decoder", CLAMP_LAYERS)):
+        file = path.with_name(path.name.replace("encoder", part).replace("decoder", part))
+        if not file.is_file():
+            raise IcmsrError(f"{file}: missing beside {path.name}: a tiny VAE needs both, encoder and decoder")
+        for key, tensor in read_tensors(file)[0].items():
+            number, _, rest = key.partition(".")
+            if not number.isdigit():
+                raise IcmsrError(f"{file}: not of TAESD's layout, found {key!r}: expected {FORMS}")
+            state[f"{part}.layers.{int(number) - shift}.{rest}"] = tensor
+    return _checked(TinyVae(path, state))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IcmsrError(f"{path}: cannot be read as JSON ({error})") from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderTiny":
+        raise IcmsrError(f"{path}: must be the configuration of an AutoencoderTiny, got {kind!r}: expected {FORMS}")
+    return config
+
+
+def _checked(tiny: TinyVae) -> TinyVae:
+    absent = [key for key in ("encoder.layers.0.weight", "decoder.layers.0.weight") if key not in tiny.state]
+    if absent:
+        raise IcmsrError(f"{tiny.path}: not a tiny VAE, {' and '.join(absent)} missing: expected {FORMS}")
+    return tiny

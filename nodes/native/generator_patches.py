@@ -1,0 +1,173 @@
+"""A generator file as patches of core's ModelPatcher: core merges them when it loads the networks, and undoes it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import comfy.weight_adapter
+from torch import Tensor
+
+from ...icmsr_core.errors import IcmsrError
+from ...icmsr_core.weights.generator_file import REALISTIC, Generator, PartWeights
+from ...icmsr_core.weights.merging import fidelity_to_use, misfit, not_for_this_base
+from .description import ATTACHMENT, describe, with_generator
+from .keys import native_unet_keys, native_vae_key, vae_levels
+
+log = logging.getLogger(__name__)
+
+
+class Patches(NamedTuple):
+    """One set of weights as patches by native parameter name."""
+
+    whole: dict[str, tuple]
+    low_rank: dict[str, comfy.weight_adapter.WeightAdapterBase]
+
+
+def apply_generator(model, vae, generator: Generator, name: str, strength: float = 1.0, fidelity: float = 1.0):
+    """Copies of `model` and `vae` with `generator`, called `name`, laid over them; the originals stay as they are.
+
+    ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`icmsr_core/weights/merging.py`).
+    A `fidelity` of 1, the inputs' default, is taken as not chosen where the generator has one set of weights. LoRAs of
+    the user act on top of it, whichever node comes first. Raises `IcmsrError` for another fidelity there, for one
+    beyond 0..2, and for tensors without a place, which it names.
+    """
+    chosen = None if fidelity == 1.0 and not generator.has_two_sets else fidelity
+    fidelity = fidelity_to_use(name, generator.has_two_sets, chosen)
+    description = with_generator(describe(model), generator, name)
+    config = model.model.model_config.unet_config
+    embedding = description.prompt_embedding
+    if embedding is not None and embedding.shape[1] != config["context_dim"]:
+        raise IcmsrError(
+            f"{name}: its prompt embedding is {embedding.shape[1]} wide, this MODEL takes {config['context_dim']}"
+        )
+    if vae.latent_channels != description.descriptor.latent_channels:
+        raise wrong_vae(vae.latent_channels, description.descriptor.latent_channels)
+    unet_keys = native_unet_keys(config)
+    unet_patches = _native_patches(
+        name, generator, "unet", model.model_state_dict(), lambda key: f"diffusion_model.{unet_keys.get(key, key)}"
+    )
+    _warn_of_eight_bits(name, model, unet_patches)
+    model_copy = model.clone()
+    _add(model_copy, *unet_patches, strength, fidelity)
+    model_copy.set_attachments(ATTACHMENT, description)
+    if not description.changes_vae:
+        return model_copy, vae
+
+    vae_state = vae.patcher.model_state_dict()
+    levels = vae_levels(vae_state)
+    if not levels:
+        raise IcmsrError(
+            f"{name}: the generator changes an AutoencoderKL, this VAE is of another kind (a tiny one, say): connect "
+            "the VAE of the checkpoint"
+        )
+    vae_patches = _native_patches(name, generator, "vae", vae_state, lambda key: native_vae_key(key, levels))
+    vae_copy = copy.copy(vae)  # core's VAE has no clone()
+    vae_copy.patcher = vae.patcher.clone()
+    _add(vae_copy.patcher, *vae_patches, strength, fidelity)
+    vae_copy.patcher.set_attachments(ATTACHMENT, description)
+    return model_copy, vae_copy
+
+
+def wrong_vae(got: int, expected: int) -> IcmsrError:
+    """The error for a VAE that does not belong to the MODEL."""
+    return IcmsrError(
+        f"this VAE has {got} latent channels, the MODEL takes {expected}: connect the VAE of the same loader"
+    )
+
+
+def _warn_of_eight_bits(name: str, model, sets: tuple[Patches, Patches]) -> None:
+    """Core rounds what it merges to the precision of the weights it keeps, and in 8 bits that is most of a LoRA."""
+    state = model.model_state_dict()
+    keys = {key for patches in sets for part in patches for key in part}
+    dtypes = sorted({str(state[key].dtype).removeprefix("torch.") for key in keys if state[key].element_size() == 1})
+    if dtypes:
+        log.warning(
+            "%s: this MODEL keeps its weights in %s, and the generator is rounded to that as well: "
+            "load the checkpoint in 16 bits for the result it was trained for", name, " and ".join(dtypes),
+        )  # fmt: skip
+
+
+def _native_patches(
+    name: str, generator: Generator, part: str, state: Mapping[str, Tensor], native: Callable[[str], str]
+) -> tuple[Patches, Patches]:
+    """The faithful and the realistic set of `part`, their keys and shapes checked against `state`."""
+    faithful, realistic = generator.sets(part)
+    first, wrong = _set_patches(f"{part}.", faithful, state, generator.info.alpha, native)
+    second, wrong_above = _set_patches(
+        f"{REALISTIC}{part}.", realistic, state, generator.info.realistic_alpha, native
+    )
+    if wrong or wrong_above:
+        raise not_for_this_base(name, wrong + wrong_above)
+    return first, second
+
+
+def _set_patches(
+    prefix: str, weights: PartWeights, state: Mapping[str, Tensor], alpha: float, native: Callable[[str], str]
+) -> tuple[Patches, list[str]]:
+    patches = Patches({}, {})
+    wrong: list[str] = []
+    for parameter, tensor in weights.tensors.items():
+        target = state.get(native(parameter))
+        if target is None or _squeezed(target) != _squeezed(tensor):
+            wrong.append(misfit(prefix + parameter, tensor.shape, target))
+        else:
+            patches.whole[native(parameter)] = ("diff", (tensor.reshape(target.shape),))
+    for module, (down, up) in weights.lora.items():
+        parameter = f"{module}.weight"
+        target = state.get(native(parameter))
+        shape = (up.shape[0], *down.shape[1:])
+        if target is None or _squeezed(target) != tuple(length for length in shape if length != 1):
+            wrong.append(misfit(prefix + parameter, shape, target))
+        else:
+            adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, None, None))
+            patches.low_rank[native(parameter)] = adapter
+    return patches, wrong
+
+
+def _squeezed(tensor: Tensor) -> tuple[int, ...]:
+    # A linear layer here may be a 1x1 convolution there.
+    return tuple(length for length in tensor.shape if length != 1)
+
+
+def _add(patcher, faithful: Patches, realistic: Patches, strength: float, fidelity: float) -> None:
+    """Puts the patches under those that are there already, so that a user's LoRA survives a tensor replaced whole.
+
+    Core's patches never know W, which may be loaded, patched or cast: each multiplies it by one number and adds to it.
+    With s the strength and f the fidelity, ``W + s * (W1 + f * (new - W1) - W)`` comes of whole tensors first, LoRA
+    after them: where the realistic set replaces a tensor, s * (1 - f) of the faithful set's parts is left, else s.
+    """
+    earlier = patcher.patches
+    patcher.patches = {}
+    above = strength * fidelity
+    if not above:
+        realistic = Patches({}, {})
+
+    def add(patches: dict[str, Any], amount: float, rest: float = 1.0) -> None:
+        """Turns each weight into ``rest * weight + amount * patch``."""
+        if patches and (amount or rest != 1.0):
+            placed = patcher.add_patches(patches, strength_patch=amount, strength_model=rest)
+            assert len(placed) == len(patches)  # every name was looked up before
+
+    kept, replaced = _split(faithful.whole, realistic.whole)
+    add(kept, strength, 1.0 - strength)
+    add(replaced, strength - above, 1.0 - strength)
+    first, second = _split(realistic.whole, faithful.whole)
+    add(first, above, 1.0 - above)
+    add(second, above)
+    kept, replaced = _split(faithful.low_rank, realistic.whole)
+    add(kept, strength)
+    add(replaced, strength - above)
+    add(realistic.low_rank, above)
+    for key, entries in earlier.items():
+        patcher.patches[key] = patcher.patches.get(key, []) + entries
+
+
+def _split(patches: dict[str, Any], others: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`patches` whose keys are not in `others`, and those whose keys are."""
+    return (
+        {key: patch for key, patch in patches.items() if key not in others},
+        {key: patch for key, patch in patches.items() if key in others},
+    )

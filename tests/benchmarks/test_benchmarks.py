@@ -1,0 +1,339 @@
+"""The benchmarks at tiny sizes: what they count, what their reference does, and that each prints its table."""
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
+from icmsr_core.weights.base import BaseInfo
+from tests.support.script_process import ROOT, start_server
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NARROW = 0.05
+"""Share of SD2.1's widths: 64 channels in the UNet, 32 in the VAE."""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """A module of benchmarks/ by its name, as a script there sees it."""
+    start_server()  # its list of imports holds what the measuring processes need
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def load_module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load_module
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The lines of the only Markdown table in `text`, by column."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def test_inference(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs.json"
+    options = ["--width", str(NARROW), "--sizes", "64", "--runs", "2", "--warmup", "0", "--threads", "1"]
+    assert load("inference").main([*options, "--clock", "cpu", "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    rows = table(said)
+    assert [row["model, procedure, precision"] for row in rows] == [
+        "sd21 x 0.05, reference, fp32", "sd21 x 0.05, ICM-SR, fp32", "nano, ICM-SR, fp32",
+    ]
+    assert "medians of 2 runs after 0, cpu clock; 1 threads; matmul fp32" in said
+    reference, ours, nano = rows
+    for row in rows:
+        stages = [float(row[f"{stage} s"]) for stage in ("encode", "unet", "decode")]
+        assert min(stages) > 0
+        assert float(row["peak GB"]) > 0.05
+        assert row["matmul"].endswith("%")
+    ratio = float(reference["total s"]) / float(ours["total s"])
+    assert float(ours["x faster, same precision"]) == pytest.approx(ratio, rel=0.02)
+    assert ours["x faster than fp32"] == ours["x faster, same precision"]
+    assert reference["x faster, same precision"] == nano["x faster, same precision"] == "-"
+    values = {entry["procedure"]: entry for entry in json.loads(out.read_text()) if entry["model"] == "sd21"}
+    assert [len(entry["runs"]) for entry in values.values()] == [2, 2]
+    # LoRA beside the weights and the text encoder are work, in encoding and in the UNet, and none in decoding.
+    more = [one / two for one, two in zip(values["reference"]["operations"], values["ICM-SR"]["operations"])]
+    assert more[0] > 1.05
+    assert more[1] > 1.05
+    assert more[2] == pytest.approx(1)
+
+
+def test_inference_with_a_tiny_vae(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs.json"
+    options = ["--models", "sd21", "--width", str(NARROW), "--sizes", "64", "--runs", "1", "--threads", "1"]
+    assert load("inference").main([*options, "--warmup", "0", "--tiny", "--json", str(out)]) == 0
+    reference, _, tiny = table(capsys.readouterr().out)
+    assert tiny["model, procedure, precision"] == "sd21 x 0.05, ICM-SR with a tiny VAE, fp32"
+    ratio = float(reference["total s"]) / float(tiny["total s"])
+    assert float(tiny["x faster, same precision"]) == pytest.approx(ratio, rel=0.02)
+    encode, _, decode = json.loads(out.read_text())[2]["operations"]
+    # TAESD's own work, whatever the width: 0.122 and 0.141 TFLOP at 512 px.
+    assert encode == pytest.approx(0.122e12 / 64, rel=0.05)
+    assert decode == pytest.approx(0.141e12 / 64, rel=0.05)
+
+
+def test_a_line_that_fails_does_not_end_the_run(
+    load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inference = load("inference")
+    found = iter([load("_measurement").ChildFailed("the process died"), None])
+
+    def in_child(function, case):
+        error = next(found)
+        if error is not None:
+            raise error
+        run = load("_measurement").Run((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
+        return load("_measurement").Measurement((run,), (1e12, 2e12, 3e12), 5e9, 2e12, 1)
+
+    monkeypatch.setattr(inference, "in_child", in_child)
+    assert inference.main(["--models", "nano", "--sizes", "64", "128"]) == 1
+    first, second = table(capsys.readouterr().out)
+    assert "the process died" in first.values()
+    assert (second["total s"], second["TFLOP"], second["matmul"], second["peak GB"]) == ("6.00", "6.00", "50%", "5.00")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        ("inference", ["--sizes", "500"], "multiples of 64 from 64 to 16384, got 500"),
+        ("inference", ["--width", "2"], "above 0 and at most 1, got 2"),
+        ("inference", ["--tile", "100"], "try 128"),
+        ("inference", ["--device", "nowhere"], "device nowhere cannot be used here"),
+        ("inference", ["--runs", "0"], "--runs must be at least 1"),
+        ("tile_memory", ["--tiles", "100"], "--tiles must be multiples of 64, got [100]"),
+        ("tile_memory", ["--batches", "0"], "--batches must be at least 1"),
+        ("fidelity", ["--pairs", "."], "lr: no such folder"),
+        ("fidelity", ["--pairs", ".", "--fidelities", "3"], "fidelity must be a number from 0 to 2, got 3"),
+        ("scaling", ["--megapixels", "0"], "above 0 and at most 1024"),
+        ("scaling", ["--aspect", "-1"], "--aspect must be above 0"),
+    ],
+)
+def test_wrong_usage(load, script: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load(script).main(options)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_scaling(load, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("scaling").main(["--megapixels", "0.01", "0.02", "--aspect", "2", "--threads", "1"]) == 0
+    first, second = table(capsys.readouterr().out)
+    assert (first["px"], second["px"]) == ("144 x 72", "204 x 104")
+    assert first["against the first"] == "+0%"
+    assert float(second["s per megapixel"]) > 0
+    assert float(first["peak MB"]) > 50
+
+
+def test_fidelity(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        for folder, side in (("lr", 16), ("hr", 64)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / f"{name}.png"), random.integers(0, 256, (side, side, 3), np.uint8))
+    plot = tmp_path / "new" / "curve.png"
+    options = ["--pairs", str(tmp_path), "--every", "2", "--threads", "1", "--plot", str(plot)]
+    assert load("fidelity").main([*options, "--fidelities", "1", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "means of 2 pairs" in said
+    bicubic, faithful, realistic = table(said)
+    assert [row["fidelity"] for row in (bicubic, faithful, realistic)] == ["bicubic", "0", "1"]
+    assert len({tuple(list(row.values())[1:]) for row in (bicubic, faithful, realistic)}) == 3
+    assert cv2.imread(str(plot)).shape[1] > 600
+
+
+def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tiles", "128", "256", "--batches", "1", "2", "--parts", "unet", "decoder", "--threads", "1"]
+    assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [(row["part"], row["tile"], row["batch"]) for row in rows] == [
+        ("unet", "128", "1"), ("unet", "128", "2"), ("unet", "256", "1"), ("unet", "256", "2"),
+        ("decoder, bounded", "128", "1"), ("decoder, bounded", "256", "1"),
+    ]  # fmt: skip
+    assert all(float(row["s per megapixel"]) > 0 for row in rows)
+    # Two tiles of four times the area: 8 times the cells. What the libraries keep from the pass before blurs the rest.
+    assert float(rows[3]["MB"]) > 3 * float(rows[0]["MB"]) > 0
+    # Nano's latent has a cell for 4 x 4 pixels.
+    assert float(rows[3]["bytes per cell"]) == pytest.approx(16 * float(rows[3]["bytes per pixel"]), rel=0.02)
+
+
+@pytest.mark.comfy
+def test_nodes(load, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # By path: under its own name it would stand in the way of the pack's nodes.
+    spec = importlib.util.spec_from_file_location("nodes_benchmark", ROOT / "benchmarks" / "nodes.py")
+    script = importlib.util.module_from_spec(spec)
+    load("_command_line")
+    spec.loader.exec_module(script)
+    assert script.main(["--size", "128", "--runs", "2", "--threads", "1", "--clock", "cpu"]) == 0
+    said = capsys.readouterr().out
+    (row,) = table(said)
+    assert "2 pairs, cpu clock; largest difference of the two results 0.0e+00" in said
+    assert float(row["node s"]) > 0
+    assert float(row["library s"]) > 0
+    assert row["overhead"][0] in "+-"
+
+
+def test_operations_are_counted(load) -> None:
+    """2 per multiply-add, attention on the CPU too; each stage has its own."""
+    measurement = load("_measurement")
+    unet = torch.nn.Linear(8, 4, bias=False)
+    q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 24, 8)
+
+    def procedure() -> torch.Tensor:
+        F.conv2d(torch.randn(1, 3, 10, 10), torch.randn(5, 3, 3, 3))
+        for _ in range(3):
+            unet(torch.randn(6, 8))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    watch = measurement.Stopwatch(CPU)
+    with torch.inference_mode():
+        run = measurement.run_in_stages(procedure, unet, watch, count=True)
+        assert measurement.run_in_stages(procedure, unet, watch).operations == (0, 0, 0)
+    assert run.operations == (2 * 5 * 27 * 64, 3 * 2 * 6 * 8 * 4, 2 * 2 * 2 * 16 * 24 * 8)
+    with pytest.raises(RuntimeError, match="never ran the UNet"):
+        measurement.run_in_stages(lambda: q, unet, watch)
+    assert not unet._forward_hooks
+    assert not unet._forward_pre_hooks
+
+
+def test_counting_takes_attention_not_apart(load) -> None:
+    """In inference mode the counter would turn it into matrix products and hold their matrix of scores, 64 MiB here."""
+    measurement, q = load("_measurement"), torch.randn(1, 1, 4096, 8)
+    counter = measurement.FlopCounterMode(display=False, custom_mapping=measurement._uncounted())
+    with torch.inference_mode(), counter:
+        F.scaled_dot_product_attention(q, q, q)
+    assert {str(name) for name in counter.get_flop_counts()["Global"]} == {"aten.scaled_dot_product_attention"}
+    assert counter.get_total_flops() == 4 * 4096**2 * 8
+
+
+def hold(megabytes: int) -> float:
+    """The peak of a process that held so much for a moment."""
+    from _measurement import Peak
+
+    peak = Peak(CPU)
+    torch.ones(40 * 2**18)
+    peak.reset()
+    torch.ones(megabytes * 2**18)
+    return peak.bytes()
+
+
+def fail(by_signal: bool) -> None:
+    if by_signal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("no\nsuch thing")
+
+
+def test_measuring_processes(load) -> None:
+    measurement = load("_measurement")
+    small, large, small_again = (measurement.in_child(hold, size) for size in (1, 201, 1))
+    assert large - small == pytest.approx(200 * 2**20, rel=0.1)
+    assert small_again == pytest.approx(small, rel=0.1)
+    with pytest.raises(measurement.ChildFailed, match=r"^ValueError: no such thing$"):
+        measurement.in_child(fail, False)
+    with pytest.raises(measurement.ChildFailed, match="out of memory"):
+        measurement.in_child(fail, True)
+
+
+def test_processor_time_leaves_waiting_out(load) -> None:
+    measurement = load("_measurement")
+    watches = [measurement.Stopwatch(CPU, clock) for clock in measurement.CLOCKS]
+    before = [watch.now() for watch in watches]
+    __import__("time").sleep(0.3)
+    wall, processor = (watch.now() - start for watch, start in zip(watches, before))
+    assert wall >= 0.3
+    assert processor < 0.2
+
+
+def test_published_shapes(load) -> None:
+    """Parameters of SD2.1's UNet and VAE, from the configurations alone."""
+    networks = load("_sd_networks")
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    config = networks.sd_unet_config(networks.narrowed(networks.SD_WIDTHS, 1, 64), 1024, linear=True)
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config)
+        vae = AutoencoderKL.from_config(networks.sd_vae_config(networks.narrowed(networks.SD_VAE_WIDTHS, 1, 32)))
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 865.9
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) == 83.7
+    assert sum(map(len, networks.unet_targets(unet).values())) == 258
+
+
+def test_reference_does_what_osediff_does(load) -> None:
+    networks = load("_sd_networks")
+    settings = networks.ReferenceSettings(latent_tile=8, latent_overlap=2, encoder_tile=64, decoder_tile=8)
+    torch.manual_seed(0)
+    reference = networks.Reference(NARROW, CPU, torch.float32, settings)
+    assert reference.unet.active_adapters() == ["default_encoder", "default_decoder", "default_others"]
+    # Beside the weights and active everywhere; these widths are all one, so that two shortcuts fewer are there.
+    for network, count in ((reference.unet, 256), (reference.vae, 30)):
+        layers = [module for module in network.modules() if hasattr(module, "lora_B")]
+        assert len(layers) == count
+        assert all(set(layer.lora_B) <= set(layer.active_adapters) and not layer.merged for layer in layers)
+    calls = []
+    reference.unet.register_forward_pre_hook(lambda _, given: calls.append(given[0].shape))
+    image = torch.rand(1, 3, 24, 24)
+    one = reference.upscale(image, 96)
+    assert one.shape == (1, 3, 96, 96)
+    assert calls == [torch.Size([1, 4, 8, 8])] * 4  # latent of 12: tiles at 0 and 4 along each axis
+    assert not torch.equal(reference.upscale(image, 96), one)  # a sampled posterior
+    calls.clear()
+    reference.upscale(image, 64)
+    assert calls == [torch.Size([1, 4, 8, 8])]
+    assert reference.notes == () or reference.text_encoder is None
+
+
+def test_reference_tiles_and_window(load) -> None:
+    networks = load("_sd_networks")
+    assert networks.tile_starts(256, 96, 32) == [0, 64, 128, 160]
+    assert networks.tile_starts(96, 96, 32) == [0]
+    assert networks.tile_starts(97, 96, 32) == [0, 1]
+    window = networks.gaussian_window(96)
+    assert window.dtype == torch.float64
+    assert 3e-6 < float(window[:, 0].max() / window.max()) < 6e-6
+    assert torch.equal(window, window.flip(1))
+    assert not torch.equal(window, window.flip(0))
+
+
+@pytest.mark.parametrize("name", ["inference", "scaling", "tile_memory"])
+def test_help(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load(name).main(["--help"])
+    assert stopped.value.code == 0
+    assert "--clock" in capsys.readouterr().out
+
+
+def test_autoencoder_prints_what_comes_back(load, tmp_path, capsys) -> None:
+    """An untrained thumbnail codec knows plain colours and coarse shapes, and no fine ones."""
+    torch.manual_seed(0)
+    config = NetworkConfig(8, (32, 32, 32), unet_channels=(32, 32))
+    info = BaseInfo("t", "nano", licence="none")
+    save_base(tmp_path / "base", make_unet(config), make_vae(config), torch.zeros(1, 32), info)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    fine = 255 * (np.indices((70, 90)).sum(0) % 2)
+    cv2.imwrite(str(pictures / "fine.png"), fine.astype(np.uint8))
+    cv2.imwrite(str(pictures / "plain.png"), np.full((64, 64, 3), 90, np.uint8))
+    benchmark = load("autoencoder")
+    assert benchmark.main([str(tmp_path / "base"), "--pictures", str(pictures)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    values = dict(zip(benchmark.COLUMNS, line))
+    assert values["pictures"] == "2"
+    assert float(values["worst"]) < 8 < 20 < 2 * float(values["PSNR, RGB"]) - float(values["worst"])
+    for name, colour in benchmark.PLAIN.items():
+        got = [float(value) for value in values[f"{name} {colour}"].strip("()").split(", ")]
+        assert got == pytest.approx(colour, abs=0.12)
+    assert benchmark.main([str(tmp_path / "none"), "--pictures", str(pictures)]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err

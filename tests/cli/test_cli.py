@@ -1,0 +1,372 @@
+"""The command `icmsr`, as a user meets it: exit codes, messages, files."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from icmsr_core.cli import main as cli
+from icmsr_core.cli.main import main
+from icmsr_core.pictures.files import read_picture, to_tensor
+from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.train.networks.bases import NetworkConfig
+from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.sizes import resize
+from icmsr_core.weights.embedded import demo_picture, embedded_base, embedded_generator
+from icmsr_core.weights.generator_file import load_generator, save_generator
+from tests.support.model_files import write_base, write_generator
+from tests.support.places import ROOT
+
+TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(64, 64), vae_groups=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), TINY)
+
+
+@pytest.fixture(scope="module")
+def generator(base) -> Path:
+    return write_generator(base / "generator.safetensors", base)
+
+
+@pytest.fixture(scope="module")
+def two_sets(base) -> Path:
+    return write_generator(base / "two sets.safetensors", base, two_sets=True)
+
+
+@pytest.fixture
+def model(base, generator) -> list[str]:
+    return ["--base", str(base), "--model", str(generator)]
+
+
+def picture(path: Path, width: int = 20, height: int = 12, mode: str = "RGB") -> Path:
+    random = np.random.default_rng(width * 1000 + height)
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8)).save(path)
+    return path
+
+
+def fails(capsys, arguments: list, code: int, *words: str) -> str:
+    """`arguments` end with `code` and one line on stderr that holds `words`; returns that line."""
+    arguments = [str(argument) for argument in arguments]
+    if code == 2:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    else:
+        assert main(arguments) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines, "nothing on stderr"
+    if code == 1:
+        assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[-1], lines[-1]
+    return lines[-1]
+
+
+def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generator):
+    source, target = picture(tmp_path / "in.png"), tmp_path / "new" / "out.png"
+    assert main(["upscale", str(source), str(target), *model, "--color-fix", "adain"]) == 0
+    backbone = load_backbone(base, generator)
+    expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings(color_fix="adain"))
+    written = to_tensor(read_picture(target).rgb)
+    assert written.shape == (1, 3, 48, 80)
+    assert (written - expected).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
+    source, target = picture(tmp_path / "in.png", 40, 32), tmp_path / "out.png"
+    run = ["upscale", str(source), str(target), *model, "--tile", "64", "--overlap", "16"]
+    backbone, written = load_backbone(base, generator), {}
+    for mode in ("auto", "exact", "bounded"):
+        assert main([*run, "--vae-mode", mode]) == 0
+        written[mode] = to_tensor(read_picture(target).rgb)
+        settings = UpscaleSettings(tile=64, overlap=16, vae=mode)
+        expected = upscale(backbone, to_tensor(read_picture(source).rgb), settings)
+        assert (written[mode] - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(written["auto"], written["exact"])
+    assert not torch.equal(written["bounded"], written["exact"])
+
+
+def test_auto_tiles_follow_the_free_memory(tmp_path, model, monkeypatch, caplog):
+    source, target = picture(tmp_path / "in.png", 80, 48), tmp_path / "out.png"
+
+    def upscaled(*flags: str) -> torch.Tensor:
+        assert main(["upscale", str(source), str(target), *model, *flags]) == 0
+        return to_tensor(read_picture(target).rgb)
+
+    plain = upscaled()
+    least = upscaled("--tile", "128", "--overlap", "32")  # so small a picture takes more memory in bounded mode
+    assert not torch.equal(plain, least)
+    for free, expected, said in ((None, plain, []), (1e12, plain, []), (0.0, least, ["tile 128, vae auto"])):
+        monkeypatch.setattr("icmsr_core.cli.picture_jobs.free_memory", lambda _, free=free: free)
+        caplog.clear()
+        assert torch.equal(upscaled("--tile", "auto", "--batch", "auto"), expected)
+        assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == said
+
+
+def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
+    source = picture(tmp_path / "in.png")
+    run = ["upscale", str(source), str(tmp_path / "out.png"), "--base", str(base), "--model", str(two_sets)]
+    written = {}
+    for value in (None, "0", "0.5", "1"):
+        assert main([*run, *(["--fidelity", value] if value else [])]) == 0
+        written[value] = to_tensor(read_picture(tmp_path / "out.png").rgb)
+    backbone = load_backbone(base, two_sets, fidelity=0.5)
+    expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings())
+    assert (written["0.5"] - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(written[None], written["1"])
+    for one, other in (("0", "0.5"), ("0.5", "1")):
+        assert (written[one] - written[other]).abs().max() > 2 / 255
+    both = load_generator(two_sets)
+    own = tmp_path / "with a default.safetensors"
+    save_generator(own, replace(both, info=replace(both.info, realistic_default=0.5)), torch.float32)
+    run[run.index(str(two_sets))] = str(own)
+    assert main(run) == 0
+    assert torch.equal(to_tensor(read_picture(tmp_path / "out.png").rgb), written["0.5"])
+    assert main([*run, "--fidelity", "1"]) == 0
+    assert torch.equal(to_tensor(read_picture(tmp_path / "out.png").rgb), written["1"])
+
+
+def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two_sets, capsys, monkeypatch):
+    monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
+    source = picture(tmp_path / "in.png")
+    run = ["upscale", source, tmp_path / "new" / "out.png"]
+    single = "faithful and a realistic set of weights, this one holds a single set: leave fidelity out"
+    fails(capsys, [*run, *model, "--fidelity", "0"], 1, "generator.safetensors", single, "got 0")
+    fails(capsys, [*run, *model, "--fidelity", "1"], 1, single)
+    fails(capsys, [*run, "--model", tmp_path / "none.safetensors", "--fidelity", "1"], 1, "none.saf", "no such file")
+    for value in ("2.1", "-1", "nan", "much"):
+        fails(capsys, [*run, "--base", base, "--model", two_sets, f"--fidelity={value}"], 2, "0 to 2", repr(value))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+@pytest.mark.parametrize(("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7))])
+def test_upscale_sizes(tmp_path, model, flags, size):
+    source, target = picture(tmp_path / "in.png"), tmp_path / "out.webp"
+    assert main(["upscale", str(source), str(target), *model, *flags]) == 0
+    assert Image.open(target).size == size
+
+
+def test_alpha_and_grey_survive(tmp_path, model):
+    source = picture(tmp_path / "in.png", mode="RGBA")
+    assert main(["upscale", str(source), str(tmp_path / "out.png"), *model]) == 0
+    result = read_picture(tmp_path / "out.png")
+    alpha = to_tensor(read_picture(source).alpha)
+    assert np.abs(result.alpha - resize(alpha, 48, 80)[0, 0].numpy()).max() <= 0.5 / 255 + 1e-6
+    grey = picture(tmp_path / "grey.png", mode="L")
+    assert main(["upscale", str(grey), str(tmp_path / "grey_out.png"), *model]) == 0
+    assert Image.open(tmp_path / "grey_out.png").mode == "L"
+
+
+def test_folder_goes_on_past_bad_files(tmp_path, model, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    picture(folder / "good.png")
+    picture(folder / "good.bmp")
+    picture(folder / "one.jpg", 1, 1)
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").touch()
+    whole = picture(folder / "corrupt.png").read_bytes()
+    (folder / "corrupt.png").write_bytes(whole[: len(whole) // 2])
+    shutil.move(folder / "good.bmp", folder / "scan.bmp")
+    assert main(["upscale", str(folder), str(out), *model]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [name in line for name, line in zip(("corrupt.png", "empty.png", "text.png"), lines)] == [True] * 3, lines
+    assert len(lines) == 3, lines
+    assert sorted(path.name for path in out.iterdir()) == ["good.png", "one.jpg", "scan.png"]
+    assert Image.open(out / "one.jpg").size == (4, 4)
+
+
+def test_the_bar_counts_every_picture_that_is_done(tmp_path, model, monkeypatch, capsys):
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        picture(tmp_path / "in" / f"{index}.png")
+    (tmp_path / "in" / "bad.png").write_text("not a picture")
+    assert main(["upscale", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 1
+    assert (bars[0].unit, bars[0].n, bars[0].total) == ("picture", 4, 4)
+
+
+def test_wrong_usage(tmp_path, model, capsys):
+    source = picture(tmp_path / "in.png")
+    run = ["upscale", source, tmp_path / "out.png", *model]
+    fails(capsys, [*run, "--tile", "500"], 2, "multiple of 64", "500", "try 512")
+    fails(capsys, [*run, "--overlap", "300"], 2, "overlap", "300")
+    fails(capsys, [*run, "--scale", "9"], 2, "9", "between 1 and 8")
+    fails(capsys, [*run, "--size", "big"], 2, "WIDTHxHEIGHT", "big")
+    fails(capsys, [*run, "--size", "0x5"], 2, "size")
+    fails(capsys, [*run, "--color-fix", "magic"], 2, "magic")
+    fails(capsys, [*run, "--tile", "some"], 2, "a whole number or auto", "some")
+    fails(capsys, [*run, "--batch", "0"], 2, "batch", "0")
+    fails(capsys, [*run, "--vae-mode", "magic"], 2, "magic", "bounded")
+    fails(capsys, ["fly"], 2, "fly")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_missing_things(tmp_path, model, capsys):
+    source = picture(tmp_path / "in.png")
+    fails(capsys, ["upscale", tmp_path / "none.png", tmp_path / "out.png", *model], 1, "none.png", "no such file")
+    fails(capsys, ["upscale", source, tmp_path / "out.gif", *model], 1, "out.gif", ".png")
+    fails(capsys, ["upscale", source, source, *model], 1, "overwrite")
+    fails(capsys, ["upscale", source, source / "x.png", *model], 1, "cannot write")
+    fails(capsys, ["upscale", source, tmp_path / "o.png", "--model", tmp_path / "none.safetensors"], 1, "none.saf")
+    fails(capsys, ["upscale", source, tmp_path / "o.png", "--base", tmp_path / "none"], 1, "no such file or folder")
+    fails(capsys, ["upscale", source, tmp_path / "o.png", *model, "--device", "cuda:99"], 1, "cuda:99", "try")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_the_output_is_checked_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
+    source = picture(tmp_path / "in.png")
+    fails(capsys, ["upscale", source, tmp_path / "in.png" / "out.png"], 1, "cannot write")
+    fails(capsys, ["demo", "--out", source], 1, "cannot write")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(tmp_path, model, capsys):
+    source = picture(tmp_path / "in.png")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    fails(capsys, ["upscale", source, locked / "out.png", *model], 1, "locked", "cannot write")
+
+
+def test_damaged_and_foreign_weights(tmp_path, base, generator, capsys):
+    source = picture(tmp_path / "in.png")
+    bad = tmp_path / "bad.safetensors"
+
+    def run(*words: str) -> None:
+        fails(capsys, ["upscale", source, tmp_path / "out.png", "--base", base, "--model", bad], 1, "bad.saf", *words)
+        assert not (tmp_path / "out.png").exists()
+
+    data = generator.read_bytes()
+    bad.write_bytes(data[:-100])
+    run("not a readable .safetensors")
+    bad.write_text("hello")
+    run("not a readable .safetensors")
+    save_file({"a": torch.zeros(1)}, bad)
+    run("not an ICM-SR generator file")
+    tensors = load_file(generator)
+    from safetensors import safe_open
+
+    with safe_open(generator, framework="pt") as file:
+        metadata = file.metadata()
+    name = next(key for key in tensors if key.endswith("lora_B.weight"))
+    poisoned = tensors[name].clone()
+    poisoned.view(-1)[3] = float("nan")
+    save_file({**tensors, name: poisoned}, bad, metadata)
+    run("NaN", name)
+    values = json.loads(metadata["icmsr"])
+    save_file(tensors, bad, {**metadata, "icmsr": json.dumps({**values, "family": "sd21"})})
+    assert "sd21" in fails(
+        capsys, ["upscale", source, tmp_path / "out.png", "--base", base, "--model", bad], 1, "family", "nano"
+    )
+
+
+def test_conditions(tmp_path):
+    source = picture(tmp_path / "in.png", 128, 64)
+    assert main(["conditions", str(source), "--out", str(tmp_path / "c")]) == 0
+    colors, edges, hint = (read_picture(tmp_path / "c" / f"in_{name}.png") for name in ("colormap", "edges", "hint"))
+    assert len(np.unique(colors.rgb.reshape(-1, 3), axis=0)) <= 2  # 64 px high, 128 wide: 1 x 2 cells
+    assert set(np.unique(edges.rgb)) <= {0.0, 1.0}
+    assert np.array_equal(hint.alpha, edges.rgb[..., 0])
+    assert np.array_equal(hint.rgb, colors.rgb)
+
+
+def test_evaluate_and_inspect(tmp_path, base, generator, two_sets, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(tmp_path / name / "p.png", 64, 64)
+    arguments = ["evaluate", "--sr", str(tmp_path / "a"), "--hr", str(tmp_path / "b")]
+    assert main([*arguments, "--metrics", "ssim,hf", "--json", str(tmp_path / "r.json")]) == 0
+    assert "1.0000" in capsys.readouterr().out
+    assert "p" in json.dumps(json.loads((tmp_path / "r.json").read_text()))
+    fails(capsys, [*arguments, "--metrics", "beauty"], 1, "beauty", "psnr")
+    assert main(["inspect", str(generator)]) == 0
+    shown = capsys.readouterr().out
+    assert "residual" in shown
+    assert "rank 4" in shown
+    assert main(["inspect", str(two_sets)]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 4" in shown
+    assert "rank 2" in shown
+    assert "realistic unet" in shown
+    assert main(["inspect", str(base)]) == 0
+    assert "4 channels, 1 cell per 8 px" in capsys.readouterr().out
+    fails(capsys, ["inspect", tmp_path / "none.safetensors"], 1, "no such file")
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    shown = capsys.readouterr().out
+    width, height = Image.open(demo_picture()).size
+    for word in ("nano", "cpu" if not torch.cuda.is_available() else "cuda", f"{width}x{height}", "seconds"):
+        assert word in shown
+    paths = [tmp_path / "demo" / name for name in ("input.png", "result.png", "side_by_side.png")]
+    for path in paths:
+        assert str(path) in shown
+    assert Image.open(paths[1]).size == (4 * width, 4 * height)
+    result, given = read_picture(paths[1]).rgb, read_picture(paths[0]).rgb
+    enlarged = resize(to_tensor(given), *result.shape[:2])[0].permute(1, 2, 0).numpy()
+    assert np.abs((result - enlarged).mean(axis=(0, 1))).max() <= 1 / 255
+    # More detail than bicubic: the energy of differences between neighbouring pixels.
+    assert np.square(np.diff(result, axis=1)).mean() > 1.1 * np.square(np.diff(enlarged, axis=1)).mean()
+
+
+def test_embedded_files_describe_themselves(capsys):
+    assert main(["inspect", str(embedded_generator())]) == 0
+    shown = capsys.readouterr().out
+    for word in ("nano", "Apache-2.0", "training", "timestep"):
+        assert word in shown
+    weights = [*embedded_base().rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in weights) <= 25e6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_leaves_no_half_file(tmp_path):
+    picture(tmp_path / "in.png", 500, 500)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "icmsr_core", "upscale", "in.png", "out/result.png", "--scale", "8", "--tile", "128",
+         "--overlap", "64"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        # A shell starts background jobs with SIGINT ignored, and so these tests if they are one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)  # the output folder is made just before the model is loaded
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_module_and_script_are_one_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "icmsr_core", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("icmsr ")

@@ -1,0 +1,114 @@
+"""Training scripts in processes of their own, forked from a server that has imported the heavy libraries already.
+
+from tests.support.places import ROOT
+Starting Python anew takes five to fifteen seconds of imports for every run; a fork of the server takes none. All else
+is as from a shell: own process group, own arguments, working folder and streams, exit codes and signals.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.support.places import ROOT
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "diffusers",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.models.unets.unet_2d_condition",
+        "accelerate",
+        "peft",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "torch.utils.tensorboard",
+        "jsonargparse",
+        "cv2",
+        "tqdm",
+    ]
+)
+
+
+def start_server() -> None:
+    """Lets the server begin its imports now, beside whatever comes next; else the first `ScriptProcess` does."""
+    multiprocessing.forkserver.ensure_running()
+
+
+def _stall_fsync(at: int, mark: str) -> None:
+    """Makes flush number `at` of a file in an unfinished checkpoint write the file `mark` and hang there for good."""
+    calls = iter(range(1, 1 << 30))
+    fsync = os.fsync
+
+    def stalling(descriptor: int) -> None:
+        if ".partial/" in os.readlink(f"/proc/self/fd/{descriptor}") and next(calls) == at:
+            Path(mark).touch()
+            time.sleep(600)
+        fsync(descriptor)
+
+    os.fsync = stalling
+
+
+def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[int, str] | None = None) -> None:
+    os.setsid()
+    if stall is not None:
+        _stall_fsync(*stall)
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # this platform's own again, for the script's data workers
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+class ScriptProcess:
+    """``python train/NAME ARGUMENTS`` in `folder`, running."""
+
+    def __init__(
+        self, name: str, *arguments: object, folder: Path, stall: tuple[int, Path] | None = None
+    ) -> None:
+        """With `stall` = (N, file), flush number N makes the file and hangs, in the middle of writing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / f"{name}-{time.monotonic_ns()}.log"
+        self._process = CONTEXT.Process(
+            target=_run,
+            args=(
+                str(ROOT / "train" / name), [str(entry) for entry in arguments], str(folder), str(self._log),
+                None if stall is None else (stall[0], str(stall[1])),
+            ),
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id, and that of its group."""
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
+    def wait_for(self, path: Path, seconds: float = 120) -> None:
+        """Returns when `path` exists; fails when the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            assert self._process.is_alive(), f"ended before {path} was there: {self.output()}"
+            assert time.monotonic() < deadline, f"no {path}: {self.output()}"
+            time.sleep(0.005)
+
+    def wait(self, seconds: float = 240) -> int:
+        """Its exit code, or minus the signal that killed it."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        assert code is not None, f"still running after {seconds} s: {self.output()}"
+        return code
+
+    def output(self) -> str:
+        """What it wrote to stdout and stderr, the last of it."""
+        return self._log.read_text(errors="replace")[-4000:] if self._log.exists() else ""

@@ -1,0 +1,506 @@
+"""The perceptual term: LPIPS against the package it was published with, and the decoder's features."""
+
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lpips as published
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.functional import gaussian_blur
+
+from icmsr_core.errors import IcmsrError
+from icmsr_core.runtime.diffusers_backbone import build_networks
+from icmsr_core.train.losses import lpips
+from icmsr_core.train.losses.lpips import Lpips, convert_lpips, load_lpips
+from icmsr_core.train.losses.perceptual import DecoderPerceptual, PerceptualConfig, feature_distance, make_perceptual
+from icmsr_core.train.run.launch import parse_config
+from icmsr_core.weights.base import open_base
+from icmsr_core.weights.embedded import demo_picture, embedded_base
+from icmsr_core.weights.generator_file import write_tensors
+from tests.support.places import ROOT
+
+HEADS = Path(published.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+CPU = torch.device("cpu")
+
+
+def picture(side: int = 128, count: int = 1) -> torch.Tensor:
+    pixels = torch.from_numpy(np.array(Image.open(demo_picture()).convert("RGB"))).permute(2, 0, 1)
+    crops = [pixels[:, 20 * n : 20 * n + side, 30 * n : 30 * n + side] for n in range(count)]
+    return torch.stack(crops).float() / 127.5 - 1
+
+
+def noisy(image: torch.Tensor, amount: float = 0.2) -> torch.Tensor:
+    return image + amount * torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+
+
+def frozen(vae: AutoencoderKL) -> AutoencoderKL:
+    return vae.eval().requires_grad_(False)
+
+
+def small_vae(widths: tuple[int, ...] = (32, 32, 64, 64), attention: bool = True) -> AutoencoderKL:
+    """In the shape of Stable Diffusion's, random."""
+    torch.manual_seed(0)
+    levels = len(widths)
+    return frozen(AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=8, scaling_factor=0.18215,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        mid_block_add_attention=attention,
+    ))
+
+
+@pytest.fixture(scope="module")
+def nano() -> AutoencoderKL:
+    return frozen(build_networks(open_base(embedded_base()))[1])
+
+
+def latent_of(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
+
+
+@pytest.fixture(scope="module")
+def reference() -> published.LPIPS:
+    """The published LPIPS with its heads and a random VGG16 whose biases are not 0."""
+    torch.manual_seed(0)
+    model = published.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with torch.no_grad():
+        for name, parameter in model.net.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def vgg(reference: published.LPIPS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same VGG16 as torchvision's file is: the old pickle format, with a classifier."""
+    state = {"features." + key.split(".", 1)[1]: value for key, value in reference.net.state_dict().items()}
+    state["classifier.6.bias"] = torch.zeros(10)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(vgg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
+    convert_lpips(vgg, HEADS, path, trust=True)
+    return path
+
+
+# LPIPS
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_lpips_equals_the_published_one(reference, converted, dtype, precision):
+    truth = picture(72, 2).to(dtype)
+    result = noisy(truth)[..., :65]  # a width that the poolings do not divide
+    truth = truth[..., :65]
+    ours = load_lpips(converted).to(dtype)
+    theirs = reference.to(dtype)
+    values, gradients = [], []
+    for measure in (ours, lambda a, b: theirs(a, b).mean()):
+        given = result.clone().requires_grad_()
+        value = measure(given, truth)
+        value.backward()
+        values.append(value.item())
+        gradients.append(given.grad)
+    reference.float()
+    assert values[1] > 0.01
+    assert values[0] == pytest.approx(values[1], rel=precision)
+    assert (gradients[0] - gradients[1]).norm() < precision * gradients[1].norm()
+
+
+def test_lpips_is_frozen_and_draws_no_random_number(converted):
+    before = torch.random.get_rng_state()
+    measure = load_lpips(converted)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not any(parameter.requires_grad for parameter in measure.parameters())
+    image = picture(32)
+    assert measure(image, image) == 0
+    truth = noisy(image).requires_grad_()
+    measure(image.requires_grad_(), truth).backward()
+    assert image.grad is not None
+    assert truth.grad is None
+
+
+def test_lpips_runs_in_float32_under_autocast(converted):
+    measure, image = load_lpips(converted), picture(32)
+    plain = measure(noisy(image), image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(measure(noisy(image), image), plain)
+
+
+def test_lpips_of_dead_features_has_a_gradient(converted):
+    tensors = load_file(converted)
+    tensors["features.2.bias"] = torch.full_like(tensors["features.2.bias"], -1e4)
+    image = picture(32)
+    given = noisy(image).requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        Lpips(tensors)(given, image).backward()
+    assert given.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("result", "truth", "message"),
+    [
+        ((1, 3, 32, 32), (1, 3, 32, 48), "one shape"),
+        ((1, 1, 32, 32), (1, 1, 32, 32), "3, H, W"),
+        ((1, 3, 32, 15), (1, 3, 32, 15), "16 px"),
+    ],
+)
+def test_lpips_refuses_pictures_it_cannot_take(converted, result, truth, message):
+    with pytest.raises(IcmsrError, match=message):
+        load_lpips(converted)(torch.zeros(result), torch.zeros(truth))
+
+
+def test_lpips_takes_the_smallest_picture(converted):
+    assert load_lpips(converted)(noisy(picture(16)), picture(16)) > 0
+
+
+# The converted file
+
+
+def test_the_file_says_what_it_is(converted, vgg):
+    with safe_open(str(converted), framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "icmsr-lpips"
+    assert lpips.HEADS_SHA256 in metadata["icmsr"]
+    assert lpips._sha256(vgg) in metadata["icmsr"]
+
+
+def test_the_heads_of_the_package_are_the_published_ones():
+    assert lpips._sha256(HEADS) == lpips.HEADS_SHA256
+    assert lpips.VGG_SHA256.startswith("397923af")
+
+
+def test_conversion_checks_the_hash(vgg, tmp_path, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(IcmsrError, match=r"vgg16\.pth: SHA-256 .*397923af.*--trust=true"):
+        convert_lpips(vgg, HEADS, out)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(lpips, "VGG_SHA256", lpips._sha256(vgg))
+    convert_lpips(vgg, HEADS, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+    with pytest.raises(IcmsrError, match="a78928a0"):
+        convert_lpips(vgg, vgg, out)
+
+
+class Evil:
+    """Opens a file for writing when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    mark, path = tmp_path / "ran", tmp_path / "evil.pth"
+    torch.save({"features.0.weight": Evil(mark)}, path)
+    with pytest.raises(IcmsrError, match="not a file of plain tensors"):
+        convert_lpips(path, HEADS, tmp_path / "out.safetensors", trust=True)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)["features.0.weight"].close()
+    assert mark.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("features.28.bias"), "missing tensors, the first is features.28.bias"),
+        (lambda state: state.update({"features.30.weight": torch.zeros(1)}), "surplus tensors.*features.30.weight"),
+        (lambda state: state.update({"features.0.bias": torch.zeros(32)}), r"features.0.bias is \[32\], expected \[64"),
+        (lambda state: state["features.0.bias"].fill_(float("nan")), "features.0.bias holds"),
+        (lambda state: state.update({"features.0.bias": "text"}), "dictionary of tensors"),
+    ],
+)
+def test_conversion_checks_the_tensors(vgg, tmp_path, change, message):
+    state = torch.load(vgg, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "changed.pth")
+    with pytest.raises(IcmsrError, match=message):
+        convert_lpips(tmp_path / "changed.pth", HEADS, tmp_path / "out.safetensors", trust=True)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_conversion_refuses_other_files(vgg, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for network, message in (("alex", r"lin0.*expected \[1, 64, 1, 1\]|lin1.*expected"), ("squeeze", "lin")):
+        with pytest.raises(IcmsrError, match=message):
+            convert_lpips(vgg, HEADS.with_name(f"{network}.pth"), out, trust=True)
+    (tmp_path / "damaged.pth").write_bytes(vgg.read_bytes()[:1000])
+    with pytest.raises(IcmsrError, match="not a file of plain tensors"):
+        convert_lpips(tmp_path / "damaged.pth", HEADS, out, trust=True)
+    with pytest.raises(IcmsrError, match="no such file"):
+        convert_lpips(tmp_path / "nothing.pth", HEADS, out)
+    with pytest.raises(IcmsrError, match=r"must end in \.safetensors"):
+        convert_lpips(vgg, HEADS, vgg)
+
+
+def test_loading_refuses_other_files(converted, tmp_path):
+    path = tmp_path / "other.safetensors"
+    with pytest.raises(IcmsrError, match="no such file"):
+        load_lpips(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(IcmsrError, match=r"not a converted LPIPS file.*lpips_weights\.py"):
+        load_lpips(path)
+    tensors = load_file(converted)
+    write_tensors(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 2}'})
+    with pytest.raises(IcmsrError, match="format version 2"):
+        load_lpips(path)
+    write_tensors(path, tensors, {"format": "icmsr-lpips"})
+    with pytest.raises(IcmsrError, match="convert it again"):
+        load_lpips(path)
+    del tensors["heads.4"]
+    write_tensors(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 1}'})
+    with pytest.raises(IcmsrError, match=r"missing tensors, the first is heads\.4"):
+        load_lpips(path)
+
+
+def run_script(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["lpips_weights.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train" / "lpips_weights.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_the_script_converts(vgg, converted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "out.safetensors"
+    files = ["--vgg", vgg, "--heads", HEADS, "--out", out]
+    assert run_script(monkeypatch, *files) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert run_script(monkeypatch, *files, "--trust=true") == 0
+    made, expected = load_file(out), load_file(converted)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[key], expected[key]) for key in made)
+
+
+# Features of the decoder
+
+
+VAES = {
+    "four levels": small_vae,
+    "four levels, no attention": lambda: small_vae(attention=False),
+    "two levels": lambda: small_vae((32, 64)),
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_decoder_of_any_depth(name):
+    vae = VAES[name]()
+    perceptual = DecoderPerceptual(vae)
+    truth = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    latent = noisy(truth).requires_grad_()
+    image, features = perceptual.decode(latent)
+    assert torch.equal(image, vae.decode(latent / 0.18215).sample)
+    assert [entry.shape[-1] for entry in features] == [8, 16, 32 if len(vae.decoder.up_blocks) == 4 else 16]
+    distance = perceptual.distance(features, perceptual.features(truth))
+    assert 0 < distance < 4
+    distance.backward()
+    assert latent.grad.isfinite().all()
+    assert (latent.grad != 0).all()
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_decoder_of_nano(nano):
+    truth = latent_of(nano, picture(64, 2))
+    perceptual = DecoderPerceptual(nano)
+    image, features = perceptual.decode(truth)
+    assert torch.equal(image, nano.decode(truth / nano.config.scaling_factor).sample)
+    targets = perceptual.features(truth)
+    assert all(torch.equal(left, right) for left, right in zip(features, targets, strict=True))
+    assert perceptual.distance(features, targets) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        image, features = perceptual.decode(truth)
+        assert torch.equal(image, nano.decode(truth / nano.config.scaling_factor).sample.float())
+        distance = perceptual.distance(features, targets)
+    assert features[0].dtype == torch.bfloat16
+    assert image.dtype == distance.dtype == torch.float32
+    assert 0 < distance < 0.01
+
+
+@pytest.mark.parametrize("levels", [1, 3, 4])
+def test_decoder_distance_grows_with_blur(nano, levels):
+    sharp = picture(128, 2)
+    perceptual = DecoderPerceptual(nano, levels)
+    targets = perceptual.features(latent_of(nano, sharp))
+    assert len(targets) == levels
+    distances = [0.0]
+    for sigma in (0.4, 0.7, 1.0, 1.5, 2.5, 4.0):
+        blurred = gaussian_blur(sharp, 25, sigma)
+        distances.append(perceptual.distance(perceptual.decode(latent_of(nano, blurred))[1], targets).item())
+    assert distances == sorted(set(distances))
+    assert distances[-1] > 0.3
+
+
+def test_a_step_along_the_gradient_comes_nearer(nano):
+    sharp = picture(64)
+    perceptual = DecoderPerceptual(nano)
+    targets = perceptual.features(latent_of(nano, sharp))
+    latent = latent_of(nano, gaussian_blur(sharp, 13, 1.5)).requires_grad_()
+    optimiser = torch.optim.Adam([latent], lr=0.05)
+    distances = []
+    for _ in range(10):
+        optimiser.zero_grad()
+        distance = perceptual.distance(perceptual.decode(latent)[1], targets)
+        distance.backward()
+        optimiser.step()
+        distances.append(distance.item())
+    assert distances[-1] < 0.8 * distances[0]
+
+
+def test_the_truth_is_decoded_no_deeper_than_needed(nano):
+    passed = []
+    hooks = [block.register_forward_hook(lambda *_: passed.append(1)) for block in nano.decoder.up_blocks]
+    try:
+        features = DecoderPerceptual(nano, 2).features(torch.zeros(1, 8, 4, 4).requires_grad_())
+        assert len(features) == 2
+        assert len(passed) == 1
+        assert not any(entry.requires_grad for entry in features)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not any(block._forward_hooks for block in (nano.decoder.mid_block, *nano.decoder.up_blocks))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_collects_once_and_keeps_the_gradient(reentrant):
+    truth = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for checkpointing in (False, True):
+        vae = small_vae()
+        if checkpointing and reentrant:
+            vae.enable_gradient_checkpointing(lambda *block: checkpoint(*block, use_reentrant=True))
+        elif checkpointing:
+            vae.enable_gradient_checkpointing()
+        perceptual = DecoderPerceptual(vae, 5)
+        latent = noisy(truth).requires_grad_()
+        image, features = perceptual.decode(latent)
+        loss = perceptual.distance(features, perceptual.features(truth)) + image.square().mean()
+        runs = []
+        vae.decoder.mid_block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        loss.backward()
+        assert len(runs) == checkpointing  # it does recompute
+        assert len(features) == 5
+        gradients.append(latent.grad)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+
+
+def test_both_kinds_are_means_over_samples(nano, converted):
+    truth = picture(48, 4)
+    result = torch.cat([noisy(truth[:2], 0.05), noisy(truth[2:], 0.5)])
+    decoder, measure = DecoderPerceptual(nano, 4), load_lpips(converted)
+
+    def of_decoder(left, right):
+        return decoder.distance(decoder.decode(left)[1], decoder.features(right))
+
+    latents = latent_of(nano, result), latent_of(nano, truth)
+    for distance, (left, right) in ((measure, (result, truth)), (of_decoder, latents)):
+        whole = distance(left, right)
+        halves = [distance(left[part], right[part]) for part in (slice(0, 2), slice(2, 4))]
+        assert halves[1] > 1.5 * halves[0]
+        assert sum(halves).item() / 2 == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_flat_truth_and_outliers_stay_bounded():
+    random = torch.Generator().manual_seed(3)
+    truth = torch.randn(1, 8, 16, 16, generator=random)
+    given = truth.clone()
+    given[0, 3, 5, 5] = 1e6
+    assert 0 < feature_distance([given], [truth]) < 4 / 256 + 1e-6
+    for flat in (torch.zeros_like(truth), torch.full_like(truth, 5.0)):
+        result = (flat + 1e-3 * truth).requires_grad_()
+        distance = feature_distance([result], [flat])
+        distance.backward()
+        assert 0 < distance <= 4
+        assert result.grad.isfinite().all()
+        assert feature_distance([flat], [flat]) == 0
+
+
+def test_a_huge_channel_does_not_drown_the_others():
+    truth = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3))
+    result = torch.cat([truth[:, :1], truth[:, 1:].flip(-1)], dim=1)
+    sizes = torch.tensor([100.0, 1, 1, 1, 1, 1, 1, 1]).view(1, 8, 1, 1)
+    even, uneven = (feature_distance([result * size], [truth * size]).item() for size in (torch.ones(1), sizes))
+    assert even > 1
+    assert uneven == pytest.approx(even, rel=0.01)
+
+
+def test_a_half_precision_decoder_takes_float32_latents():
+    vae = small_vae().to(torch.bfloat16)
+    image, features = DecoderPerceptual(vae).decode(torch.randn(1, 4, 8, 8).requires_grad_())
+    assert image.dtype == torch.float32
+    assert all(entry.requires_grad for entry in features)
+
+
+def test_decoder_errors(nano):
+    with pytest.raises(IcmsrError, match=r"1 to 4 for this VAE.*got 5"):
+        DecoderPerceptual(nano, 5)
+    vae = small_vae()
+    vae.post_quant_conv.requires_grad_(True)
+    with pytest.raises(IcmsrError, match="train_decoder=false"):
+        DecoderPerceptual(vae)
+    vae = small_vae()
+    vae.encoder.requires_grad_(True)  # the generator trains it
+    perceptual = DecoderPerceptual(vae)
+    vae.enable_slicing()
+    with pytest.raises(IcmsrError, match="disable_slicing"):
+        perceptual.features(torch.zeros(2, 4, 8, 8))
+    maps = torch.zeros(1, 4, 8, 8)
+    for left, right in (([], []), ([maps], []), ([maps], [maps[..., 1:]])):
+        with pytest.raises(IcmsrError, match="same shapes"):
+            feature_distance(left, right)
+
+
+# Configuration
+
+
+def test_make_perceptual(nano, converted):
+    assert make_perceptual(PerceptualConfig("none"), nano, CPU) is None
+    decoder = make_perceptual(PerceptualConfig(levels=2), nano, CPU)
+    assert isinstance(decoder, DecoderPerceptual)
+    assert len(decoder.features(torch.zeros(1, 8, 4, 4))) == 2
+    measure = make_perceptual(PerceptualConfig("lpips", str(converted)), nano, CPU)
+    assert isinstance(measure, Lpips)
+    assert measure(noisy(picture(32)), picture(32)) > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "vgg"}, "one of none, decoder, lpips, got 'vgg'"),
+        ({"levels": 0}, "levels must be 1 or more, got 0"),
+        ({"kind": "lpips"}, r"got '': .*train/lpips_weights\.py.*perceptual\.kind=decoder"),
+        ({"kind": "lpips", "weights": "/no/such/file"}, r"'/no/such/file' \(no such file\).*kind=decoder"),
+    ],
+)
+def test_configuration_errors(values, message):
+    with pytest.raises(IcmsrError, match=message):
+        PerceptualConfig(**values)
+
+
+@dataclass(frozen=True)
+class Config:
+    """As a training script would hold it."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """The term."""
+
+
+def test_configuration_from_flags(converted):
+    config = parse_config(Config, ["--perceptual.kind=lpips", f"--perceptual.weights={converted}"])
+    assert config.perceptual == PerceptualConfig("lpips", str(converted))
+    with pytest.raises(IcmsrError, match="kind=decoder"):
+        parse_config(Config, ["--perceptual.kind=lpips"])

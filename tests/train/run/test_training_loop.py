@@ -1,0 +1,144 @@
+"""The loop on a task whose every step is known: guards, averages, schedules, records."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from icmsr_core.errors import IcmsrError
+from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.run.logs import read_metrics
+from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.tasks.task import Batch, Player, Task
+
+
+class Points(Task):
+    """Two numbers, pulled towards 3 and -1; the first one's gradient is not a number for samples in `poison`."""
+
+    def __init__(self, poison: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.poison = set(poison)
+        self.turns: list[tuple[str, int, int]] = []
+
+    def players(self) -> list[Player]:
+        return [
+            Player("first", {"x": self.first}), Player("second", {"x": self.second}, 2, 0.5, averaged=False),
+        ]
+
+    def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
+        self.turns.append((player, images, turn))
+        return batch
+
+    def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        if player == "first":
+            loss = (self.first - 3).square().mean()
+            bad = any(int(number) in self.poison for number in batch["index"])
+            return {"loss": loss * (float("nan") if bad else 1.0)}, {"seen": self.first.detach().clone()}
+        return {"loss": (self.second + 1).square().mean() + 0 * batch["seen"].sum()}, {}
+
+    def grid(self, batch: Batch) -> Tensor:
+        return batch["sharp"][0].float() / 255
+
+    def export(self, folder: Path) -> list[Path]:
+        path = folder / "points.json"
+        path.write_text(json.dumps([float(self.first.detach()), float(self.second.detach())]))
+        return [path]
+
+
+def run(task: Points, folder: Path, **options: object) -> list[Path]:
+    values = {"images": 16, "batch": 2, "learning_rate": 0.1, "schedule": "constant", "warmup_images": 0,
+              "precision": "fp32", "workers": 0, "save_every": 8, "log_every": 2, "tensorboard": False, **options}
+    config = LoopConfig(**values)
+    pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
+    return train(task, pairs, config, folder, {"loop": values}, Accelerator(cpu=True), torch.device("cpu"))
+
+
+def test_each_player_takes_its_turns(tmp_path):
+    task = Points()
+    run(task, tmp_path, images=4, accumulate=2)
+    # One step of four images: the first player twice for the two accumulated batches, the second in two turns.
+    assert task.turns == [("first", 0, 0)] * 2 + [("second", 0, 0)] * 2 + [("second", 0, 1)] * 2
+    # AdamW's first steps have the length of the learning rate; the second player has half of it, twice.
+    assert float(task.first) == pytest.approx(0.1, rel=1e-4)
+    assert float(task.second) == pytest.approx(-0.1, rel=1e-2)
+    row = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert row["lr/first"] == pytest.approx(0.1)
+    assert row["lr/second"] == pytest.approx(0.05)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    good, bad = Points(), Points(poison=[4])
+    run(good, tmp_path / "good", images=6)
+    run(bad, tmp_path / "bad", images=8)
+    rows = read_metrics(tmp_path / "bad" / "metrics.jsonl")
+    assert [row["health/skipped"] for row in rows] == [0, 0, 1, 1]
+    assert rows[2]["loss/first/loss"] is None
+    assert rows[3]["loss/first/loss"] > 0
+    assert float(bad.first) == pytest.approx(float(good.first), rel=1e-6), "three good steps of the first player each"
+    assert float(bad.second) < float(good.second), "the other player went on"
+
+
+def test_too_many_of_them_in_a_row_stop_the_run(tmp_path):
+    """Counted for each player: the good steps of the other do not hide them."""
+    with pytest.raises(IcmsrError, match=r"3 optimiser steps of first in a row .* at 8 images.*precision fp32"):
+        run(Points(poison=range(4, 99)), tmp_path, images=64, patience=3)
+    # One good step in between starts the count anew.
+    run(Points(poison=[0, 4, 8, 12]), tmp_path / "other", patience=2)
+
+
+def test_another_split_of_the_batch_may_resume_and_another_batch_may_not(tmp_path):
+    run(Points(), tmp_path / "a", images=16, batch=4)
+    run(Points(), tmp_path / "a", images=16, batch=2, accumulate=2)
+    with pytest.raises(IcmsrError, match=r"another configuration \(effective batch was 4, is 2\)"):
+        run(Points(), tmp_path / "a", images=16, batch=2)
+    with pytest.raises(IcmsrError, match=r"loop\.images is 3, below one effective batch of 4"):
+        run(Points(), tmp_path / "b", images=3, batch=4)
+
+
+def test_the_average_is_what_is_exported(tmp_path):
+    task = Points()
+    (path,) = run(task, tmp_path, images=16, average_images=4)
+    values, average = [], 0.0
+    check = Points()
+    optimizer = torch.optim.AdamW([check.first], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(8):
+        optimizer.zero_grad()
+        (check.first - 3).square().mean().backward()
+        nn.utils.clip_grad_norm_([check.first], 1.0)
+        optimizer.step()
+        values.append(float(check.first))
+        average += max(1 - 0.5 ** (2 / 4), 1 / (1 + step)) * (values[-1] - average)
+    first, second = json.loads(path.read_text())
+    assert first == pytest.approx(average, rel=1e-5)
+    assert second == pytest.approx(float(task.second), rel=1e-6), "no average is kept of it"
+    assert float(task.first) == pytest.approx(values[-1], rel=1e-6), "the live weights are back"
+
+
+def test_a_finished_run_exports_again_and_trains_no_more(tmp_path):
+    run(Points(), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "points.json").unlink()
+    task = Points()
+    (path,) = run(task, tmp_path)
+    assert task.turns == []
+    state = load_file(tmp_path / "checkpoints" / "000000016" / "state.safetensors")
+    assert json.loads(path.read_text())[0] == pytest.approx(float(state["average/first/x"]))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_changes_no_weight_may_change_on_resuming(tmp_path, caplog):
+    run(Points(), tmp_path, images=16)
+    run(Points(), tmp_path, images=16, save_every=4, log_every=4, keep=1)
+    with pytest.raises(IcmsrError, match=r"another configuration \(loop.learning_rate was 0.1, is 0.2\)"):
+        run(Points(), tmp_path, images=16, learning_rate=0.2)
+    with caplog.at_level(logging.WARNING):
+        (tmp_path / "checkpoints" / "000000099.partial").mkdir()
+        run(Points(), tmp_path)
+    assert not (tmp_path / "checkpoints" / "000000099.partial").exists()
