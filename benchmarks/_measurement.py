@@ -20,8 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = ("encode", "unet", "decode")
-PRELOAD = ["torch", "torch.utils.flop_counter", "diffusers", "diffusers.models.unets.unet_2d_condition",
-           "diffusers.models.autoencoders.autoencoder_kl", "accelerate"]
+PRELOAD = [
+    "torch",
+    "torch.utils.flop_counter",
+    "diffusers",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "accelerate",
+]
 """Imported once by the server that the measuring processes are forked from, where the platform forks."""
 CLOCKS = ("wall", "cpu")
 """What is timed: the clock on the wall, or the processor time of the process shared by its threads, which on a machine
@@ -140,9 +146,7 @@ class Run(NamedTuple):
         return sum(self.seconds)
 
 
-def run_in_stages(
-    procedure: Callable[[], Tensor], unet: torch.nn.Module, watch: Stopwatch, count: bool = False
-) -> Run:
+def run_in_stages(procedure: Callable[[], Tensor], unet: torch.nn.Module, watch: Stopwatch, count: bool = False) -> Run:
     """`procedure` once. Encoding ends where `unet` begins first, decoding begins where it ends last.
 
     What comes before the networks (resizing) counts as encoding, what comes after (colours) as decoding. With `count`
@@ -216,8 +220,15 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    procedure: Callable[[], Tensor], unet: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, clock: str,
-    runs: int, warmup: int, notes: Sequence[str] = (),
+    procedure: Callable[[], Tensor],
+    unet: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    clock: str,
+    runs: int,
+    warmup: int,
+    notes: Sequence[str] = (),
 ) -> Measurement:
     """Runs `procedure`, loaded and ready, `warmup` times and then `runs` times.
 

@@ -57,8 +57,13 @@ def text_encoder(share: float, dtype: torch.dtype) -> nn.Module | None:
         return None
     (width,) = narrowed((CONTEXT_WIDTH,), share, HEAD_WIDTH)
     config = CLIPTextConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=width // HEAD_WIDTH, max_position_embeddings=TOKENS, hidden_act="gelu",
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=width // HEAD_WIDTH,
+        max_position_embeddings=TOKENS,
+        hidden_act="gelu",
     )
     with init_empty_weights(include_buffers=False):
         encoder = CLIPTextModel(config)

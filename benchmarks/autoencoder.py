@@ -24,8 +24,16 @@ from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import embedded_base
 
 PLAIN = {"red": (0.8, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.1, 0.9)}
-COLUMNS = ("base", "pictures", "PSNR, RGB", "worst", "PSNR-Y", "DSS", "high-frequency ratio",
-           *(f"{name} {colour}" for name, colour in PLAIN.items()))
+COLUMNS = (
+    "base",
+    "pictures",
+    "PSNR, RGB",
+    "worst",
+    "PSNR-Y",
+    "DSS",
+    "high-frequency ratio",
+    *(f"{name} {colour}" for name, colour in PLAIN.items()),
+)
 MULTIPLE = 16
 
 
@@ -50,7 +58,11 @@ def row(name: str, paths: Sequence[Path]) -> list[str]:
     ]
     rgb, *others = np.mean(found, axis=0).tolist()
     return [
-        name, str(len(found)), number(rgb), number(min(entry[0] for entry in found)), *map(number, others),
+        name,
+        str(len(found)),
+        number(rgb),
+        number(min(entry[0] for entry in found)),
+        *map(number, others),
         *("(" + ", ".join(f"{value:.2f}" for value in colour) + ")" for colour in colours),
     ]
 

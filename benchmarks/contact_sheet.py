@@ -24,12 +24,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Crops of the same pictures from several folders, in one picture.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG, JPEG, WebP or TIFF to write")
     parser.add_argument("--columns", nargs="+", required=True, metavar="TITLE=FOLDER", help="folders, left to right")
-    parser.add_argument("--rows", nargs="+", required=True, metavar="NAME[:X,Y]",
-                        help="pictures, top to bottom, and the crop's upper left corner in the largest one")
-    parser.add_argument("--crop", type=int, default=SheetSettings.crop, metavar="N",
-                        help="side of the crop in pixels of the largest picture (default %(default)s)")
-    parser.add_argument("--zoom", type=int, default=SheetSettings.zoom, metavar="N",
-                        help="each pixel becomes N x N (default %(default)s)")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        required=True,
+        metavar="NAME[:X,Y]",
+        help="pictures, top to bottom, and the crop's upper left corner in the largest one",
+    )
+    parser.add_argument(
+        "--crop",
+        type=int,
+        default=SheetSettings.crop,
+        metavar="N",
+        help="side of the crop in pixels of the largest picture (default %(default)s)",
+    )
+    parser.add_argument(
+        "--zoom",
+        type=int,
+        default=SheetSettings.zoom,
+        metavar="N",
+        help="each pixel becomes N x N (default %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         sheet = contact_sheet(

@@ -26,7 +26,12 @@ from icmsr_core.weights.generator_file import holds_two_sets
 from icmsr_core.weights.merging import check_fidelity, fidelity_to_use
 
 METRICS = {
-    "psnr": "PSNR-Y", "ssim": "SSIM-Y", "fsim": "FSIM", "dss": "DSS", "srsim": "SR-SIM", "hf": "high-frequency ratio",
+    "psnr": "PSNR-Y",
+    "ssim": "SSIM-Y",
+    "fsim": "FSIM",
+    "dss": "DSS",
+    "srsim": "SR-SIM",
+    "hf": "high-frequency ratio",
 }
 CURVES = ("dss", "hf")
 """Drawn against PSNR-Y."""

@@ -81,8 +81,14 @@ def _measure(
     case: Case, procedure: Callable[[], Tensor], unet: torch.nn.Module, notes: Sequence[str] = ()
 ) -> Measurement:
     return measure(
-        procedure, unet, torch.device(case.device), DTYPES[case.dtype], clock=case.clock, runs=case.runs,
-        warmup=case.warmup, notes=notes,
+        procedure,
+        unet,
+        torch.device(case.device),
+        DTYPES[case.dtype],
+        clock=case.clock,
+        runs=case.runs,
+        warmup=case.warmup,
+        notes=notes,
     )
 
 
@@ -112,16 +118,18 @@ def rows_of(results: dict[Case, Measurement | str]) -> list[list[str]]:
             continue
         same = _reference(results, case, case.dtype)
         first = _reference(results, case, "fp32")
-        rows.append([
-            *head,
-            *(number(seconds) for seconds in found.seconds),
-            number(found.total),
-            number(sum(found.operations) / 1e12),
-            f"{found.peak_share:.0%}",
-            number(found.peak_bytes / 1e9),
-            *(number(other.total / found.total) if other else "-" for other in (same, first)),
-            number(found.peak_bytes / same.peak_bytes) if same else "-",
-        ])
+        rows.append(
+            [
+                *head,
+                *(number(seconds) for seconds in found.seconds),
+                number(found.total),
+                number(sum(found.operations) / 1e12),
+                f"{found.peak_share:.0%}",
+                number(found.peak_bytes / 1e9),
+                *(number(other.total / found.total) if other else "-" for other in (same, first)),
+                number(found.peak_bytes / same.peak_bytes) if same else "-",
+            ]
+        )
     return rows
 
 
@@ -133,16 +141,32 @@ def _reference(results: dict[Case, Measurement | str], case: Case, dtype: str) -
     return None
 
 
-COLUMNS = ("model, procedure, precision", "px", *(f"{stage} s" for stage in STAGES), "total s", "TFLOP", "matmul",
-           "peak GB", "x faster, same precision", "x faster than fp32", "memory / reference")
+COLUMNS = (
+    "model, procedure, precision",
+    "px",
+    *(f"{stage} s" for stage in STAGES),
+    "total s",
+    "TFLOP",
+    "matmul",
+    "peak GB",
+    "x faster, same precision",
+    "x faster than fp32",
+    "memory / reference",
+)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     """What the command line asks for, checked before anything is loaded. Wrong usage leaves with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512], metavar="PX",
-                        help=f"sides of the square result, multiples of 64, {LIMITS[0]} to {LIMITS[1]} (default 512)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[512],
+        metavar="PX",
+        help=f"sides of the square result, multiples of 64, {LIMITS[0]} to {LIMITS[1]} (default 512)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto, ... (default cpu)")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--width", type=float, default=1.0, help="share of SD2.1's widths, for a quick look")
@@ -150,8 +174,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
     parser.add_argument("--vae", choices=VAE_MODES, default=UpscaleSettings.vae, help="our VAE mode")
     add_common_options(parser, runs=3)
     parser.add_argument("--no-reference", action="store_true", help="measure our procedure alone")
-    parser.add_argument("--tiny", action="store_true",
-                        help="also measure sd21 with a tiny VAE (AutoencoderTiny of TAESD's size at any width)")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="also measure sd21 with a tiny VAE (AutoencoderTiny of TAESD's size at any width)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run's values")
     options = parser.parse_args(arguments)
     for size in options.sizes:
@@ -169,8 +196,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         for size in options.sizes
         for dtype in options.dtypes
         for procedure in (REFERENCE, OURS, TINY)
-        if procedure == OURS
-        or (model == "sd21" and (options.tiny if procedure == TINY else not options.no_reference))
+        if procedure == OURS or (model == "sd21" and (options.tiny if procedure == TINY else not options.no_reference))
     ]
     return options, cases
 
@@ -181,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[Case, Measurement | str] = {}
     for number_, case in enumerate(cases, 1):
         print(
-            f"{number_}/{len(cases)}: {case.model}, {case.procedure}, {case.dtype}, {case.size} px", file=sys.stderr,
+            f"{number_}/{len(cases)}: {case.model}, {case.procedure}, {case.dtype}, {case.size} px",
+            file=sys.stderr,
             flush=True,
         )
         try:
@@ -200,11 +227,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(note)
     print(f"\n{markdown(COLUMNS, rows_of(results))}")
     if options.json is not None:
-        options.json.write_text(json.dumps([
-            {"model": case.model, "procedure": case.procedure, "dtype": case.dtype, "size": case.size,
-             "width": case.width, **(found._asdict() if isinstance(found, Measurement) else {"failed": found})}
-            for case, found in results.items()
-        ], indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                [
+                    {
+                        "model": case.model,
+                        "procedure": case.procedure,
+                        "dtype": case.dtype,
+                        "size": case.size,
+                        "width": case.width,
+                        **(found._asdict() if isinstance(found, Measurement) else {"failed": found}),
+                    }
+                    for case, found in results.items()
+                ],
+                indent=1,
+            )
+            + "\n"
+        )
     return 0 if len(measured) == len(cases) else 1
 
 

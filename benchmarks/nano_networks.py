@@ -75,10 +75,17 @@ def measure(config: NetworkConfig, options: argparse.Namespace) -> tuple[int, li
 
     def data(crop: int, light: float, held_out: bool) -> TrainingPairs:
         folders = (str(Path(options.photos)),)
-        return TrainingPairs(DataConfig(
-            folders=folders, hold_out=HOLD_OUT, crop=crop, synthetic=0.0 if held_out else 0.1,
-            degradation_weights=(light, 1 - light),
-        ), 0, held_out=held_out)
+        return TrainingPairs(
+            DataConfig(
+                folders=folders,
+                hold_out=HOLD_OUT,
+                crop=crop,
+                synthetic=0.0 if held_out else 0.1,
+                degradation_weights=(light, 1 - light),
+            ),
+            0,
+            held_out=held_out,
+        )
 
     parameters = [*vae.parameters(), *(unet.parameters() if restores else ())]
     steps = train(run, data(CROP, 0.8, False), parameters, options)
@@ -91,16 +98,23 @@ def measure(config: NetworkConfig, options: argparse.Namespace) -> tuple[int, li
                 ((picture.clamp(-1, 1) + 1) / 2)[0].permute(1, 2, 0).numpy().astype(np.float32)
                 for picture in (result, sharp)
             )
-            rows.append((
-                psnr_y(shown, truth), fsim(shown, truth), dss(shown, truth), high_frequency_ratio(shown, truth),
-                -10 * math.log10(float(((shown - truth) ** 2).mean())),
-                255 * float(np.abs(shown.mean((0, 1)) - truth.mean((0, 1))).mean()),
-            ))
+            rows.append(
+                (
+                    psnr_y(shown, truth),
+                    fsim(shown, truth),
+                    dss(shown, truth),
+                    high_frequency_ratio(shown, truth),
+                    -10 * math.log10(float(((shown - truth) ** 2).mean())),
+                    255 * float(np.abs(shown.mean((0, 1)) - truth.mean((0, 1))).mean()),
+                )
+            )
     return steps, np.mean(rows, axis=0).tolist()
 
 
 def train(
-    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], pairs: TrainingPairs, parameters: list[torch.nn.Parameter],
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    pairs: TrainingPairs,
+    parameters: list[torch.nn.Parameter],
     options: argparse.Namespace,
 ) -> int:
     """Trains until the CPU time is spent, the making of samples not counted; returns the steps."""

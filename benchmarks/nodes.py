@@ -67,15 +67,24 @@ def run_in_comfyui(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as job:
         pack = harness["make_base_directory"](Path(job))
         values = {
-            "comfyui": comfyui, "pack": pack, "job": job, "starter": TESTS / "comfy_scripts" / "comfy_process.py",
+            "comfyui": comfyui,
+            "pack": pack,
+            "job": job,
+            "starter": TESTS / "comfy_scripts" / "comfy_process.py",
             **{name: getattr(options, name) for name in ("size", "runs", "threads", "tile", "overlap", "clock")},
         }
         command = [str(python), str(ROOT / "benchmarks" / "_nodes_in_comfyui.py")]
         for name, value in values.items():
             command += [f"--{name}", str(value)]
         done = subprocess.run(
-            command, cwd=comfyui, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, text=True, check=False,
-            timeout=options.timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=comfyui,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            text=True,
+            check=False,
+            timeout=options.timeout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     lines = done.stdout.strip().splitlines() or [""]
     if done.returncode:

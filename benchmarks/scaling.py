@@ -102,18 +102,29 @@ def rows_of(results: dict[Case, Found | str]) -> list[list[str]]:
         first = first or each
         # Input, input at the size of the result, result: three channels of float32.
         pictures = 12 * width * height * (2 + 1 / SCALE**2)
-        rows.append([
-            *head, number(found.seconds), number(each), f"{each / first - 1:+.0%}",
-            *(f"{amount / 1e6:.0f}" for amount in (found.peak, pictures, found.peak - found.before - pictures)),
-        ])
+        rows.append(
+            [
+                *head,
+                number(found.seconds),
+                number(each),
+                f"{each / first - 1:+.0%}",
+                *(f"{amount / 1e6:.0f}" for amount in (found.peak, pictures, found.peak - found.before - pictures)),
+            ]
+        )
     return rows
 
 
 def parse(arguments: Sequence[str] | None) -> list[Case]:
     """What the command line asks for, checked before anything is loaded. Wrong usage leaves with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megapixels", nargs="+", type=float, default=list(MEGAPIXELS), metavar="M",
-                        help="sizes of the result in units of 2^20 pixels (default 0.25 to 64)")
+    parser.add_argument(
+        "--megapixels",
+        nargs="+",
+        type=float,
+        default=list(MEGAPIXELS),
+        metavar="M",
+        help="sizes of the result in units of 2^20 pixels (default 0.25 to 64)",
+    )
     parser.add_argument("--aspect", type=float, default=1.0, help="width over height (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto, ... (default cpu)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
@@ -127,8 +138,7 @@ def parse(arguments: Sequence[str] | None) -> list[Case]:
     settings, device = checked_settings(parser, options, options.device, options.vae)
     counts = options.runs, options.threads, options.clock
     return [
-        Case(megapixels, options.aspect, device, options.dtype, *counts, settings)
-        for megapixels in options.megapixels
+        Case(megapixels, options.aspect, device, options.dtype, *counts, settings) for megapixels in options.megapixels
     ]
 
 

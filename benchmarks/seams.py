@@ -129,10 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for settings, seams in found.items():
         if seams:
             ratios, psnrs, works = zip(*seams)
-            rows.append([
-                str(settings.tile), str(settings.overlap), str(len(seams)), f"{statistics.mean(ratios):.4f}",
-                f"{max(ratios):.4f}", number(statistics.mean(psnrs)), f"{max(works):.2f}",
-            ])
+            rows.append(
+                [
+                    str(settings.tile),
+                    str(settings.overlap),
+                    str(len(seams)),
+                    f"{statistics.mean(ratios):.4f}",
+                    f"{max(ratios):.4f}",
+                    number(statistics.mean(psnrs)),
+                    f"{max(works):.2f}",
+                ]
+            )
     print(f"{machine(torch.device('cpu'))}\n\n{markdown(COLUMNS, rows)}")
     return 0
 

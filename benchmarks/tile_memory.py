@@ -4,10 +4,10 @@
     python benchmarks/tile_memory.py --clock cpu --threads 1 --models sd21 --tiles 256 512
     python benchmarks/tile_memory.py --device cuda --dtypes bf16 --models nano sd21 --batches 1 4 8
 
-The numbers of `icmsr_core/upscale/tile_choice.py` come from here. Every line is measured in a process of its own: the peak less
-what the process held before (libraries, weights, pictures), over the latent cells of all tiles of the batch, or over
-the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random weights
-of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
+The numbers of `icmsr_core/upscale/tile_choice.py` come from here. Every line is measured in a process of its own: the
+peak less what the process held before (libraries, weights, pictures), over the latent cells of all tiles of the batch,
+or over the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random
+weights of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
 """
 
 import argparse
@@ -108,9 +108,14 @@ def row_of(case: Case, found: Found | str) -> list[str]:
     if isinstance(found, str):
         return [*head, found, *["-"] * 3]
     pixels = case.batch * case.tile**2
-    return [*head, number(found.seconds), *(
-        f"{value:.0f}" for value in (found.memory / 1e6, found.memory * found.factor**2 / pixels, found.memory / pixels)
-    )]  # fmt: skip
+    return [
+        *head,
+        number(found.seconds),
+        *(
+            f"{value:.0f}"
+            for value in (found.memory / 1e6, found.memory * found.factor**2 / pixels, found.memory / pixels)
+        ),
+    ]
 
 
 def parse(arguments: Sequence[str] | None) -> list[Case]:
@@ -136,9 +141,12 @@ def parse(arguments: Sequence[str] | None) -> list[Case]:
         parser.error(str(error))
     return [
         Case(model, part, dtype, device, tile, batch, options.threads, options.clock, options.vae)
-        for model in options.models for dtype in options.dtypes for part in options.parts for tile in options.tiles
+        for model in options.models
+        for dtype in options.dtypes
+        for part in options.parts
+        for tile in options.tiles
         for batch in (options.batches if part == "unet" else [1])
-    ]  # fmt: skip
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -155,10 +155,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if result != reference and reference.is_file():
                     psnr, largest = difference(reference, result)
                     near = [number(psnr) if largest else "the same", f"{largest:.1e}"]
-                rows.append([
-                    str(size), mode, number(found.seconds), f"{found.seconds / first.seconds - 1:+.0%}",
-                    f"{found.peak / 1e6:.0f}", f"{(found.peak - found.before - 12 * size**2) / 1e6:.0f}", *near,
-                ])
+                rows.append(
+                    [
+                        str(size),
+                        mode,
+                        number(found.seconds),
+                        f"{found.seconds / first.seconds - 1:+.0%}",
+                        f"{found.peak / 1e6:.0f}",
+                        f"{(found.peak - found.before - 12 * size**2) / 1e6:.0f}",
+                        *near,
+                    ]
+                )
     print(f"{machine(torch.device('cpu'))}\n\n{markdown(COLUMNS, rows)}")
     return failed
 

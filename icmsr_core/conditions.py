@@ -83,9 +83,7 @@ def structure(name: str) -> Structure:
     return _STRUCTURES[name]
 
 
-def extract(
-    image: Tensor, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
-) -> Tensor:
+def extract(image: Tensor, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> Tensor:
     """Maps of the named structures side by side: [N, sum of their channels, H, W] in [0, 1], in the given order.
 
     `image` is [N, 3, H, W] in [0, 1]. `options` has keyword arguments for a structure's function under its name, such

@@ -211,8 +211,11 @@ def _upscale_batch(
             # Out of the except block, where the error no longer holds the tensors that did not fit.
             log.warning(
                 "picture %d of %d: out of memory with %s: trying again with %s",
-                index + 1, count, _words(settings), _words(smaller),
-            )  # fmt: skip
+                index + 1,
+                count,
+                _words(settings),
+                _words(smaller),
+            )
             settings, features = smaller, None  # what is kept of an adapter belongs to the larger tiles
             comfy.model_management.soft_empty_cache()
         before += tiles

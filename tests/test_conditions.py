@@ -312,8 +312,10 @@ def test_options_reach_their_structures(photo: np.ndarray) -> None:
     ],
 )
 def test_unknown_options_are_named(options: dict[str, dict[str, object]], message: str) -> None:
-    for function in (lambda: extract(torch.zeros(1, 3, 8, 8), ["colormap", "edges"], options),
-                     lambda: check_structures(["colormap", "edges"], options)):
+    for function in (
+        lambda: extract(torch.zeros(1, 3, 8, 8), ["colormap", "edges"], options),
+        lambda: check_structures(["colormap", "edges"], options),
+    ):
         with pytest.raises(IcmsrError, match=message):
             function()
 

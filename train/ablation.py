@@ -1,6 +1,6 @@
 """Compares generators trained with the regulariser under different conditions, and without it, at one budget.
 
-    python train/ablation.py --config train/configs/ablation.yaml --data.folders="['PHOTOS']" --pairs PAIRS
+python train/ablation.py --config train/configs/ablation.yaml --data.folders="['PHOTOS']" --pairs PAIRS
 """
 
 import json
@@ -62,7 +62,9 @@ def main() -> None:
     run_jobs(1, references, "references:")
     # Seed by seed: what is there when a run is stopped compares all arms.
     arms = [
-        (run_one, config, name, seed) for seed in config.seeds for name in config.arms
+        (run_one, config, name, seed)
+        for seed in config.seeds
+        for name in config.arms
         if not config.result_file(name, seed).exists()
     ]
     run_jobs(config.jobs, arms, "runs:")

@@ -1,6 +1,6 @@
 """Trains the T2I-Adapter that conditions teacher and auxiliary, on a frozen base.
 
-    python train/adapter.py --config train/configs/nano_adapter.yaml
+python train/adapter.py --config train/configs/nano_adapter.yaml
 """
 
 import logging

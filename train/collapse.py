@@ -1,6 +1,6 @@
 """Measures whether dense conditions collapse the regulariser and sparse ones do not (the paper's Lemma 1).
 
-    python train/collapse.py --config train/configs/collapse.yaml --data.folders="['PHOTOS']"
+python train/collapse.py --config train/configs/collapse.yaml --data.folders="['PHOTOS']"
 """
 
 import json
@@ -100,7 +100,9 @@ def main() -> None:
     work = [(train_adapter, config, name) for file, name in wanted.items() if not file.exists()]
     run_jobs(config.jobs, work, "adapters:")
     arms = [
-        (run_arm, config, seed, name) for seed in collapse.seeds for name in collapse.conditions
+        (run_arm, config, seed, name)
+        for seed in collapse.seeds
+        for name in collapse.conditions
         if not result_file(config, seed, name).exists()
     ]
     run_jobs(config.jobs, arms, "arms:")

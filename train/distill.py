@@ -1,6 +1,6 @@
 """Trains a one-step generator on a base model and writes its generator file.
 
-    python train/distill.py --config train/configs/nano_distill.yaml
+python train/distill.py --config train/configs/nano_distill.yaml
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Converts the public LPIPS-VGG weights into the one file that perceptual.weights takes. It downloads nothing.
 
-    python train/lpips_weights.py --vgg vgg16-397923af.pth --heads vgg.pth --out lpips_vgg.safetensors
+python train/lpips_weights.py --vgg vgg16-397923af.pth --heads vgg.pth --out lpips_vgg.safetensors
 """
 
 import logging

@@ -89,6 +89,7 @@ def main() -> None:
     info = BaseInfo(config.name, config.family, licence=config.licence)
     schedule = NoiseSchedule(info.beta_start, info.beta_end, info.steps)
     if config.dry_run:
+
         def autoencoder() -> AutoencoderTask:
             return AutoencoderTask(make_vae(config.networks), config.autoencoder_losses)
 
@@ -103,8 +104,12 @@ def main() -> None:
         return
     torch.manual_seed(config.autoencoder.seed if start is None else seed)
     unet, vae = (network.to(device) for network in _networks(config, start))
-    logging.info("%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s", len(pairs.photographs),
-                 *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)), device)
+    logging.info(
+        "%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s",
+        len(pairs.photographs),
+        *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)),
+        device,
+    )
     if start is None:
         task = AutoencoderTask(vae, config.autoencoder_losses)
         # A resumed run restores the last state, finds no images left and puts the averaged weights in place.

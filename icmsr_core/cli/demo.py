@@ -46,4 +46,3 @@ def run_demo(load: Callable[[], Backbone], folder: Path, progress: Progress | No
         write_picture(path, content)
     sizes = [(image.shape[1], image.shape[0]) for image in (picture.rgb, result.rgb)]
     return DemoResult(sizes[0], sizes[1], seconds, files)
-

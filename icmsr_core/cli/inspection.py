@@ -120,8 +120,13 @@ def _set_rows(kind: str, parts: Mapping[str, PartWeights], rank: int, alpha: flo
     for part, weights in parts.items():
         whole = sum(tensor.numel() for tensor in weights.tensors.values())
         lora = sum(pair.down.numel() + pair.up.numel() for pair in weights.lora.values())
-        rows.append((f"{kind}{part}", f"{len(weights.tensors)} whole tensors ({whole / 1e6:.2f} M), "
-                                      f"LoRA on {len(weights.lora)} modules ({lora / 1e6:.2f} M)"))
+        rows.append(
+            (
+                f"{kind}{part}",
+                f"{len(weights.tensors)} whole tensors ({whole / 1e6:.2f} M), "
+                f"LoRA on {len(weights.lora)} modules ({lora / 1e6:.2f} M)",
+            )
+        )
     if any(weights.lora for weights in parts.values()):
         rows.append((f"{kind}LoRA", f"rank {rank}, alpha {alpha:g}"))
     return rows

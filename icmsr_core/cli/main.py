@@ -86,8 +86,12 @@ def run_upscale(options: argparse.Namespace) -> int:
     tile_too, batch_too = options.tile is None, options.batch is None
     try:
         settings = UpscaleSettings(
-            scale=options.scale, size=options.size, overlap=options.overlap, color_fix=options.color_fix,
-            tile=UpscaleSettings.tile if tile_too else options.tile, batch=1 if batch_too else options.batch,
+            scale=options.scale,
+            size=options.size,
+            overlap=options.overlap,
+            color_fix=options.color_fix,
+            tile=UpscaleSettings.tile if tile_too else options.tile,
+            batch=1 if batch_too else options.batch,
             vae=options.vae_mode,
         )
     except IcmsrError as error:
@@ -98,12 +102,19 @@ def run_upscale(options: argparse.Namespace) -> int:
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
     backbone = load_model(
-        options.model, options.base, options.device, options.dtype, options.fidelity, options.prompt, options.tiny_vae,
+        options.model,
+        options.base,
+        options.device,
+        options.dtype,
+        options.fidelity,
+        options.prompt,
+        options.tiny_vae,
         options.compile,
     )
-    with tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files, tqdm(
-        unit="tile", leave=False, disable=None
-    ) as tiles:
+    with (
+        tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
+        tqdm(unit="tile", leave=False, disable=None) as tiles,
+    ):
 
         def progress(job: Job) -> Progress:
             tiles.set_description(job.source.name)
@@ -111,10 +122,15 @@ def run_upscale(options: argparse.Namespace) -> int:
             return bar_progress(tiles)
 
         failed = run_jobs(
-            backbone, jobs, settings, report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
+            backbone,
+            jobs,
+            settings,
+            report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
             fit=memory_fit(backbone, backbone.device, backbone.dtype, tile=tile_too, batch=batch_too)
-            if tile_too or batch_too else None,
-            progress=progress, done=lambda _: files.update(),
+            if tile_too or batch_too
+            else None,
+            progress=progress,
+            done=lambda _: files.update(),
         )
     done = len(jobs) - failed
     where = jobs[0].target if len(jobs) == 1 else jobs[0].target.parent
@@ -207,8 +223,14 @@ def generator_path(model: str) -> Path:
 
 
 def load_model(
-    model: str, base: str, device: str, dtype: str, fidelity: float | None = None, prompt: str | None = None,
-    tiny_vae: Path | None = None, compile_unet: bool = False,
+    model: str,
+    base: str,
+    device: str,
+    dtype: str,
+    fidelity: float | None = None,
+    prompt: str | None = None,
+    tiny_vae: Path | None = None,
+    compile_unet: bool = False,
 ) -> DiffusersBackbone:
     """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
     import torch
@@ -221,16 +243,30 @@ def load_model(
 
     silence_diffusers()
     types: dict[str, DtypeChoice] = {
-        "auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+        "auto": "auto",
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
     }
     known = None if base == "nano" else base
     return load_backbone(
-        known, generator_path(model), device=chosen, dtype=types[dtype], fidelity=fidelity, prompt=prompt,
-        tiny_vae=tiny_vae, compile_unet=compile_unet,
+        known,
+        generator_path(model),
+        device=chosen,
+        dtype=types[dtype],
+        fidelity=fidelity,
+        prompt=prompt,
+        tiny_vae=tiny_vae,
+        compile_unet=compile_unet,
     )
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "demo": run_demo_command, "upscale": run_upscale, "conditions": run_conditions, "evaluate": run_evaluate,
-    "inspect": run_inspect, "import": run_import, "export": run_export,
+    "demo": run_demo_command,
+    "upscale": run_upscale,
+    "conditions": run_conditions,
+    "evaluate": run_evaluate,
+    "inspect": run_inspect,
+    "import": run_import,
+    "export": run_export,
 }

@@ -106,9 +106,7 @@ Fit = Callable[[UpscaleSettings, int, int], UpscaleSettings]
 """Settings for an input of that height and width."""
 
 
-def memory_fit(
-    backbone: Backbone, device: torch.device, dtype: torch.dtype, *, tile: bool, batch: bool
-) -> Fit:
+def memory_fit(backbone: Backbone, device: torch.device, dtype: torch.dtype, *, tile: bool, batch: bool) -> Fit:
     """Chooses tile and batch, or one of them, from what is free on the backbone's `device` when a picture's turn comes.
 
     Says so in the log where memory is too short for the first choice, because the result is then another.
@@ -117,14 +115,25 @@ def memory_fit(
     def fit(settings: UpscaleSettings, height: int, width: int) -> UpscaleSettings:
         free = free_memory(device)
         chosen = fit_to_memory(
-            backbone, height, width, settings, free, device.type,
-            itemsize=dtype.itemsize, tile=tile, batch=batch,
-        )  # fmt: skip
+            backbone,
+            height,
+            width,
+            settings,
+            free,
+            device.type,
+            itemsize=dtype.itemsize,
+            tile=tile,
+            batch=batch,
+        )
         if free is not None and (chosen.tile, chosen.vae) != (TILES[0] if tile else settings.tile, settings.vae):
             log.warning(
                 "%d x %d: %.1f GB of memory are free: tile %d, vae %s",
-                width, height, free / 1e9, chosen.tile, chosen.vae,
-            )  # fmt: skip
+                width,
+                height,
+                free / 1e9,
+                chosen.tile,
+                chosen.vae,
+            )
         return chosen
 
     return fit

@@ -79,7 +79,8 @@ def _one_lora(generator: Generator, fidelity: float) -> tuple[dict[str, LoraPair
         scaled = [
             LoraPair(pair.down.float(), pair.up.float() * (scale / pair.down.shape[0]))
             for pair, scale in (
-                (faithful.lora.get(module), info.alpha), (realistic.lora.get(module), fidelity * info.realistic_alpha)
+                (faithful.lora.get(module), info.alpha),
+                (realistic.lora.get(module), fidelity * info.realistic_alpha),
             )
             if pair is not None
         ]
@@ -88,8 +89,11 @@ def _one_lora(generator: Generator, fidelity: float) -> tuple[dict[str, LoraPair
 
 
 def _diffusers_tensors(lora: Mapping[str, LoraPair]) -> dict[str, Tensor]:
-    halves = ((f"unet.{module}.lora_{half}.weight", tensor) for module, pair in lora.items()
-              for half, tensor in zip("AB", pair))  # fmt: skip
+    halves = (
+        (f"unet.{module}.lora_{half}.weight", tensor)
+        for module, pair in lora.items()
+        for half, tensor in zip("AB", pair)
+    )
     return dict(halves)
 
 

@@ -59,7 +59,11 @@ def _unet_adapters(rank: str, suffix: str = "") -> Adapters:
 PICKLED_KINDS: Mapping[str, PickledKind] = {
     "osediff": PickledKind(
         GeneratorInfo(
-            "sd21", 999, "eps", "stable-diffusion-2-1-base", licence="Apache-2.0",
+            "sd21",
+            999,
+            "eps",
+            "stable-diffusion-2-1-base",
+            licence="Apache-2.0",
             notes="OSEDiff takes its prompt from an image tagger, which is no part of this file: with one prompt for "
             "all pictures the results differ from the published ones.",
         ),
@@ -69,7 +73,11 @@ PICKLED_KINDS: Mapping[str, PickledKind] = {
     ),
     "pisasr": PickledKind(
         GeneratorInfo(
-            "sd21", 1, "residual", "stable-diffusion-2-1-base", licence="Apache-2.0",
+            "sd21",
+            1,
+            "residual",
+            "stable-diffusion-2-1-base",
+            licence="Apache-2.0",
             notes="PiSA-SR was trained with prompts from an image tagger, which is no part of this file; its authors' "
             "own test uses the empty prompt.",
         ),
@@ -163,7 +171,8 @@ class _Reader:
             if not isinstance(values, dict):
                 raise IcmsrError(f"{self.name}: {state} must hold tensors by name, got {type(values).__name__}")
             wrong = [
-                str(key) for key, value in values.items()
+                str(key)
+                for key, value in values.items()
                 if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided
             ]
             if wrong:

@@ -103,8 +103,9 @@ def manifold_grid(
     shown: dict[str, list[Cell]] = {name: list((maps or {}).get(name, {}).items()) for name in rows}
     for name, pictures in rows.items():
         if len(pictures) != len(timesteps):
-            raise IcmsrError(f"row {name!r} must have a picture for each of {len(timesteps)} timesteps, "
-                             f"got {len(pictures)}")
+            raise IcmsrError(
+                f"row {name!r} must have a picture for each of {len(timesteps)} timesteps, got {len(pictures)}"
+            )
     if rows:
         shown[next(iter(rows))].insert(0, (truth_label, truth))
     width = max(map(len, shown.values()), default=0)
@@ -114,4 +115,3 @@ def manifold_grid(
         labels = [f"t = {t}   {psnr_y(picture, truth):.1f} dB" for t, picture in zip(timesteps, pictures)]
         grid[name] = [*shown[name], *blank, *zip(labels, pictures)]
     return labelled_grid(grid)
-

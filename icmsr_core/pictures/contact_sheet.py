@@ -254,7 +254,8 @@ def _find_files(columns: Sequence[SheetColumn], rows: Sequence[SheetRow]) -> lis
             problems.append(f"{os.fspath(column.folder)} ({column.title}) lacks {', '.join(missing)}")
         problems += [
             f"{os.fspath(column.folder)} ({column.title}) has {' and '.join(path.name for path in found[name])}"
-            for name in wanted if len(found.get(name, ())) > 1
+            for name in wanted
+            if len(found.get(name, ())) > 1
         ]
     if problems:
         raise IcmsrError(f"each folder must have one picture of each row's name: {'; '.join(problems)}")

@@ -171,8 +171,10 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     path = Path(path)
     file_format = _WRITE_FORMATS.get(path.suffix.lower())
     if file_format is None:
-        raise IcmsrError(f"{path}: cannot write {path.suffix or 'a file without extension'}: use one of "
-                         f"{', '.join(WRITE_EXTENSIONS)}")
+        raise IcmsrError(
+            f"{path}: cannot write {path.suffix or 'a file without extension'}: use one of "
+            f"{', '.join(WRITE_EXTENSIONS)}"
+        )
     if not 1 <= quality <= 100:
         raise IcmsrError(f"quality must be in 1..100, got {quality}")
     if path.is_dir():
@@ -182,8 +184,9 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     height, width = picture.rgb.shape[:2]
     longest = _LONGEST_SIDE.get(file_format)
     if longest is not None and max(height, width) > longest:
-        raise IcmsrError(f"{path}: {file_format} holds at most {longest} pixels a side, got {width} x {height}: "
-                         "write PNG or TIFF")
+        raise IcmsrError(
+            f"{path}: {file_format} holds at most {longest} pixels a side, got {width} x {height}: write PNG or TIFF"
+        )
     if not np.isfinite(picture.rgb).all() or (picture.alpha is not None and not np.isfinite(picture.alpha).all()):
         raise IcmsrError(f"{path}: not written, the picture holds values that are not finite: try a wider dtype (fp32)")
     try:

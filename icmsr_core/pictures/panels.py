@@ -43,8 +43,10 @@ def labelled_grid(rows: Mapping[str, Sequence[Cell]], gap: int = 8) -> FloatArra
     sizes = {picture.shape for cells in rows.values() for _, picture in cells if picture is not None}
     counts = {len(cells) for cells in rows.values()}
     if len(sizes) != 1 or len(counts) != 1:
-        raise IcmsrError(f"a grid needs cells of one size and as many in every row, got sizes {sorted(sizes)} and "
-                         f"{sorted(counts)} cells")
+        raise IcmsrError(
+            f"a grid needs cells of one size and as many in every row, got sizes {sorted(sizes)} and "
+            f"{sorted(counts)} cells"
+        )
     shape = sizes.pop()
     factor = -(-MIN_CELL // shape[1])
     margin = 20 + max(cv2.getTextSize(name, _FONT, 0.7, 2)[0][0] for name in rows)

@@ -36,8 +36,10 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
     depth = _depth(image, data)
     signed = _SIGNED in _tag(image, _TIFF_SAMPLE_FORMAT, (1,))
     if signed or image.mode in ("F", "LAB") or (image.mode == "I" and depth > 16):
-        raise IcmsrError(f"{path}: {depth}-bit samples in Pillow's mode {image.mode}{', signed,' if signed else ''} "
-                         "have no agreed range: convert the file to 8 or 16 bits, RGB or grey")
+        raise IcmsrError(
+            f"{path}: {depth}-bit samples in Pillow's mode {image.mode}{', signed,' if signed else ''} "
+            "have no agreed range: convert the file to 8 or 16 bits, RGB or grey"
+        )
     if image.mode.startswith("I"):
         return _turned(_grey_samples(image, depth), remaining), 2**depth - 1
     if depth == 16 and image.mode in ("RGB", "RGBA"):
@@ -90,8 +92,10 @@ def _color_samples(
     compared = slice(3, 4) if premultiplied else slice(0, 3)
     upper = (decoded[..., compared] >> 8).astype(np.int16)
     if decoded.shape[:2] != seen.shape[:2] or np.abs(upper - seen[..., compared]).max() > 1:
-        raise IcmsrError(f"{path}: its 16-bit samples cannot be read with certainty (Pillow and OpenCV differ): "
-                         "save it as PNG, or as TIFF with interleaved channels")
+        raise IcmsrError(
+            f"{path}: its 16-bit samples cannot be read with certainty (Pillow and OpenCV differ): "
+            "save it as PNG, or as TIFF with interleaved channels"
+        )
     key = image.info.get("transparency")
     if isinstance(key, tuple):  # one colour of a PNG file without alpha is transparent
         opaque = (decoded[..., :3] != np.array(key, np.uint16)).any(axis=2)

@@ -120,7 +120,9 @@ class DiffusersBackbone:
         else:
             # Cast and scaled in the order of `decode`, which rounds as it does.
             steps = (
-                Pointwise(lambda latent: latent.to(dtype) / factor), *decoder_steps(self.vae), Pointwise(guard.check)
+                Pointwise(lambda latent: latent.to(dtype) / factor),
+                *decoder_steps(self.vae),
+                Pointwise(guard.check),
             )
         return VaeHalf(steps, self.device, self._room)
 
@@ -309,7 +311,8 @@ def load_backbone(
     if generator is not None and generator.info.base_hash and generator.info.base_hash != folder.hash():
         log.warning(
             "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
-            name, folder.path,
+            name,
+            folder.path,
         )
     if dtype == "auto":
         dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))

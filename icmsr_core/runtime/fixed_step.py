@@ -28,11 +28,21 @@ PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 """diffusers' attention without additions of others (an IP-Adapter's processor reads more than the context)."""
 ABSENT = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
 """Parts of diffusers' Attention that Stable Diffusion's UNets do not have."""
-KEPT_ARGUMENTS = ("down_intrablock_additional_residuals", "down_block_additional_residuals",
-                  "mid_block_additional_residual", "return_dict")
+KEPT_ARGUMENTS = (
+    "down_intrablock_additional_residuals",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "return_dict",
+)
 """Arguments that act outside what is computed once. With any other one a call runs as if nothing were fixed."""
-OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
-                "time_cond_proj_dim", "dual_cross_attention")
+OTHER_INPUTS = (
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "dual_cross_attention",
+)
 """Configuration entries of UNets whose embedding or context depends on more than timestep and context."""
 
 
@@ -79,9 +89,7 @@ def release_step(unet: nn.Module) -> None:
 class FixedStep:
     """One UNet at one timestep with one context, while `fix_step` holds."""
 
-    def __init__(
-        self, unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward]
-    ) -> None:
+    def __init__(self, unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward]) -> None:
         self._unet: Any = unet
         self._timestep, self._context = timestep, context
         self._values = context.clone()  # the caller's own may be written into

@@ -89,7 +89,8 @@ class GuardedPart:
             self._checked(result)
         log.warning(
             "%s gave NaN or infinite values in %s and runs in fp32 from here on (--dtype fp32 starts with it)",
-            self.name, dtype_name(self.dtype),
+            self.name,
+            dtype_name(self.dtype),
         )
         for module in self._modules:
             # A tensor of inference mode cannot take the place of one that was made outside of it, nor the reverse.

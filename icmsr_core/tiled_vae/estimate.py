@@ -61,9 +61,9 @@ def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: 
     frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, CONTEXT * unit)
     stream = _SampledStream(half, frame)
     rows, columns = frame.window
-    crops = torch.cat([
-        source[:, :, top : top + rows, left : left + columns] for top, left in map(frame.start, fields.corners)
-    ])
+    crops = torch.cat(
+        [source[:, :, top : top + rows, left : left + columns] for top, left in map(frame.start, fields.corners)]
+    )
     nominal = unit * max(1, tile * tile * unit // (len(fields.corners) * columns))
     for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
         pass
@@ -199,8 +199,7 @@ def _features(fields: Tensor) -> Tensor:
     channels = fields.shape[1]
     if channels <= CROSSED:
         found += [
-            (fields[:, one] * fields[:, other]).mean((1, 2))[:, None]
-            for one, other in combinations(range(channels), 2)
+            (fields[:, one] * fields[:, other]).mean((1, 2))[:, None] for one, other in combinations(range(channels), 2)
         ]
     for lag in LAGS:
         if lag < min(fields.shape[2:]):

@@ -152,6 +152,4 @@ def normaliser(step: Norm, known: Statistics) -> TensorMap:
 
 def count_norms(steps: Sequence[Step]) -> int:
     """How many `Norm`s are among `steps` and in their residuals."""
-    return sum(
-        count_norms(step.main) if isinstance(step, Residual) else isinstance(step, Norm) for step in steps
-    )
+    return sum(count_norms(step.main) if isinstance(step, Residual) else isinstance(step, Norm) for step in steps)

@@ -140,9 +140,7 @@ class Stream(ABC):
                 rows = F.pad(rows, (0, 1, 0, 0) if axis == 2 else (0, 0, 0, 1))
             return valid(rows)
 
-        return Flow(
-            _present(map(feed, chunks)), flow.length // stride, max(1, flow.nominal // stride)
-        )
+        return Flow(_present(map(feed, chunks)), flow.length // stride, max(1, flow.nominal // stride))
 
     def _residual(self, step: Residual, flow: Flow) -> Flow:
         kept, shortcut = HeldMap(self.axis), step.shortcut
@@ -167,9 +165,7 @@ class Stream(ABC):
         main = self.through(step.main, flow._replace(chunks=map(passing, flow.chunks)))
         return Flow(map(add, main.chunks), main.length, main.nominal)
 
-    def _windows(
-        self, step: Attention, flow: Flow, window: int, context: int, sample: Sample | None = None
-    ) -> Flow:
+    def _windows(self, step: Attention, flow: Flow, window: int, context: int, sample: Sample | None = None) -> Flow:
         """Attention in windows of at most `window` x `window`, each of which sees `context` samples around it.
 
         Of the rest of the map it sees `sample`.
@@ -194,9 +190,11 @@ class Stream(ABC):
                 width, parts = band.shape[across], []
                 for left, right in _even(width, window):
                     near, far = max(0, left - context), min(width, right + context)
-                    parts.append(step.run(
-                        asking.narrow(across, left, right - left), asked.narrow(across, near, far - near), sample
-                    ))
+                    parts.append(
+                        step.run(
+                            asking.narrow(across, left, right - left), asked.narrow(across, near, far - near), sample
+                        )
+                    )
                 found.append(torch.cat(parts, across) if len(parts) > 1 else parts[0])
                 keep = max(0, end - context)
                 rows[:] = [band.narrow(axis, keep - first, stop - keep).clone()] if bounds else []

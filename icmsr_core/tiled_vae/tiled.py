@@ -195,7 +195,6 @@ class _Ticker:
             self._progress(new)
 
 
-
 def again_when_widened(work: Callable[[], Result]) -> Result:
     """`work()`, and once more where it stopped with `Widened`: it must begin anew by itself."""
     try:

@@ -110,8 +110,9 @@ def fit_to_memory(
         modes = ("auto", "bounded") if settings.vae == "auto" else (settings.vae,)
         candidates = [
             replace(chosen, vae=mode, tile=side, overlap=min(settings.overlap, side // (2 if side == TILES[0] else 4)))
-            for mode in modes for side in TILES
-        ]  # fmt: skip
+            for mode in modes
+            for side in TILES
+        ]
         # The least is not always the last: on a CPU a small picture's windows hold more than the picture.
         chosen = next(filter(fits, candidates), None) or min(reversed(candidates), key=need)
     if batch and kind != "cpu" and free is not None:

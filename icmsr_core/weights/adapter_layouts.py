@@ -99,7 +99,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         values, description = read_pickle(path), None
         values = values["adapter"] if isinstance(values.get("adapter"), dict) else values
     wrong = [
-        str(key) for key, value in values.items()
+        str(key)
+        for key, value in values.items()
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_sparse
     ]
     if wrong:

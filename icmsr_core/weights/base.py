@@ -214,7 +214,8 @@ def open_base(path: Path) -> BaseFolder:
     info = None if plain else info_from_json(str(path / INFO_FILE), BaseInfo, _read_json(path / INFO_FILE))
     configs = {}
     for part, needed_keys in (
-        ("unet", ("block_out_channels", "cross_attention_dim")), ("vae", ("block_out_channels", "latent_channels"))
+        ("unet", ("block_out_channels", "cross_attention_dim")),
+        ("vae", ("block_out_channels", "latent_channels")),
     ):
         configs[part] = _read_json(path / part / "config.json")
         missing = [key for key in needed_keys if key not in configs[part]]

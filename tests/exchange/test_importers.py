@@ -29,15 +29,28 @@ from tests.support.model_files import random_generator
 from tests.support.sd_files import unet_config, vae_config, write_sd_folder
 
 TARGETS = (
-    "to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_in", "conv_shortcut", "conv_out", "proj_out",
-    "proj_in", "ff.net.2", "ff.net.0.proj",
-)  # fmt: skip
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "conv",
+    "conv1",
+    "conv2",
+    "conv_in",
+    "conv_shortcut",
+    "conv_out",
+    "proj_out",
+    "proj_in",
+    "ff.net.2",
+    "ff.net.0.proj",
+)
 RANK_UNET, RANK_VAE, PEFT_ALPHA = 2, 4, 8
 """Different, so that a scale taken from the wrong network shows."""
 
 # The peers' own use of PEFT, several adapters on one network, is what it warns of.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"), pytest.mark.usefixtures("one_thread")
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 
@@ -153,8 +166,11 @@ def test_osediff_gives_the_latent_of_its_own_arithmetic(base, osediff, tmp_path)
 
     unet, vae = load_unet(base), AutoencoderKL.from_pretrained(base / "vae")
     kept = osediff["state_dict_unet"]
-    state = {**unet.state_dict(), "conv_in.weight": kept["conv_in.base_layer.weight"],
-             "conv_in.bias": kept["conv_in.base_layer.bias"]}  # fmt: skip
+    state = {
+        **unet.state_dict(),
+        "conv_in.weight": kept["conv_in.base_layer.weight"],
+        "conv_in.bias": kept["conv_in.base_layer.bias"],
+    }
     adapters = {f"default_{group}": RANK_UNET for group in ("encoder", "decoder", "others")}
     unet.double().load_state_dict(updated(state, kept, adapters))
     vae.double().load_state_dict(updated(vae.state_dict(), osediff["state_dict_vae"], {"default_encoder": RANK_VAE}))
@@ -209,9 +225,13 @@ def full_size_checkpoint() -> dict:
     states["unet"]["conv_in.base_layer.weight"] = torch.zeros(320, 4, 3, 3, dtype=torch.float16)
     states["unet"]["conv_in.base_layer.bias"] = torch.zeros(320, dtype=torch.float16)
     return {
-        "vae_lora_encoder_modules": encoder, **{f"unet_lora_{group}_modules": split[group] for group in split},
-        "rank_unet": 1, "rank_vae": 1, "state_dict_unet": states["unet"], "state_dict_vae": states["vae"],
-    }  # fmt: skip
+        "vae_lora_encoder_modules": encoder,
+        **{f"unet_lora_{group}_modules": split[group] for group in split},
+        "rank_unet": 1,
+        "rank_vae": 1,
+        "state_dict_unet": states["unet"],
+        "state_dict_vae": states["vae"],
+    }
 
 
 def test_every_target_of_the_published_size_finds_its_place(tmp_path, capsys):
@@ -461,7 +481,8 @@ def test_a_peft_folder_as_peft_writes_it(base, tmp_path, rslora):
     merged = merged_part("l", load_generator(tmp_path / "l.safetensors"), "unet", load_unet(base).state_dict())
     deltas = {
         name: module.base_layer.weight + module.get_delta_weight("default")
-        for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "get_delta_weight")
+        for name, module in wrapped.base_model.model.named_modules()
+        if hasattr(module, "get_delta_weight")
     }
     assert len(deltas) == len(merged)
     for name, expected in deltas.items():
@@ -509,8 +530,9 @@ def test_one_pixel_convolutions_and_linear_layers_are_taken_in_either_form(tmp_p
     tensors = {}
     for stem, (out, into, *ones) in shapes.items():
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = (
-            torch.randn(2, into, *ones), torch.randn(out, 2, *ones),
-        )  # fmt: skip
+            torch.randn(2, into, *ones),
+            torch.randn(out, 2, *ones),
+        )
     save_file(tensors, tmp_path / "kohya.safetensors")
     import_checkpoint("lora", tmp_path / "kohya.safetensors", tmp_path / "l.safetensors", ImportSettings(base=other))
     generator = load_generator(tmp_path / "l.safetensors")

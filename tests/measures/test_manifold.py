@@ -89,7 +89,7 @@ def test_noise_is_the_same_with_and_without_features_and_at_all_timesteps():
     before = [one.clone() for one in features]
     clean_estimates(backbone, truth, TIMESTEPS, noise)
     clean_estimates(backbone, truth, TIMESTEPS, noise, features)
-    plain, conditioned = backbone.seen[: len(TIMESTEPS)], backbone.seen[len(TIMESTEPS):]
+    plain, conditioned = backbone.seen[: len(TIMESTEPS)], backbone.seen[len(TIMESTEPS) :]
     for (a, _, nothing), (b, t, given) in zip(plain, conditioned):
         assert torch.equal(a, b)
         assert nothing is None
@@ -211,8 +211,16 @@ def arm(files, **options):
 
 
 def config(files, **options):
-    return ViewConfig(**{"pictures": str(files / "photos"), "arms": {"icm": arm(files)}, "crop": 64, "draws": 2,
-                         "timesteps": (200, 800), **options})
+    return ViewConfig(
+        **{
+            "pictures": str(files / "photos"),
+            "arms": {"icm": arm(files)},
+            "crop": 64,
+            "draws": 2,
+            "timesteps": (200, 800),
+            **options,
+        }
+    )
 
 
 def test_measuring_is_determined_by_the_seed_and_hears_the_adapter(files):
@@ -316,19 +324,36 @@ def test_the_script_refuses_in_one_line_before_it_reads_weights(files, tmp_path,
 
 
 def flags_of(files, out):
-    return ["--config", str(ROOT / "train" / "configs" / "teacher_view.yaml"), "--base=", "--cells=0", "--crop=64",
-            f"--pictures={files / 'photos'}", f"--arms.icm.adapters=['{files / 'adapter.safetensors'}']",
-            f"--out={out}", "--device=cpu"]
+    return [
+        "--config",
+        str(ROOT / "train" / "configs" / "teacher_view.yaml"),
+        "--base=",
+        "--cells=0",
+        "--crop=64",
+        f"--pictures={files / 'photos'}",
+        f"--arms.icm.adapters=['{files / 'adapter.safetensors'}']",
+        f"--out={out}",
+        "--device=cpu",
+    ]
 
 
 def test_the_script_writes_its_four_files(files, tmp_path):
-    flags = [*flags_of(files, "out"), "--timesteps=[200,950]", "--draws=1", "--shown=1",
-             f"--arms.again={{cells: 2, adapters: ['{files / 'adapter'}'], adapter_weights: [2.0]}}"]
+    flags = [
+        *flags_of(files, "out"),
+        "--timesteps=[200,950]",
+        "--draws=1",
+        "--shown=1",
+        f"--arms.again={{cells: 2, adapters: ['{files / 'adapter'}'], adapter_weights: [2.0]}}",
+    ]
     process = ScriptProcess("teacher_view.py", *flags, folder=tmp_path)
     assert process.wait() == 0, process.output()
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"teacher_view.json", "teacher_view.md", "error_by_noise.png",
-                                                      "grid.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "teacher_view.json",
+        "teacher_view.md",
+        "error_by_noise.png",
+        "grid.png",
+    }
     text = (out / "teacher_view.json").read_text()
     assert str(tmp_path) not in text
     assert str(files) not in text, "no path of the machine in a file to share"

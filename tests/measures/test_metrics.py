@@ -157,7 +157,12 @@ def test_piq_measures_are_piqs_on_rgb_in_the_unit_range(name: str) -> None:
 
 def test_registry() -> None:
     assert [name for name, entry in METRICS.items() if not entry.needs_truth] == [
-        "niqe", "musiq", "maniqa", "clipiqa", "topiq_nr", "liqe"
+        "niqe",
+        "musiq",
+        "maniqa",
+        "clipiqa",
+        "topiq_nr",
+        "liqe",
     ]
     assert [name for name, entry in METRICS.items() if entry.lower_better] == ["lpips", "dists", "niqe"]
     assert [name for name, entry in METRICS.items() if entry.lower_better is None] == ["hf"]
@@ -169,10 +174,16 @@ def test_registry() -> None:
         metric("ssim")(noise(1))
 
 
-@pytest.mark.parametrize(("name", "package", "advice"), [
-    ("fsim", "piq", r"pip install \"icm-sr\[eval\]\""), ("dss", "piq", "pip install"), ("srsim", "piq", "pip install"),
-    ("lpips", "pyiqa", "pip install pyiqa"), ("musiq", "pyiqa", "pip install pyiqa"),
-])
+@pytest.mark.parametrize(
+    ("name", "package", "advice"),
+    [
+        ("fsim", "piq", r"pip install \"icm-sr\[eval\]\""),
+        ("dss", "piq", "pip install"),
+        ("srsim", "piq", "pip install"),
+        ("lpips", "pyiqa", "pip install pyiqa"),
+        ("musiq", "pyiqa", "pip install pyiqa"),
+    ],
+)
 def test_a_missing_package_is_said_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, advice: str
 ) -> None:
@@ -216,8 +227,13 @@ def test_folders_are_paired_by_stem_and_averaged(tmp_path: Path) -> None:
         save(tmp_path / "hr" / f"{stem}.{'bmp' if stem == 'b' else 'PNG'}", truth)
         save(tmp_path / "lq" / f"{stem}.png", np.full((6, 5, 3), 50, np.uint8))
     steps = []
-    found = evaluate_folders(tmp_path / "sr", str(tmp_path / "hr"), tmp_path / "lq", ["hf", "psnr", "hf"],
-                             lambda done, total: steps.append((done, total)))
+    found = evaluate_folders(
+        tmp_path / "sr",
+        str(tmp_path / "hr"),
+        tmp_path / "lq",
+        ["hf", "psnr", "hf"],
+        lambda done, total: steps.append((done, total)),
+    )
     assert list(found.rows) == ["a", "b", "c"]
     for stem, (result, truth) in pairs.items():
         row = found.rows[stem]
@@ -326,11 +342,13 @@ def bicubic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_realsr
-@pytest.mark.parametrize(("method", "psnr", "ssim", "hf", "color"), [
-    ("osediff", 25.1511, 0.7341, 1.4736, 0.52), ("bicubic", 27.1128, 0.7555, 0.1198, 0.0)
-])
-def test_golden_values_of_all_pairs(bicubic: Path, method: str, psnr: float, ssim: float, hf: float,
-                                    color: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "psnr", "ssim", "hf", "color"),
+    [("osediff", 25.1511, 0.7341, 1.4736, 0.52), ("bicubic", 27.1128, 0.7555, 0.1198, 0.0)],
+)
+def test_golden_values_of_all_pairs(
+    bicubic: Path, method: str, psnr: float, ssim: float, hf: float, color: float
+) -> None:
     folder = bicubic if method == "bicubic" else REALSR / method
     means = evaluate_folders(folder, REALSR / "hr", REALSR / "lr").means
     assert round(means["psnr"], 4) == psnr  # 25.1511 and .7341 are the published values
@@ -340,9 +358,9 @@ def test_golden_values_of_all_pairs(bicubic: Path, method: str, psnr: float, ssi
 
 
 @needs_realsr
-@pytest.mark.parametrize(("method", "fsim", "dss", "srsim"), [
-    ("osediff", 0.83449, 0.56586, 0.90636), ("bicubic", 0.81958, 0.51145, 0.89743)
-])
+@pytest.mark.parametrize(
+    ("method", "fsim", "dss", "srsim"), [("osediff", 0.83449, 0.56586, 0.90636), ("bicubic", 0.81958, 0.51145, 0.89743)]
+)
 def test_golden_values_of_every_tenth_pair(bicubic: Path, method: str, fsim: float, dss: float, srsim: float) -> None:
     # All 100 pairs: FSIM .8358 / .8310, DSS .5838 / .5331, SR-SIM .9095 / .9070.
     pytest.importorskip("piq")

@@ -157,13 +157,14 @@ def write_damaged(folder: Path) -> dict[str, tuple[Path, str]]:
         "vae": (written("vae.safetensors", vae), "not a T2I-Adapter: its tensors are those of neither"),
         "lora": (written("lora.safetensors", lora), "not a T2I-Adapter"),
         "contradiction": (
-            written("contradiction.safetensors", state, contradicted), "says 4 channels at a downscale factor of 4"
+            written("contradiction.safetensors", state, contradicted),
+            "says 4 channels at a downscale factor of 4",
         ),
         "xl": (folder / "xl" / "diffusion_pytorch_model.safetensors", "an adapter for SDXL"),
         "xl, bare": (written("xl.safetensors", xl.state_dict()), "an adapter for SDXL"),
         "first layer": (written("seven.safetensors", make(7).state_dict()), "takes 448 channels, known are 16, 48, 64"),
-        "missing": (written("missing.safetensors", missing), "Missing key(s) in state_dict: \"body.4.in_conv.bias\""),
-    }  # fmt: skip
+        "missing": (written("missing.safetensors", missing), 'Missing key(s) in state_dict: "body.4.in_conv.bias"'),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -280,9 +281,11 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     }
     hint = torch.rand(1, 4, 128, 192)
     inputs = {
-        "hint": hint, "hint of 3": hint[:, :3].clone(), "edges as a picture": hint[:, 3:].expand(-1, 3, -1, -1).clone(),
+        "hint": hint,
+        "hint of 3": hint[:, :3].clone(),
+        "edges as a picture": hint[:, 3:].expand(-1, 3, -1, -1).clone(),
         "picture": torch.rand(1, 30, 41, 3),
-    }  # fmt: skip
+    }
     save_file(inputs, job / "inputs.safetensors")
     (job / "wanted.json").write_text(json.dumps(wanted))
     run_script(comfy_python, comfyui, "adapter_checks.py", job)

@@ -57,7 +57,8 @@ def check_everything(outcome: Outcome, family: str) -> None:
     assert_parity(outcome, family, upscale_noting(outcome, library(outcome, family, "checkpoint")))
     # As many as training makes: none dropped, none for a weight that is not there, none without effect.
     assert outcome.report[f"{family} lora"] == [
-        {"patches": 258, "known": 258, "changed": 258}, {"patches": 32, "known": 32, "changed": 32}
+        {"patches": 258, "known": 258, "changed": 258},
+        {"patches": 32, "known": 32, "changed": 32},
     ]
 
 
@@ -91,7 +92,8 @@ def base_graph(server: Server, picture: torch.Tensor, family: str) -> dict:
     levels = (picture[0] * 255).round().byte().numpy()
     return {
         "image": {
-            "class_type": "LoadImage", "inputs": {"image": server.upload(Image.fromarray(levels), f"{family}.png")}
+            "class_type": "LoadImage",
+            "inputs": {"image": server.upload(Image.fromarray(levels), f"{family}.png")},
         },
         "base": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"{family}.safetensors"}},
     }
@@ -103,19 +105,29 @@ def generator_graph(generator: str, name: str = "", **settings) -> dict:
         f"generator{name}": {
             "class_type": "ICMSR_ApplyGenerator",
             "inputs": {
-                "model": ["base", 0], "vae": ["base", 2], "generator": f"{generator}.safetensors",
+                "model": ["base", 0],
+                "vae": ["base", 2],
+                "generator": f"{generator}.safetensors",
                 "strength": settings.pop("strength", 1.0),
             },
         },
         f"upscale{name}": {
             "class_type": "ICMSR_Upscale",
             "inputs": {
-                "model": [f"generator{name}", 0], "vae": [f"generator{name}", 1], "image": ["image", 0],
-                "scale": 4.0, "tile": 512, "overlap": 128, "color_fix": "wavelet", "tile_batch": 1, **settings,
+                "model": [f"generator{name}", 0],
+                "vae": [f"generator{name}", 1],
+                "image": ["image", 0],
+                "scale": 4.0,
+                "tile": 512,
+                "overlap": 128,
+                "color_fix": "wavelet",
+                "tile_batch": 1,
+                **settings,
             },
         },
         f"save{name}": {
-            "class_type": "SaveImage", "inputs": {"images": [f"upscale{name}", 0], "filename_prefix": "checkpoint"}
+            "class_type": "SaveImage",
+            "inputs": {"images": [f"upscale{name}", 0], "filename_prefix": "checkpoint"},
         },
     }
 
@@ -131,12 +143,12 @@ def run(server: Server, prompt: dict) -> Finished:
     kind, data, entry = server.run(prompt, timeout=300)
     assert kind == "execution_success", data
     kept = {
-        node for message, data in entry["status"]["messages"] if message == "execution_cached"
-        for node in data["nodes"]
+        node for message, data in entry["status"]["messages"] if message == "execution_cached" for node in data["nodes"]
     }
     pictures = {
         node: np.asarray(server.picture({"outputs": {node: output}})).astype(int)
-        for node, output in entry["outputs"].items() if node.startswith("save")
+        for node, output in entry["outputs"].items()
+        if node.startswith("save")
     }
     return Finished(set(prompt) - kept, pictures)
 

@@ -136,7 +136,8 @@ def test_fidelity_agrees_with_the_library(outcome, fidelity):
     """Both sets, LoRA and whole tensors, over each other in every way: `random_generator`."""
     weights = outcome.job / "models" / "icmsr" / "two sets.safetensors"
     expected = upscale(
-        load_backbone(outcome.job / "base", weights, fidelity=fidelity), outcome.results["picture"].movedim(-1, 1),
+        load_backbone(outcome.job / "base", weights, fidelity=fidelity),
+        outcome.results["picture"].movedim(-1, 1),
         SETTINGS,
     )
     assert_same(outcome.results[f"fidelity {fidelity}"].movedim(-1, 1), expected)
@@ -159,9 +160,7 @@ def test_strength_scales_both_sets(outcome):
     generator = load_generator(outcome.job / "models" / "icmsr" / "two sets.safetensors")
     for part, state in (("unet", folder.unet_state()), ("vae", folder.vae_state())):
         merged = merged_part("g", generator, part, state, 0.5)
-        squares = sum(
-            float((value.double() - state[name].double()).square().sum()) for name, value in merged.items()
-        )
+        squares = sum(float((value.double() - state[name].double()).square().sum()) for name, value in merged.items())
         whole, half = (outcome.report["distances"][f"{part} {strength}"] for strength in (1.0, 0.5))
         assert whole == pytest.approx(squares**0.5, rel=1e-5)
         assert half == pytest.approx(0.5 * squares**0.5, rel=1e-5)

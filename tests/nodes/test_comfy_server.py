@@ -123,15 +123,12 @@ def test_input_names_and_their_order_are_kept(object_info):
         "required": required,
         "optional": ["control_net", "hint", "strength", "conditioning", "vae_mode"],
     }
-    assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {
-        "required": ["generator"], "optional": ["fidelity"]
-    }
+    assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {"required": ["generator"], "optional": ["fidelity"]}
     assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {
-        "required": ["model", "vae", "generator", "strength"], "optional": ["fidelity"]
+        "required": ["model", "vae", "generator", "strength"],
+        "optional": ["fidelity"],
     }
-    assert object_info["ICMSR_LoadAdapter"]["input_order"] == {
-        "required": ["adapter"], "optional": ["second_adapter"]
-    }
+    assert object_info["ICMSR_LoadAdapter"]["input_order"] == {"required": ["adapter"], "optional": ["second_adapter"]}
     assert object_info["ICMSR_InspectManifold"]["input_order"] == {
         "required": ["model", "vae", "image", "timesteps", "seed"],
         "optional": ["control_net", "hint", "strength", "conditioning"],
@@ -250,9 +247,17 @@ def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
         },
     }
     prompt = graph(
-        comfy_server.upload(picture, "all.png"), before=nodes, scale=3.0, tile=192, overlap=64, color_fix="adain",
-        tile_batch=2, control_net=["adapter", 0], hint=["condition", 0], strength=0.8,
-    )  # fmt: skip
+        comfy_server.upload(picture, "all.png"),
+        before=nodes,
+        scale=3.0,
+        tile=192,
+        overlap=64,
+        color_fix="adain",
+        tile_batch=2,
+        control_net=["adapter", 0],
+        hint=["condition", 0],
+        strength=0.8,
+    )
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
     source = tensor(picture)
@@ -307,9 +312,7 @@ def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run
     assert kind == "execution_success", data
     expected = upscale(load_backbone(None, generator), tensor(picture))
     assert_same_picture(comfy_server.picture(entry), expected)
-    kind, data, entry = comfy_server.run(
-        graph(image, before=nodes, control_net=["adapter", 0], hint=["condition", 0])
-    )
+    kind, data, entry = comfy_server.run(graph(image, before=nodes, control_net=["adapter", 0], hint=["condition", 0]))
     assert kind == "execution_success", data
     conditioned = tensor(comfy_server.picture(entry))
     assert float((conditioned - expected).abs().max()) > 1 / 255  # the trained adapter is in the graph
@@ -337,12 +340,18 @@ def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
         "inspect": {
             "class_type": "ICMSR_InspectManifold",
             "inputs": {
-                "model": ["base", 0], "vae": ["base", 1], "image": ["image", 0], "timesteps": "100, 800", "seed": 3,
-                "control_net": ["adapter", 0], "hint": ["condition", 0], "strength": 2.0,
+                "model": ["base", 0],
+                "vae": ["base", 1],
+                "image": ["image", 0],
+                "timesteps": "100, 800",
+                "seed": 3,
+                "control_net": ["adapter", 0],
+                "hint": ["condition", 0],
+                "strength": 2.0,
             },
         },
         "save": {"class_type": "SaveImage", "inputs": {"images": ["inspect", 0], "filename_prefix": "manifold"}},
-    }  # fmt: skip
+    }
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
     hint = conditions.hint(tensor(picture), low=20, high=60)

@@ -32,9 +32,7 @@ class Outcome(NamedTuple):
 def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     """One ComfyUI process that does everything these tests look at."""
     job: Path = tmp_path_factory.mktemp("tiny")
-    config = NetworkConfig(
-        latent_channels=4, vae_channels=(32, 32, 32, 32), vae_groups=4, unet_channels=(32, 32)
-    )
+    config = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), vae_groups=4, unet_channels=(32, 32))
     base, weights = write_base(job / "base", config), job / "models" / "icmsr"
     # Core divides TAESD's latents by Stable Diffusion's factor, so that the MODEL's own multiplies them by it again.
     vae_config = base / "vae" / "config.json"
@@ -49,7 +47,9 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     save_file({"picture": picture}, job / "inputs.safetensors")
     run_script(comfy_python, comfyui, "tiny_vae_checks.py", job)
     return Outcome(
-        load_file(job / "results.safetensors"), json.loads((job / "errors.json").read_text()), picture,
+        load_file(job / "results.safetensors"),
+        json.loads((job / "errors.json").read_text()),
+        picture,
         load_backbone(base, weights / "plain.safetensors", tiny_vae=folder),
     )
 

@@ -26,8 +26,7 @@ FLOORS = (
     ("train",),
     ("benchmarks",),
 )
-"""The rooms, from the lowest floor up. A file imports from its own room and from lower floors, never from a neighbour on
-its own floor."""
+"""The rooms, from the lowest floor up. A file imports from its own room and from lower floors only."""
 
 CLOSED = {
     "icmsr_core.train": ("icmsr_core.exchange", "icmsr_core.cli"),
@@ -170,7 +169,12 @@ FILES = project_files()
 def test_every_file_is_in_a_room() -> None:
     """All but the roots of packages and the entry of the command."""
     outside = {name for name in FILES if room_of(dotted(name)) is None}
-    assert outside == {"__init__.py", "icmsr_core/__init__.py", "icmsr_core/__main__.py", "icmsr_core/train/__init__.py"}
+    assert outside == {
+        "__init__.py",
+        "icmsr_core/__init__.py",
+        "icmsr_core/__main__.py",
+        "icmsr_core/train/__init__.py",
+    }
     assert len(FILES) >= 150
 
 
@@ -275,12 +279,18 @@ def test_the_rules_bite(name: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("nodes/good.py", "from ..icmsr_core.upscale.one_step import upscale\nimport comfy.sd\nfrom .native.sockets import x"),
+        (
+            "nodes/good.py",
+            "from ..icmsr_core.upscale.one_step import upscale\nimport comfy.sd\nfrom .native.sockets import x",
+        ),
         (COMMAND_LINE, "def f():\n    from ..runtime.diffusers_backbone import load_backbone\n    print('done')"),
         (COMMAND_LINE, "if TYPE_CHECKING:\n    from ..runtime.diffusers_backbone import DiffusersBackbone"),
         (DIFFUSERS_BACKBONE, "from diffusers import AutoencoderKL\nfrom ..backbone.protocol import Backbone"),
         ("icmsr_core/train/run/good.py", "import peft\nfrom ...upscale.sizes import resize\nfrom .loop import train"),
-        ("train/good.py", "import sys\nsys.path.insert(0, '.')\nfrom icmsr_core.train.run.loop import train\nprint('x')"),
+        (
+            "train/good.py",
+            "import sys\nsys.path.insert(0, '.')\nfrom icmsr_core.train.run.loop import train\nprint('x')",
+        ),
         ("icmsr_core/upscale/good.py", "from .tiling import x\nimport sys\nsys.stderr.write('x')"),
     ],
 )

@@ -56,8 +56,10 @@ def folders(tmp_path_factory) -> Path:
     """warm, cold, small (inputs of half the size) and truths, with the same names."""
     root = tmp_path_factory.mktemp("pictures")
     for folder, color, size in (
-        ("warm", COLORS["warm"], 64), ("cold", COLORS["cold"], 64),
-        ("small", (90, 0, 90), 32), ("truths", (0, 0, 0), 64),
+        ("warm", COLORS["warm"], 64),
+        ("cold", COLORS["cold"], 64),
+        ("small", (90, 0, 90), 32),
+        ("truths", (0, 0, 0), 64),
     ):
         (root / folder).mkdir()
         for number, name in enumerate(NAMES):
@@ -140,13 +142,23 @@ def test_answers_map_to_folders_and_the_page_is_blind(page, folders: Path):
     assert {(row["participant"], row["question"]) for row in rows} == {("p1", "better")}
     assert all(float(row["seconds"]) > 0 and row["timestamp"].endswith("Z") for row in rows)
     assert list(rows[0]) == [
-        "participant", "picture", "question", "left_folder", "right_folder", "answer", "seconds", "order", "timestamp",
+        "participant",
+        "picture",
+        "question",
+        "left_folder",
+        "right_folder",
+        "answer",
+        "seconds",
+        "order",
+        "timestamp",
     ]
 
     page.click("#reveal")
     totals = page.inner_text("#totals")
     assert [line.split("\t")[:2] for line in totals.splitlines() if "%" in line] == [
-        ["cold", "1"], ["warm", "4"], ["no difference", "1"],
+        ["cold", "1"],
+        ["warm", "4"],
+        ["no difference", "1"],
     ]
     assert f"5 decided answers: p = {binomtest(4, 5).pvalue:.4f}" in totals
     assert not page.is_visible("#end-back"), "answers cannot be changed once the totals are known"
@@ -252,7 +264,8 @@ def test_second_question_with_keys(page, folders: Path):
     page.wait_for_selector(READY)
     rows = download(page, "#save-now")
     assert [(row["question"], row["answer"], row["order"]) for row in rows] == [
-        ("better", "warm", "1"), ("faithful_to_truth", "none", "1"),
+        ("better", "warm", "1"),
+        ("faithful_to_truth", "none", "1"),
     ]
 
 

@@ -80,16 +80,26 @@ def png_file(width: int, height: int, bits: int, color_type: int, rows: bytes, *
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body
 
 
-def tiff_file(samples: np.ndarray, photometric: int, *, order: str = "<", bits: int = 16, planar: bool = False,
-              **tags: int) -> bytes:
+def tiff_file(
+    samples: np.ndarray, photometric: int, *, order: str = "<", bits: int = 16, planar: bool = False, **tags: int
+) -> bytes:
     """An uncompressed 16-bit TIFF file by hand; `tags` are t274=..., one SHORT (per channel for 339) each."""
     height, width, channels = samples.shape
     raw = (samples.transpose(2, 0, 1) if planar else samples).astype(order + "u2").tobytes()
     strips = channels if planar else 1
     length = len(raw) // strips
-    entries = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric],
-               273: [8 + i * length for i in range(strips)], 277: [channels], 278: [height], 279: [length] * strips,
-               284: [2 if planar else 1]}
+    entries = {
+        256: [width],
+        257: [height],
+        258: [bits] * channels,
+        259: [1],
+        262: [photometric],
+        273: [8 + i * length for i in range(strips)],
+        277: [channels],
+        278: [height],
+        279: [length] * strips,
+        284: [2 if planar else 1],
+    }
     entries |= {int(tag[1:]): [value] * (channels if tag == "t339" else 1) for tag, value in tags.items()}
     directory, outside = struct.pack(order + "H", len(entries)), b""
     after = 8 + len(raw) + 2 + 12 * len(entries) + 4
@@ -145,29 +155,41 @@ def test_16_bit_grey_is_what_pillow_reads(tmp_path: Path, extension: str) -> Non
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_16_bit_files_of_opencv(tmp_path: Path, extension: str, channels: int) -> None:
     samples = noise(channels, 16)
-    assert cv2.imwrite(str(tmp_path / f"a{extension}"), samples[..., [2, 1, 0, 3][:channels]] if channels > 1
-                       else samples[..., 0])
+    assert cv2.imwrite(
+        str(tmp_path / f"a{extension}"), samples[..., [2, 1, 0, 3][:channels]] if channels > 1 else samples[..., 0]
+    )
     picture = read_picture(tmp_path / f"a{extension}")
     assert picture.bits == 16
     np.testing.assert_array_equal(samples_of(picture), samples)
 
 
-@pytest.mark.parametrize(("extension", "mode"), [
-    (extension, mode)
-    for extension, modes in {
-        ".png": ["1", "L", "LA", "RGB", "RGBA", "P"],
-        ".tif": ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK"],
-        ".webp": ["L", "RGB", "RGBA"],
-        ".jpg": ["L", "RGB", "CMYK", "YCbCr"],
-        ".bmp": ["1", "L", "RGB", "RGBA", "P"],
-    }.items()
-    for mode in modes
-])
+@pytest.mark.parametrize(
+    ("extension", "mode"),
+    [
+        (extension, mode)
+        for extension, modes in {
+            ".png": ["1", "L", "LA", "RGB", "RGBA", "P"],
+            ".tif": ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK"],
+            ".webp": ["L", "RGB", "RGBA"],
+            ".jpg": ["L", "RGB", "CMYK", "YCbCr"],
+            ".bmp": ["1", "L", "RGB", "RGBA", "P"],
+        }.items()
+        for mode in modes
+    ],
+)
 def test_modes_of_pillow(tmp_path: Path, mode: str, extension: str) -> None:
     rgba = Image.fromarray(noise(4))
-    image = rgba.convert("RGB").quantize(16) if mode == "P" else rgba.convert("L").convert("1") if mode == "1" else \
-        Image.merge("LA", [rgba.getchannel(0), rgba.getchannel(3)]) if mode == "LA" else \
-        rgba.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr") else rgba.convert(mode)
+    image = (
+        rgba.convert("RGB").quantize(16)
+        if mode == "P"
+        else rgba.convert("L").convert("1")
+        if mode == "1"
+        else Image.merge("LA", [rgba.getchannel(0), rgba.getchannel(3)])
+        if mode == "LA"
+        else rgba.convert("RGB").convert(mode)
+        if mode in ("CMYK", "YCbCr")
+        else rgba.convert(mode)
+    )
     path = tmp_path / f"a{extension}"
     image.save(path, **({"lossless": True, "exact": True} if extension == ".webp" else {}))
     with Image.open(path) as stored:
@@ -233,8 +255,9 @@ def test_grey_and_alpha_of_16_bits_in_a_foreign_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(("channels", "photometric", "tags"), [(1, 1, {}), (3, 2, {}), (4, 2, {"t338": 2})])
-def test_tiff_of_16_bits_in_both_byte_orders(tmp_path: Path, order: str, channels: int, photometric: int,
-                                             tags: dict[str, int]) -> None:
+def test_tiff_of_16_bits_in_both_byte_orders(
+    tmp_path: Path, order: str, channels: int, photometric: int, tags: dict[str, int]
+) -> None:
     samples = noise(channels, 16)
     (tmp_path / "a.tif").write_bytes(tiff_file(samples, photometric, order=order, **tags))
     np.testing.assert_array_equal(samples_of(read_picture(tmp_path / "a.tif")), samples)
@@ -418,10 +441,13 @@ def described(path: Path, **options: object) -> None:
     Image.fromarray(noise(3)).save(path, exif=exif.tobytes(), icc_profile=SRGB, dpi=(300, 150), **options)
 
 
-@pytest.mark.parametrize(("source", "target", "bits"), [
-    *itertools.product([".png", ".jpg", ".webp", ".tif"], [".png", ".jpg", ".webp", ".tif"], [8]),
-    *itertools.product([".png", ".jpg", ".webp", ".tif"], [".png", ".tif"], [16]),
-])
+@pytest.mark.parametrize(
+    ("source", "target", "bits"),
+    [
+        *itertools.product([".png", ".jpg", ".webp", ".tif"], [".png", ".jpg", ".webp", ".tif"], [8]),
+        *itertools.product([".png", ".jpg", ".webp", ".tif"], [".png", ".tif"], [16]),
+    ],
+)
 def test_metadata_travel(tmp_path: Path, source: str, target: str, bits: int) -> None:
     described(tmp_path / f"a{source}")
     picture = read_picture(tmp_path / f"a{source}")
@@ -646,8 +672,14 @@ def test_damage_of_any_kind_ends_in_one_line_or_a_whole_picture(
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             # Half of the blows hit the headers at the beginning or the directory at the end.
-            near = rng.choice([range(8, min(400, len(data))), range(max(0, len(data) - 400), len(data)),
-                               range(len(data)), range(len(data))])
+            near = rng.choice(
+                [
+                    range(8, min(400, len(data))),
+                    range(max(0, len(data) - 400), len(data)),
+                    range(len(data)),
+                    range(len(data)),
+                ]
+            )
             data[rng.choice(near)] = rng.randrange(256)
         path.write_bytes(data)
         message = refusal(path, max_pixels=1_000_000)
@@ -655,10 +687,13 @@ def test_damage_of_any_kind_ends_in_one_line_or_a_whole_picture(
     assert not recwarn.list  # Pillow's remarks would be lines on stderr
 
 
-@pytest.mark.parametrize(("samples", "photometric", "tags"), [
-    (noise(1, 16), 1, {"t339": 2}),  # signed
-    (noise(2, 16).reshape(HEIGHT, -1, 1).repeat(2, axis=1), 1, {"t339": 3}),  # float16
-])
+@pytest.mark.parametrize(
+    ("samples", "photometric", "tags"),
+    [
+        (noise(1, 16), 1, {"t339": 2}),  # signed
+        (noise(2, 16).reshape(HEIGHT, -1, 1).repeat(2, axis=1), 1, {"t339": 3}),  # float16
+    ],
+)
 def test_samples_without_a_range(tmp_path: Path, samples: np.ndarray, photometric: int, tags: dict[str, int]) -> None:
     (tmp_path / "a.tif").write_bytes(tiff_file(samples, photometric, **tags))
     assert_refused(tmp_path / "a.tif")
@@ -692,8 +727,9 @@ def test_pictures_that_are_too_large(tmp_path: Path) -> None:
         Image.open(tmp_path / "huge.png")
 
 
-def test_pillows_lower_limit_does_not_bind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           recwarn: pytest.WarningsRecorder) -> None:
+def test_pillows_lower_limit_does_not_bind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     write_picture(tmp_path / "a.png", picture_of(noise(3, height=64, width=64)))
     write_picture(tmp_path / "a.tif", picture_of(noise(3, height=64, width=64)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -701,13 +737,16 @@ def test_pillows_lower_limit_does_not_bind(tmp_path: Path, monkeypatch: pytest.M
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("a.gif", ["a.gif", *WRITE_EXTENSIONS]),
-    ("a.bmp", ["a.bmp", *WRITE_EXTENSIONS]),
-    ("a", ["without extension"]),
-    ("nowhere/a.png", ["no folder", "nowhere"]),
-    ("folder.png", ["is a folder"]),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.gif", ["a.gif", *WRITE_EXTENSIONS]),
+        ("a.bmp", ["a.bmp", *WRITE_EXTENSIONS]),
+        ("a", ["without extension"]),
+        ("nowhere/a.png", ["no folder", "nowhere"]),
+        ("folder.png", ["is a folder"]),
+    ],
+)
 def test_outputs_that_cannot_be(tmp_path: Path, name: str, words: list[str]) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IcmsrError) as caught:
@@ -738,13 +777,16 @@ def test_quality_size_and_values_are_checked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.webp"]
 
 
-@pytest.mark.parametrize("fields", [
-    {"rgb": np.zeros((4, 4), np.float32)},
-    {"rgb": np.zeros((4, 4, 3), np.uint8)},
-    {"rgb": np.zeros((0, 4, 3), np.float32)},
-    {"rgb": np.zeros((4, 4, 3), np.float32), "alpha": np.zeros((4, 5), np.float32)},
-    {"rgb": np.zeros((4, 4, 3), np.float32), "bits": 12},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rgb": np.zeros((4, 4), np.float32)},
+        {"rgb": np.zeros((4, 4, 3), np.uint8)},
+        {"rgb": np.zeros((0, 4, 3), np.float32)},
+        {"rgb": np.zeros((4, 4, 3), np.float32), "alpha": np.zeros((4, 5), np.float32)},
+        {"rgb": np.zeros((4, 4, 3), np.float32), "bits": 12},
+    ],
+)
 def test_a_picture_checks_its_arrays(fields: dict[str, object]) -> None:
     with pytest.raises(IcmsrError):
         Picture(**fields)
@@ -754,8 +796,14 @@ def test_a_picture_checks_its_arrays(fields: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize(("call", "error"), [("fsync", KeyboardInterrupt()), ("fsync", OSError(28, "No space left")),
-                                             ("replace", OSError(13, "Permission denied"))])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("fsync", KeyboardInterrupt()),
+        ("fsync", OSError(28, "No space left")),
+        ("replace", OSError(13, "Permission denied")),
+    ],
+)
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException, existing: bool
 ) -> None:

@@ -32,11 +32,18 @@ def small_unet(tokens: int = 1, self_attention: bool = True) -> UNet2DConditionM
 def sd_unet() -> UNet2DConditionModel:
     """Stable Diffusion 1's kind: convolutions as projections, attention heads by number, four levels."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 32, 64, 64), attention_head_dim=4, cross_attention_dim=24,
-        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    ).eval().requires_grad_(False)
+    return (
+        UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32, 64, 64),
+            attention_head_dim=4,
+            cross_attention_dim=24,
+            down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def context_for(unet: UNet2DConditionModel, tokens: int, seed: int = 1) -> Tensor:
@@ -75,9 +82,7 @@ def calls_of(unet: UNet2DConditionModel, ending: str, run_it: Callable[[], objec
         nonlocal count
         count += 1
 
-    hooks = [
-        module.register_forward_hook(note) for name, module in unet.named_modules() if name.endswith(ending)
-    ]
+    hooks = [module.register_forward_hook(note) for name, module in unet.named_modules() if name.endswith(ending)]
     run_it()
     for hook in hooks:
         hook.remove()
@@ -87,8 +92,12 @@ def calls_of(unet: UNet2DConditionModel, ending: str, run_it: Callable[[], objec
 @pytest.mark.parametrize(
     ("make", "tokens"),
     [
-        (lambda: small_unet(1), 1), (lambda: small_unet(77), 77), (lambda: small_unet(1, False), 1),
-        (lambda: small_unet(3, False), 3), (sd_unet, 1), (sd_unet, 77),
+        (lambda: small_unet(1), 1),
+        (lambda: small_unet(77), 77),
+        (lambda: small_unet(1, False), 1),
+        (lambda: small_unet(3, False), 3),
+        (sd_unet, 1),
+        (sd_unet, 77),
     ],
 )
 def test_same_result(make: Callable[[], UNet2DConditionModel], tokens: int) -> None:
@@ -146,9 +155,13 @@ def test_other_calls_run_as_before(tokens: int) -> None:
     mask[:, 1:] = 0
     both = torch.cat([context, context_for(unet, tokens, seed=8)])
     for other, timestep, options in (
-        (context, 3, {}), (context, torch.tensor([STEP, 3]), {}), (context_for(unet, tokens, seed=9), STEP, {}),
-        (both, STEP, {}), (context_for(unet, tokens + 1), STEP, {}),
-        (context, STEP, {"encoder_attention_mask": mask}), (context, STEP, {"cross_attention_kwargs": {}}),
+        (context, 3, {}),
+        (context, torch.tensor([STEP, 3]), {}),
+        (context_for(unet, tokens, seed=9), STEP, {}),
+        (both, STEP, {}),
+        (context_for(unet, tokens + 1), STEP, {}),
+        (context, STEP, {"encoder_attention_mask": mask}),
+        (context, STEP, {"cross_attention_kwargs": {}}),
     ):
         expected = run(reference, sample, other, timestep, **options)
         assert torch.equal(run(unet, sample, other, timestep, **options), expected)
@@ -251,8 +264,13 @@ def test_refusals() -> None:
         with pytest.raises(IcmsrError, match=r"context must be .* got \["):
             fix_step(unet, STEP, torch.zeros(shape))
     labelled = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        mid_block_type=None, cross_attention_dim=8, num_class_embeds=3,
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=8,
+        num_class_embeds=3,
     )
     with pytest.raises(IcmsrError, match="num_class_embeds"):
         fix_step(labelled, STEP, torch.zeros(1, 8))

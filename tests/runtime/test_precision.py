@@ -35,7 +35,9 @@ def overflowing(base, generator, part: str, dtype: torch.dtype) -> DiffusersBack
     """A backbone with one convolution whose result is beyond float16, before a norm that takes the size out again."""
     backbone = load_backbone(base, generator, dtype=dtype)
     layer = {
-        "encoder": backbone.vae.encoder.conv_in, "unet": backbone.unet.conv_in, "decoder": backbone.vae.decoder.conv_in
+        "encoder": backbone.vae.encoder.conv_in,
+        "unet": backbone.unet.conv_in,
+        "decoder": backbone.vae.decoder.conv_in,
     }[part]
     # In two factors, since the weights themselves must fit.
     layer.weight.mul_(TOO_MUCH**0.5)
@@ -83,9 +85,14 @@ def test_what_the_machine_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert computes_bf16(torch.device("mps")) is False
 
 
-@pytest.mark.parametrize(("family", "native", "dtype"), [
-    ("nano", True, torch.float32), ("sd21", True, torch.bfloat16), ("sd21", False, torch.float32),
-])
+@pytest.mark.parametrize(
+    ("family", "native", "dtype"),
+    [
+        ("nano", True, torch.float32),
+        ("sd21", True, torch.bfloat16),
+        ("sd21", False, torch.float32),
+    ],
+)
 def test_load_backbone_takes_auto(tmp_path, monkeypatch, family, native, dtype) -> None:
     monkeypatch.setattr("icmsr_core.runtime.diffusers_backbone.computes_bf16", lambda _: native)
     backbone = load_backbone(write_base(tmp_path / "base", family=family), dtype="auto")

@@ -54,9 +54,13 @@ def lora(promptless, tmp_path_factory) -> Path:
     generator = load_generator(promptless)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     save_file(
-        {f"unet.{module}.lora_{half}.weight": tensor for module, pair in generator.unet.lora.items()
-         for half, tensor in zip("AB", pair)}, path,
-    )  # fmt: skip
+        {
+            f"unet.{module}.lora_{half}.weight": tensor
+            for module, pair in generator.unet.lora.items()
+            for half, tensor in zip("AB", pair)
+        },
+        path,
+    )
     return path
 
 
@@ -91,7 +95,9 @@ def test_a_prompt_replaces_the_generator_s_own_and_the_base_s(base, promptless):
 
 
 def test_without_a_prompt_the_error_says_how_to_give_one(base, promptless, source, capsys, monkeypatch):
-    monkeypatch.setattr("icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("weights were read")
+    )
     assert main(["upscale", str(source), str(source.with_name("o.png")), *files(promptless, base)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"icmsr: error: {promptless}: neither the generator nor the base {base} holds a prompt")
@@ -166,8 +172,12 @@ def test_the_hub_s_text_encoder_is_fetched_for_a_prompt_alone(tmp_path, monkeypa
     assert not [pattern for pattern in asked if pattern.startswith(("text_encoder", "tokenizer"))]
     asked.clear()
     assert find_base("owner/name", text=True) == folder
-    assert {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*.json", "tokenizer/merges.txt"} \
-        <= set(asked)
+    assert {
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*.json",
+        "tokenizer/merges.txt",
+    } <= set(asked)
     assert ("text_encoder/model.fp16.safetensors" in asked) == (variant == "fp16")
     asked.clear()
     generator = replace(complete_generator(open_base(folder)), prompt_embedding=None)

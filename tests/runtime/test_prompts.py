@@ -93,8 +93,11 @@ def test_half_precision_weights_are_found_and_run_in_float32(base: BaseFolder) -
     folder = base.path / "text_encoder"
     state = load_file(folder / "model.safetensors")
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    save_file({key: value.float() if value.is_floating_point() else value for key, value in halves.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: value.float() if value.is_floating_point() else value for key, value in halves.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     reference = expected(base, IDS)
     (folder / "model.safetensors").unlink()
     save_file(halves, folder / "model.fp16.safetensors", metadata={"format": "pt"})

@@ -137,9 +137,7 @@ def assert_parity(outcome: Outcome, name: str, expected: LibraryRun) -> None:
     """Latent, UNet output, clean latent and picture of the node's run `name` against the library's."""
     results, descriptor = outcome.results, expected.backbone.descriptor
     pairs = (expected.latent, expected.output), (results[f"{name} latent"], results[f"{name} output"])
-    clean = [
-        descriptor.schedule.x0_from_output(descriptor.prediction, *pair, descriptor.timestep) for pair in pairs
-    ]
+    clean = [descriptor.schedule.x0_from_output(descriptor.prediction, *pair, descriptor.timestep) for pair in pairs]
     differences = {
         "latent": scaled_difference(pairs[1][0], pairs[0][0]),
         "output": scaled_difference(pairs[1][1], pairs[0][1]),

@@ -104,8 +104,14 @@ def run_script(python: Path, comfyui: Path, name: str, job: Path, timeout: float
     pack = make_base_directory(job)
     command = [str(python), str(SCRIPTS / name), "--comfyui", str(comfyui), "--pack", str(pack), "--job", str(job)]
     done = subprocess.run(
-        command, cwd=comfyui, env=_environment(), text=True, timeout=timeout, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command,
+        cwd=comfyui,
+        env=_environment(),
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, f"{name} failed:\n{done.stdout[-6000:]}"
     return done.stdout

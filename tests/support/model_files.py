@@ -60,9 +60,7 @@ def random_generator(
         return generator
 
     def near(state: dict[str, torch.Tensor], *keys: str) -> dict[str, torch.Tensor]:
-        return {
-            key: state[key].float() + 0.05 * torch.randn(state[key].shape, generator=random) for key in keys
-        }
+        return {key: state[key].float() + 0.05 * torch.randn(state[key].shape, generator=random) for key in keys}
 
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     pairs = {
@@ -70,7 +68,11 @@ def random_generator(
         for name in ("conv_in", "conv_out", f"{attention}.to_q", f"{attention}.to_k", "mid_block.resnets.0.conv1")
     }
     tensors = near(
-        unet, "conv_in.weight", f"{attention}.to_q.weight", f"{attention}.to_v.weight", "conv_norm_out.weight",
+        unet,
+        "conv_in.weight",
+        f"{attention}.to_q.weight",
+        f"{attention}.to_v.weight",
+        "conv_norm_out.weight",
         "conv_out.bias",
     )
     vae_pairs = {

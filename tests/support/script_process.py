@@ -72,16 +72,17 @@ def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[
 class ScriptProcess:
     """``python train/NAME ARGUMENTS`` in `folder`, running."""
 
-    def __init__(
-        self, name: str, *arguments: object, folder: Path, stall: tuple[int, Path] | None = None
-    ) -> None:
+    def __init__(self, name: str, *arguments: object, folder: Path, stall: tuple[int, Path] | None = None) -> None:
         """With `stall` = (N, file), flush number N makes the file and hangs, in the middle of writing."""
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{name}-{time.monotonic_ns()}.log"
         self._process = CONTEXT.Process(
             target=_run,
             args=(
-                str(ROOT / "train" / name), [str(entry) for entry in arguments], str(folder), str(self._log),
+                str(ROOT / "train" / name),
+                [str(entry) for entry in arguments],
+                str(folder),
+                str(self._log),
                 None if stall is None else (stall[0], str(stall[1])),
             ),
         )

@@ -130,15 +130,19 @@ def complete_generator(
     for part, config in (("unet", base.unet_config), ("vae", base.vae_config)):
         modules = {
             key.removesuffix(".weight"): shape
-            for key, shape in shapes_of(part, dict(config)).items() if key.endswith(".weight") and len(shape) > 1
+            for key, shape in shapes_of(part, dict(config)).items()
+            if key.endswith(".weight") and len(shape) > 1
         }
-        parts[part] = PartWeights({
-            module: LoraPair(
-                torch.randn(rank, *shape[1:], generator=random) * 0.05,
-                torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.05,
-            )
-            for module, shape in modules.items() if is_target(part, module)
-        })
+        parts[part] = PartWeights(
+            {
+                module: LoraPair(
+                    torch.randn(rank, *shape[1:], generator=random) * 0.05,
+                    torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.05,
+                )
+                for module, shape in modules.items()
+                if is_target(part, module)
+            }
+        )
     info = GeneratorInfo(base.info.family, timestep, prediction, rank=rank, alpha=float(rank), licence="CC0-1.0")
     context = torch.randn(77, base.unet_config["cross_attention_dim"], generator=random)
     return Generator(info, parts["unet"], parts["vae"], context)
@@ -151,13 +155,16 @@ def lora_everywhere(
     random = torch.Generator().manual_seed(seed)
     parts = {}
     for part, config in (("unet", base.unet_config), ("vae", base.vae_config)):
-        parts[part] = PartWeights({
-            key.removesuffix(".weight"): LoraPair(
-                torch.randn(rank, *shape[1:], generator=random) * 0.02,
-                torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.02,
-            )
-            for key, shape in shapes_of(part, dict(config)).items() if len(shape) > 1 and "decoder" not in key
-        })
+        parts[part] = PartWeights(
+            {
+                key.removesuffix(".weight"): LoraPair(
+                    torch.randn(rank, *shape[1:], generator=random) * 0.02,
+                    torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.02,
+                )
+                for key, shape in shapes_of(part, dict(config)).items()
+                if len(shape) > 1 and "decoder" not in key
+            }
+        )
     info = GeneratorInfo(base.info.family, 999, prediction, base_hash=base_hash, rank=rank, alpha=4.0)
     context = torch.randn(7, base.unet_config["cross_attention_dim"], generator=random)
     return Generator(info, parts["unet"], parts["vae"], context)
@@ -182,8 +189,15 @@ def write_text_encoder(folder: Path, width: int, layers: int = 2, variant: str |
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **marks, "pad_token": "<|endoftext|>"},
     )
     config = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=2, max_position_embeddings=77, hidden_act="gelu", bos_token_id=0, eos_token_id=2,
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=2,
         pad_token_id=1,
     )
     write_json(folder / "text_encoder/config.json", {**config.to_dict(), "architectures": ["CLIPTextModel"]})
@@ -203,9 +217,15 @@ def write_text_encoder(folder: Path, width: int, layers: int = 2, variant: str |
 def clip_l_config() -> dict:
     """text_encoder/config.json as published with SD1.5, but for what nothing reads."""
     return {
-        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    }  # fmt: skip
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
 
 
 def clip_l_state(dtype: torch.dtype = torch.float16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -217,9 +237,11 @@ def clip_l_state(dtype: torch.dtype = torch.float16, seed: int = 0) -> dict[str,
     random = torch.Generator().manual_seed(seed)
     pool = torch.empty(1 << 24).normal_(0.0, 0.02, generator=random).to(dtype)
     state = {
-        f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}":
-        pooled_tensor(key, value.shape, pool, random)
-        for key, value in model.state_dict().items() if "position_ids" not in key
+        f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": pooled_tensor(
+            key, value.shape, pool, random
+        )
+        for key, value in model.state_dict().items()
+        if "position_ids" not in key
     }
     positions = torch.arange(77)[None]
     return {**state, "cond_stage_model.transformer.text_model.embeddings.position_ids": positions}
@@ -250,8 +272,11 @@ def original_name(part: str, key: str) -> str:
 def original_unet_name(key: str) -> str:
     module, leaf = key.rsplit(".", 1)
     outside = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
     }
     if module in outside:
         return f"{outside[module]}.{leaf}"
@@ -265,18 +290,23 @@ def original_unet_name(key: str) -> str:
             pairs.append((f"up_blocks.{level}.resnets.{layer}.", f"output_blocks.{3 * level + layer}.0."))
             pairs.append((f"up_blocks.{level}.attentions.{layer}.", f"output_blocks.{3 * level + layer}.1."))
         # The deepest level has no attention, so that its upsampler comes second there and third elsewhere.
-        pairs.append((
-            f"up_blocks.{level}.upsamplers.0.conv.", f"output_blocks.{2 + 3 * level}.{1 if level == 0 else 2}.conv."
-        ))
+        pairs.append(
+            (f"up_blocks.{level}.upsamplers.0.conv.", f"output_blocks.{2 + 3 * level}.{1 if level == 0 else 2}.conv.")
+        )
     pairs += [
-        ("mid_block.resnets.0.", "middle_block.0."), ("mid_block.attentions.0.", "middle_block.1."),
+        ("mid_block.resnets.0.", "middle_block.0."),
+        ("mid_block.attentions.0.", "middle_block.1."),
         ("mid_block.resnets.1.", "middle_block.2."),
     ]
     (name,) = [key.replace(theirs, original, 1) for theirs, original in pairs if key.startswith(theirs)]
     if ".resnets." in key:
         for theirs, original in (
-            ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-            ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"),
+            ("norm1", "in_layers.0"),
+            ("conv1", "in_layers.2"),
+            ("norm2", "out_layers.0"),
+            ("conv2", "out_layers.3"),
+            ("time_emb_proj", "emb_layers.1"),
+            ("conv_shortcut", "skip_connection"),
         ):
             name = name.replace(f".{theirs}.", f".{original}.")
     return name
@@ -284,13 +314,20 @@ def original_unet_name(key: str) -> str:
 
 def original_vae_name(key: str) -> str:
     for theirs, original in (
-        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
-        ("mid_block.attentions.0.to_k", "mid.attn_1.k"), ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
-        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("mid_block.resnets.0", "mid.block_1"),
-        ("mid_block.resnets.1", "mid.block_2"), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"),
+        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+        ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
+        ("mid_block.attentions.0.to_k", "mid.attn_1.k"),
+        ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
         *((f"down_blocks.{level}", f"down.{level}") for level in range(4)),
         *((f"up_blocks.{level}", f"up.{3 - level}") for level in range(4)),
-        ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("resnets", "block"),
+        ("downsamplers.0", "downsample"),
+        ("upsamplers.0", "upsample"),
+        ("resnets", "block"),
     ):
         key = key.replace(f".{theirs}.", f".{original}.")
     return key

@@ -163,9 +163,7 @@ class Inputs(TorchDispatchMode):
             maps = arguments[0]
             self.bytes.append(maps.numel() * maps.element_size())
             if maps.shape[1] > 4:  # the picture and the latent come as they are
-                self.last += [
-                    values.is_contiguous(memory_format=torch.channels_last) for values in arguments[:2]
-                ]
+                self.last += [values.is_contiguous(memory_format=torch.channels_last) for values in arguments[:2]]
         return function(*arguments, **(options or {}))
 
 
@@ -240,9 +238,9 @@ def test_statistics_of_one_part_would_not_do(backbone) -> None:
     image = 2 * picture(16 * factor, 8 * factor) - 1
     half = backbone.vae_half("encoder", 0)
     whole = backbone.encode(image)
-    parts = torch.cat([
-        run_bounded(half, part, 4 * factor, own_statistics(half, part)) for part in image.split(4 * factor, 2)
-    ], 2)
+    parts = torch.cat(
+        [run_bounded(half, part, 4 * factor, own_statistics(half, part)) for part in image.split(4 * factor, 2)], 2
+    )
     assert (parts - whole).abs().max() > 100 * TOLERANCE
     latent = whole * torch.linspace(0.2, 2, 16)[:, None]
     half = backbone.vae_half("decoder", 0)
@@ -326,7 +324,8 @@ def test_parts_combine_to_the_variance_of_the_whole() -> None:
     parts = whole.double().split((11, 30, 9), 1)
     mean, variance = combine(
         torch.tensor([11, 30, 9]).double() / 50,
-        torch.stack([part.mean(1) for part in parts]), torch.stack([part.var(1, correction=0) for part in parts]),
+        torch.stack([part.mean(1) for part in parts]),
+        torch.stack([part.var(1, correction=0) for part in parts]),
     )
     torch.testing.assert_close(mean, whole.double().mean(1))
     torch.testing.assert_close(variance, whole.double().var(1, correction=0))
@@ -516,7 +515,8 @@ def test_bounded_keeps_no_more_than_stripes(part: str) -> None:
     for length in (40, 80, 160):
         source = torch.randn(1, channels, length * unit, 16 * unit)
         for name, stream in (
-            ("bounded", BoundedStream(half, 2, Estimate(known), 8, 2)), ("exact", ExactStream(half, 2))
+            ("bounded", BoundedStream(half, 2, Estimate(known), 8, 2)),
+            ("exact", ExactStream(half, 2)),
         ):
             with LiveBytes() as memory:
                 made = 0
@@ -625,9 +625,9 @@ def test_fields_stand_for_the_picture(unit: int) -> None:
     assert len(fields.corners) <= 128 < 25 * 43  # of all there are
     assert fields.weights.min() >= 0
     assert float(fields.weights.sum()) == pytest.approx(1)
-    crops = torch.cat([
-        source[:, :, y * unit : (y + rows) * unit, x * unit : (x + columns) * unit] for y, x in fields.corners
-    ])
+    crops = torch.cat(
+        [source[:, :, y * unit : (y + rows) * unit, x * unit : (x + columns) * unit] for y, x in fields.corners]
+    )
     assert crops.shape[2:] == (rows * unit, columns * unit), "inside the picture"
     for power, tolerance in ((1, 0.03), (2, 0.06)):
         estimate = (fields.weights * crops.double().pow(power).mean((1, 2, 3))).sum()

@@ -31,8 +31,12 @@ def test_without_limits_it_is_what_is_available(tmp_path):
 
 def test_the_tightest_group_counts_and_its_file_cache_is_free(tmp_path):
     root = system(tmp_path, 50 * GIB, "0::/outer/inner\n")
-    group(root / "sys/fs/cgroup/outer", memory__max=f"{8 * GIB}", memory__current=f"{6 * GIB}",
-          memory__stat=f"anon 1\ninactive_file {GIB}\nactive_file 7")
+    group(
+        root / "sys/fs/cgroup/outer",
+        memory__max=f"{8 * GIB}",
+        memory__current=f"{6 * GIB}",
+        memory__stat=f"anon 1\ninactive_file {GIB}\nactive_file 7",
+    )
     group(root / "sys/fs/cgroup/outer/inner", memory__max="max", memory__current=f"{6 * GIB}")
     assert free_system_memory(root) == 3 * GIB
     group(root / "sys/fs/cgroup/outer/inner", memory__max=f"{2 * GIB}", memory__current=f"{GIB}", memory__stat="anon 1")
@@ -49,10 +53,18 @@ def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
 
 def test_the_first_version_of_groups(tmp_path):
     root = system(tmp_path, 50 * GIB, "5:cpu,cpuacct:/x\n4:memory:/jobs/1\n0::/\n")
-    group(root / "sys/fs/cgroup/memory/jobs/1", memory__limit_in_bytes=f"{6 * GIB}",
-          memory__usage_in_bytes=f"{2 * GIB}", memory__stat=f"cache 5\ntotal_inactive_file {GIB}")
-    group(root / "sys/fs/cgroup/memory", memory__limit_in_bytes="9223372036854771712",
-          memory__usage_in_bytes=f"{2 * GIB}", memory__stat="cache 5")
+    group(
+        root / "sys/fs/cgroup/memory/jobs/1",
+        memory__limit_in_bytes=f"{6 * GIB}",
+        memory__usage_in_bytes=f"{2 * GIB}",
+        memory__stat=f"cache 5\ntotal_inactive_file {GIB}",
+    )
+    group(
+        root / "sys/fs/cgroup/memory",
+        memory__limit_in_bytes="9223372036854771712",
+        memory__usage_in_bytes=f"{2 * GIB}",
+        memory__stat="cache 5",
+    )
     assert free_system_memory(root) == 5 * GIB
 
 

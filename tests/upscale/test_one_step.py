@@ -523,6 +523,4 @@ def test_unusable_inputs(image: torch.Tensor, text: str) -> None:
 
 def test_a_precision_that_a_family_cannot_run_in(nano: DiffusersBackbone) -> None:
     with pytest.raises(IcmsrError, match=r"family nano runs in fp32, .*got float64"):
-        DiffusersBackbone(
-            nano.unet, nano.vae, nano.descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float64
-        )
+        DiffusersBackbone(nano.unet, nano.vae, nano.descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float64)

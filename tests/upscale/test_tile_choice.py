@@ -44,8 +44,12 @@ def test_enough_memory_gives_the_default_whatever_the_picture(backbone, size):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([NANO, SD21]), st.integers(1, 3000), st.integers(1, 3000), st.floats(0, 2e10),
-    st.sampled_from(["cpu", "cuda"]), st.sampled_from([2, 4]),
+    st.sampled_from([NANO, SD21]),
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.floats(0, 2e10),
+    st.sampled_from(["cpu", "cuda"]),
+    st.sampled_from([2, 4]),
 )
 def test_what_is_chosen_fits_and_nothing_better_would(backbone, height, width, free, kind, itemsize):
     found = chosen(backbone, height, width, free, kind, itemsize=itemsize)
@@ -56,8 +60,9 @@ def test_what_is_chosen_fits_and_nothing_better_would(backbone, height, width, f
 
     least = min(
         need(replace(found, batch=1, tile=side, overlap=side // 4, vae=mode))
-        for side in TILES for mode in ("auto", "bounded")
-    )  # fmt: skip
+        for side in TILES
+        for mode in ("auto", "bounded")
+    )
     assert need(found) <= max(SHARE * free, least)
     better = TILES[: TILES.index(found.tile)]
     assert all(need(replace(found, batch=1, tile=side, overlap=side // 4)) > SHARE * free for side in better)
@@ -118,10 +123,26 @@ def test_a_card_takes_as_many_tiles_as_fit_in_batches_of_one_size():
 def test_real_runs_take_no_more_than_was_counted_on(part, tile, vae):
     """nano on the CPU, each part where it needs the most, by the benchmark that the numbers come from."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "tile_memory.py", "--parts", part, "--tiles", str(tile),
-         "--batches", "2", "--threads", "1", "--vae", vae],
-        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "benchmarks" / "tile_memory.py",
+            "--parts",
+            part,
+            "--tiles",
+            str(tile),
+            "--batches",
+            "2",
+            "--threads",
+            "1",
+            "--vae",
+            vae,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     measured = 1e6 * float(done.stdout.splitlines()[-1].split("|")[6])
     settings, side = replace(PLAIN, tile=tile, batch=2, vae=vae), 2 * tile

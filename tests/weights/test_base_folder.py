@@ -53,6 +53,7 @@ def linked(tmp_path, narrow: dict[str, Path]) -> Path:
 
 def copy_with_links(source: Path, target: Path) -> Path:
     """A copy of a folder whose weights are links to the original's."""
+
     def link(old: str, new: str) -> None:
         (os.link if old.endswith(".safetensors") else shutil.copy)(old, new)
 
@@ -130,7 +131,7 @@ def test_a_snapshot_of_a_hub_cache_has_the_model_s_name(linked: Path) -> None:
     ],
 )
 def test_an_unknown_family_says_what_it_found(linked: Path, changes: dict) -> None:
-    (key, value), = changes.items()
+    ((key, value),) = changes.items()
     with pytest.raises(IcmsrError) as caught:
         open_base(as_published(linked, **changes))
     assert f"{key} {value}" in str(caught.value)
@@ -172,7 +173,9 @@ def test_a_folder_that_describes_itself_in_no_way(linked: Path) -> None:
 def test_every_form_of_weights_is_the_same_base(narrow: dict[str, Path], form: str) -> None:
     folder, reference = open_base(narrow[form]), open_base(narrow["one file"])
     name = {
-        "one file": ".safetensors", "fp16": ".fp16.safetensors", "shards": ".safetensors.index.json",
+        "one file": ".safetensors",
+        "fp16": ".fp16.safetensors",
+        "shards": ".safetensors.index.json",
         "fp16 shards": ".safetensors.index.fp16.json",
     }[form]
     assert folder.unet_weights_path() == narrow[form] / f"{UNET}{name}"
@@ -180,7 +183,8 @@ def test_every_form_of_weights_is_the_same_base(narrow: dict[str, Path], form: s
     assert len(files) == {"shards": 3, "fp16 shards": 2}.get(form, 1)
     assert folder.hash() == hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     for part, state, expected in (
-        ("unet", folder.unet_state(), reference.unet_state()), ("vae", folder.vae_state(), reference.vae_state())
+        ("unet", folder.unet_state(), reference.unet_state()),
+        ("vae", folder.vae_state(), reference.vae_state()),
     ):
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
@@ -302,8 +306,16 @@ def test_an_index_that_names_an_absent_shard(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
-                '{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}', '{"weight_map": {"a": "b.bin"}}']
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}',
+        '{"weight_map": {"a": "b.bin"}}',
+    ],
 )
 def test_a_damaged_index(own: Path, content: str) -> None:
     (own / f"{UNET}.safetensors.index.json").write_text(content)

@@ -72,7 +72,7 @@ def test_no_grid(results) -> None:
     """Along the lattice of the input's pixels, energy of the gradients varies little more than bicubic's does."""
 
     def spread(picture: torch.Tensor) -> float:
-        energy = picture.diff(dim=-1).abs().mean((0, 1, 2))[: 156].view(-1, FACTOR).mean(0)
+        energy = picture.diff(dim=-1).abs().mean((0, 1, 2))[:156].view(-1, FACTOR).mean(0)
         return float((energy.max() - energy.min()) / energy.mean())
 
     ours, plain = (np.mean([spread(found[index]) for found in results.values()]) for index in (0, 1))

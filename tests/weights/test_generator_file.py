@@ -109,7 +109,15 @@ def test_layout_of_the_file(tmp_path, generator: Generator) -> None:
     assert description["format_version"] == 1
     assert len(description["base_hash"]) == 64
     assert description.keys() == {
-        "family", "timestep", "prediction", "base", "base_hash", "rank", "alpha", "licence", "training",
+        "family",
+        "timestep",
+        "prediction",
+        "base",
+        "base_hash",
+        "rank",
+        "alpha",
+        "licence",
+        "training",
         "format_version",
     }  # as the first release wrote it: no word of a second set
     assert not holds_two_sets(path)
@@ -141,8 +149,11 @@ def test_two_sets_round_trip(tmp_path, two_sets: Generator) -> None:
     with safe_open(str(path), framework="pt") as file:
         keys, description = set(file.keys()), json.loads(file.metadata()["icmsr"])
     assert {
-        "unet.conv_in.weight", "realistic.unet.conv_in.weight", "realistic.unet.conv_in.lora_A.weight",
-        "realistic.vae.quant_conv.lora_B.weight", "vae.quant_conv.lora_B.weight",
+        "unet.conv_in.weight",
+        "realistic.unet.conv_in.weight",
+        "realistic.unet.conv_in.lora_A.weight",
+        "realistic.vae.quant_conv.lora_B.weight",
+        "vae.quant_conv.lora_B.weight",
     } <= keys
     assert description["format_version"] == 2
     assert description["realistic_alpha"] == 3.0
@@ -349,7 +360,9 @@ def test_fidelity_out_of_range(base: Path, two_sets: Generator, fidelity: float)
 
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
 def test_fidelity_needs_two_sets(base: Path, generator: Generator, fidelity: float, monkeypatch) -> None:
-    monkeypatch.setattr("icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("networks were built"))
+    monkeypatch.setattr(
+        "icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("networks were built")
+    )
     words = "needs a generator with a faithful and a realistic set of weights, this one holds a single set"
     for held in (generator, None):
         with pytest.raises(IcmsrError, match=rf"{words}: leave fidelity out .*, got {fidelity:g}"):
@@ -386,7 +399,8 @@ def test_load_backbone_merges_both_networks(tmp_path, base: Path, generator: Gen
     backbone = load_backbone(base, path)
     folder = open_base(base)
     for network, part, state in (
-        (backbone.unet, generator.unet, folder.unet_state()), (backbone.vae, generator.vae, folder.vae_state())
+        (backbone.unet, generator.unet, folder.unet_state()),
+        (backbone.vae, generator.vae, folder.vae_state()),
     ):
         expected = {**state, **merged_tensors("g", part, state, 4.0)}
         assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
@@ -567,8 +581,10 @@ def test_what_lies_in_a_generator_s_place_is_named(tmp_path, kind: str, text: st
     path, mark = tmp_path / "model.safetensors", tmp_path / "ran"
     keys = {
         "lora": "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
-        "checkpoint": "model.diffusion_model.out.2.weight", "adapter": "body.0.block1.weight",
-        "vae": "decoder.conv_in.weight", "unknown": "a",
+        "checkpoint": "model.diffusion_model.out.2.weight",
+        "adapter": "body.0.block1.weight",
+        "vae": "decoder.conv_in.weight",
+        "unknown": "a",
     }
     if kind in keys:
         save_file({keys[kind]: torch.zeros(1)}, path)

@@ -53,7 +53,8 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Path]:
     """The family, and the same narrow model as a folder and as a file."""
     root = tmp_path_factory.mktemp(request.param)
     return (
-        request.param, write_sd_folder(root / "folder", request.param, 10),
+        request.param,
+        write_sd_folder(root / "folder", request.param, 10),
         write_sd_checkpoint(root / "model.safetensors", request.param, 10),
     )
 
@@ -75,7 +76,8 @@ def narrow_folder(tmp_path_factory) -> Path:
 def test_every_name_and_shape_of_the_published_size(family: str) -> None:
     """The shipped configurations give the published networks, and every one of their tensors has its place."""
     shipped = {
-        "unet": sd_unet_config(SD_WIDTHS, CONTEXT_WIDTH[family], family == "sd21"), "vae": sd_vae_config(SD_VAE_WIDTHS)
+        "unet": sd_unet_config(SD_WIDTHS, CONTEXT_WIDTH[family], family == "sd21"),
+        "vae": sd_vae_config(SD_VAE_WIDTHS),
     }
     for part, published, count in (("unet", unet_config(family), 686), ("vae", vae_config(), 248)):
         shapes = shapes_of(part, published)
@@ -96,17 +98,26 @@ def test_every_name_and_shape_of_the_published_size(family: str) -> None:
     ("part", "original", "name"),
     [  # read off the published files
         ("unet", "model.diffusion_model.input_blocks.3.0.op.bias", "down_blocks.0.downsamplers.0.conv.bias"),
-        ("unet", "model.diffusion_model.input_blocks.4.0.skip_connection.weight",
-         "down_blocks.1.resnets.0.conv_shortcut.weight"),
+        (
+            "unet",
+            "model.diffusion_model.input_blocks.4.0.skip_connection.weight",
+            "down_blocks.1.resnets.0.conv_shortcut.weight",
+        ),
         ("unet", "model.diffusion_model.middle_block.2.emb_layers.1.bias", "mid_block.resnets.1.time_emb_proj.bias"),
         ("unet", "model.diffusion_model.output_blocks.2.1.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
         ("unet", "model.diffusion_model.output_blocks.5.2.conv.weight", "up_blocks.1.upsamplers.0.conv.weight"),
-        ("unet", "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight",
-         "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.weight"),
+        (
+            "unet",
+            "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight",
+            "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.weight",
+        ),
         ("vae", "first_stage_model.decoder.up.0.block.2.norm1.weight", "decoder.up_blocks.3.resnets.2.norm1.weight"),
         ("vae", "first_stage_model.decoder.up.3.upsample.conv.bias", "decoder.up_blocks.0.upsamplers.0.conv.bias"),
-        ("vae", "first_stage_model.encoder.mid.attn_1.proj_out.weight",
-         "encoder.mid_block.attentions.0.to_out.0.weight"),
+        (
+            "vae",
+            "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+            "encoder.mid_block.attentions.0.to_out.0.weight",
+        ),
         ("vae", "first_stage_model.encoder.norm_out.bias", "encoder.conv_norm_out.bias"),
         ("vae", "first_stage_model.quant_conv.weight", "quant_conv.weight"),
         ("vae", "first_stage_model.loss.logvar", None),
@@ -127,9 +138,13 @@ def test_diffusers_own_conversion_agrees(pair) -> None:
     base, raw = open_base(file), load_file(file)
     for part, state, expected in (
         ("unet", base.unet_state(), convert_ldm_unet_checkpoint(dict(raw), dict(base.unet_config))),
-        ("vae", base.vae_state(), convert_ldm_vae_checkpoint(
-            {key: value for key, value in raw.items() if "loss" not in key}, dict(base.vae_config)
-        )),
+        (
+            "vae",
+            base.vae_state(),
+            convert_ldm_vae_checkpoint(
+                {key: value for key, value in raw.items() if "loss" not in key}, dict(base.vae_config)
+            ),
+        ),
     ):
         assert state.keys() == expected.keys(), part
         assert all(torch.equal(value, expected[key]) for key, value in state.items()), part
@@ -394,7 +409,8 @@ def rewrite(source: Path, target: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        (f"{UNET}middle_block.0.in_layers.2.weight", math.nan), (f"{UNET}time_embed.0.bias", -math.inf),
+        (f"{UNET}middle_block.0.in_layers.2.weight", math.nan),
+        (f"{UNET}time_embed.0.bias", -math.inf),
         (f"{VAE}decoder.mid.attn_1.q.bias", math.inf),
     ],
 )
@@ -494,8 +510,14 @@ def test_only_what_is_needed_is_fetched(hub, form: dict) -> None:
     if "variant" not in form:  # beside full precision, nothing else is wanted
         write_sd_folder(repository, "sd21", 10, torch.float16, "fp16")
         write_sd_folder(repository, "sd21", 10, torch.float16, "fp16", 2)
-    for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.bin", "v2-1_512-ema.ckpt", "README.md",
-                 "unet/diffusion_pytorch_model.non_ema.safetensors", "model_index.json"):
+    for name in (
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "v2-1_512-ema.ckpt",
+        "README.md",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "model_index.json",
+    ):
         (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).write_bytes(b"not needed")
     folder = find_base(HUB_ID)
@@ -514,8 +536,17 @@ def test_the_library_takes_an_id_as_text(hub) -> None:
 
 def test_local_paths_never_ask_the_hub(hub, narrow: Path, tmp_path) -> None:
     (tmp_path / "models/sd21").mkdir(parents=True)
-    for name in ("models/sd21", "models/sd22", str(narrow), "none", "./owner/name", "a/b/c", "owner/x.safetensors",
-                 "../a", "owner/"):
+    for name in (
+        "models/sd21",
+        "models/sd22",
+        str(narrow),
+        "none",
+        "./owner/name",
+        "a/b/c",
+        "owner/x.safetensors",
+        "../a",
+        "owner/",
+    ):
         assert find_base(name) == Path(name)
     assert hub[1] == []
     with pytest.raises(IcmsrError, match="no such file or folder"):

@@ -110,8 +110,12 @@ def forms(folder: Path, tmp_path: Path) -> dict[str, Path]:
     alone = tmp_path / "alone.safetensors"
     shutil.copy(folder / "diffusion_pytorch_model.safetensors", alone)
     return {
-        "folder": folder, "file": folder / "diffusion_pytorch_model.safetensors", "alone": alone,
-        "pair": pair, "encoder": pair / "taesd_encoder.safetensors", "decoder": pair / "taesd_decoder.safetensors",
+        "folder": folder,
+        "file": folder / "diffusion_pytorch_model.safetensors",
+        "alone": alone,
+        "pair": pair,
+        "encoder": pair / "taesd_encoder.safetensors",
+        "decoder": pair / "taesd_decoder.safetensors",
     }
 
 
@@ -136,9 +140,13 @@ def test_what_is_no_tiny_vae_is_refused(folder, base, tmp_path) -> None:
     save_file({"layers.weight": torch.zeros(1)}, named)
     kl = shutil.copytree(base / "vae", tmp_path / "vae")
     for path, words in (
-        (tmp_path / "none", "no such file"), (tmp_path / "empty", "holds no tiny VAE"),
-        (pair, "taesd_decoder.safetensors: missing"), (pickled, "never opened"), (other, "not a tiny VAE"),
-        (named, "not of TAESD's layout"), (kl, "AutoencoderTiny, got 'AutoencoderKL'"),
+        (tmp_path / "none", "no such file"),
+        (tmp_path / "empty", "holds no tiny VAE"),
+        (pair, "taesd_decoder.safetensors: missing"),
+        (pickled, "never opened"),
+        (other, "not a tiny VAE"),
+        (named, "not of TAESD's layout"),
+        (kl, "AutoencoderTiny, got 'AutoencoderKL'"),
     ):
         with pytest.raises(IcmsrError, match=words):
             read_tiny_vae(path)
@@ -160,8 +168,19 @@ def test_the_command_writes_what_the_library_computes(folder, base, generator, t
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     pixels = (picture(20, 28)[0].movedim(0, -1) * 255).byte().numpy()
     Image.fromarray(pixels).save(source)
-    run = ["upscale", str(source), str(target), "--base", str(base), "--model", str(generator), "--tile", "64",
-           "--overlap", "16"]
+    run = [
+        "upscale",
+        str(source),
+        str(target),
+        "--base",
+        str(base),
+        "--model",
+        str(generator),
+        "--tile",
+        "64",
+        "--overlap",
+        "16",
+    ]
     assert main([*run, "--tiny-vae", str(write_tiny_pair(tmp_path / "pair", folder))]) == 0
     written = to_tensor(read_picture(target).rgb)
     settings = UpscaleSettings(tile=64, overlap=16)
@@ -216,8 +235,13 @@ def test_a_tiny_vae_that_overflows_goes_on_in_float32(folder, base, generator, c
 
 def test_the_configuration_names_the_layers(tmp_path) -> None:
     """A narrower one with other numbers of blocks: what config.json says is what is built."""
-    own = write_tiny_folder(tmp_path / "narrow", encoder_block_out_channels=[32] * 4, num_encoder_blocks=[1, 1, 2, 1],
-                            decoder_block_out_channels=[32] * 4, num_decoder_blocks=[1, 2, 1, 1])
+    own = write_tiny_folder(
+        tmp_path / "narrow",
+        encoder_block_out_channels=[32] * 4,
+        num_encoder_blocks=[1, 1, 2, 1],
+        decoder_block_out_channels=[32] * 4,
+        num_decoder_blocks=[1, 2, 1, 1],
+    )
     assert json.loads((own / "config.json").read_text())["num_encoder_blocks"] == [1, 1, 2, 1]
     backbone = load_backbone(write_base(tmp_path / "base", FACTOR_8), tiny_vae=own)
     with torch.inference_mode():

@@ -18,6 +18,7 @@ from ...errors import IcmsrError
 
 def sample_generators(seed: int, index: Tensor, purpose: str) -> list[torch.Generator]:
     """A random generator on the CPU for each sample number in `index` [N]."""
+
     def one(number: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

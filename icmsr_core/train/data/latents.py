@@ -67,7 +67,12 @@ class CachedLatents(Samples):
     """
 
     def __init__(
-        self, config: DataConfig, cache: LatentCacheConfig, seed: int, vae: AutoencoderKL, file: Path,
+        self,
+        config: DataConfig,
+        cache: LatentCacheConfig,
+        seed: int,
+        vae: AutoencoderKL,
+        file: Path,
         held_out: bool = False,
     ) -> None:
         self.config, self.seed, self.file = config, seed, file
@@ -78,10 +83,16 @@ class CachedLatents(Samples):
         self.photographs = self._sources.paths if self._sources else []
         if config.crop % self._factor:
             raise IcmsrError(f"data.crop must be a multiple of {self._factor}, the VAE's factor, got {config.crop}")
-        description = json.dumps({
-            "vae": weights_hash(vae), "crop": config.crop, "seed": seed, "made up": self._made_up > 0,
-            "photographs": [[path.name, path.stat().st_size] for path in self.photographs], **asdict(cache),
-        })
+        description = json.dumps(
+            {
+                "vae": weights_hash(vae),
+                "crop": config.crop,
+                "seed": seed,
+                "made up": self._made_up > 0,
+                "photographs": [[path.name, path.stat().st_size] for path in self.photographs],
+                **asdict(cache),
+            }
+        )
         if not file.exists() or _description(file) != description:
             self._encode(cache, vae, description)
         self._sizes: dict[str, list[tuple[str, int, int]]] = {}
@@ -91,8 +102,10 @@ class CachedLatents(Samples):
                 _, height, width = opened.get_slice(key).get_shape()
                 self._sizes.setdefault(key.split("/")[0], []).append((key, height, width))
         if not self._sizes:
-            raise IcmsrError(f"none of {len(self.photographs)} photographs is readable and at least {config.crop} px "
-                             "high and wide: set a smaller data.crop")
+            raise IcmsrError(
+                f"none of {len(self.photographs)} photographs is readable and at least {config.crop} px "
+                "high and wide: set a smaller data.crop"
+            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, index))
@@ -118,8 +131,10 @@ class CachedLatents(Samples):
             found = self._sizes.get(str(self._sources.draw(rng)))
             if found:
                 return found[int(rng.integers(len(found)))]
-        raise IcmsrError(f"{_ATTEMPTS} photographs in a row are unreadable or smaller than {self.config.crop} px: set "
-                         "a smaller data.crop, or sort them out")
+        raise IcmsrError(
+            f"{_ATTEMPTS} photographs in a row are unreadable or smaller than {self.config.crop} px: set "
+            "a smaller data.crop, or sort them out"
+        )
 
     def _file(self) -> Any:
         if self._open is None:

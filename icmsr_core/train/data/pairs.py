@@ -94,8 +94,10 @@ class DataConfig:
 def _check_weights(where: str, weights: tuple[float, ...], what: str, entries: tuple[str, ...]) -> None:
     fine = all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf
     if len(weights) != len(entries) or not fine:
-        raise IcmsrError(f"{where} needs one non-negative weight per entry of {what}, {len(entries)}, one of them "
-                         f"above 0, got {weights}")
+        raise IcmsrError(
+            f"{where} needs one non-negative weight per entry of {what}, {len(entries)}, one of them "
+            f"above 0, got {weights}"
+        )
 
 
 def find_photographs(config: DataConfig, held_out: bool = False) -> Photographs:
@@ -104,8 +106,9 @@ def find_photographs(config: DataConfig, held_out: bool = False) -> Photographs:
     Raises IcmsrError for whatever is missing, empty or malformed there (see `icmsr_core.train.data.sources`).
     """
     if not config.folders and not config.lists:
-        raise IcmsrError("data.folders is empty and so is data.lists: name a folder of photographs, or set "
-                         "data.synthetic to 1")
+        raise IcmsrError(
+            "data.folders is empty and so is data.lists: name a folder of photographs, or set data.synthetic to 1"
+        )
     sources = [*map(folder_source, config.folders), *map(list_source, config.lists)]
     captions = read_captions(config.captions) if config.captions else None
     return Photographs(sources, config.weights, captions, config.hold_out, held_out)
@@ -305,8 +308,10 @@ class Resumable(Sampler[int]):
 
     def __init__(self, start: int, stop: int, batch: int = 1, rank: int = 0, processes: int = 1) -> None:
         if batch < 1 or not 0 <= rank < processes:
-            raise IcmsrError(f"batch must be at least 1 and rank from 0 up to below processes, got batch {batch}, "
-                             f"rank {rank}, processes {processes}")
+            raise IcmsrError(
+                f"batch must be at least 1 and rank from 0 up to below processes, got batch {batch}, "
+                f"rank {rank}, processes {processes}"
+            )
         self.batch, self.step = batch, batch * processes
         self.first, self.steps = start + rank * batch, max(0, stop - start) // self.step
 

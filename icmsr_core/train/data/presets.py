@@ -77,7 +77,13 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "blur_prob", "sinc_prob", "motion_prob", "noise_prob", "gaussian_prob", "gray_prob", "jpeg_prob",
+            "blur_prob",
+            "sinc_prob",
+            "motion_prob",
+            "noise_prob",
+            "gaussian_prob",
+            "gray_prob",
+            "jpeg_prob",
         ):
             _check_prob(name, getattr(self, name))
         _check_sizes("kernel_size", self.kernel_size)
@@ -136,6 +142,7 @@ class DegradationConfig:
         _check_sizes("final_sinc_size", self.final_sinc_size)
         _check_range("mask_share", self.mask_share, 0.0, 0.9)
 
+
 _UNTOUCHED = StageConfig(
     blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", noise_prob=0.0, gray_prob=0.0, jpeg_prob=0.0
 )
@@ -148,9 +155,7 @@ def _one_round(**stage: Any) -> DegradationConfig:
 
 def _one_shrinking_round(**stage: Any) -> DegradationConfig:
     """One round without sinc filters that resizes once, to the size of the output; `stage` sets the rest of it."""
-    first = StageConfig(
-        kernel_size=(21, 21), sinc_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", **stage
-    )
+    first = StageConfig(kernel_size=(21, 21), sinc_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", **stage)
     return DegradationConfig(first=first, second_stage_prob=0.0, final_sinc_prob=0.0)
 
 

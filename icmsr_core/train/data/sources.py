@@ -158,11 +158,15 @@ class Photographs:
             counts.append(len(kept))
         self.captions = tuple(known)
         if captions and len(known) == 1:
-            raise IcmsrError(f"data.captions names none of the photographs: it has {next(iter(captions))}, "
-                             f"the first source has {sources[0].names[0]}")
+            raise IcmsrError(
+                f"data.captions names none of the photographs: it has {next(iter(captions))}, "
+                f"the first source has {sources[0].names[0]}"
+            )
         if not self.paths:
-            raise IcmsrError(f"data.hold_out {hold_out:g} holds out none of {sum(map(len, files))} photographs: "
-                             "raise it, or add photographs")
+            raise IcmsrError(
+                f"data.hold_out {hold_out:g} holds out none of {sum(map(len, files))} photographs: "
+                "raise it, or add photographs"
+            )
         self._ends = np.cumsum(counts)
         shares = np.where(np.array(counts) > 0, weights, 0.0) if weights else np.array(counts, dtype=np.float64)
         if not shares.sum() > 0:

@@ -37,7 +37,9 @@ REFERENCES = (BICUBIC, START)
 """Measured beside the arms: no network at all, and the start that the arms have in common."""
 PHOTOGRAPHS, PAIRS = "photographs", "pairs"
 CURVES = {
-    "psnr": "loss/generator/psnr", "perceptual": "loss/generator/perceptual", "auxiliary": "loss/auxiliary/loss",
+    "psnr": "loss/generator/psnr",
+    "perceptual": "loss/generator/perceptual",
+    "auxiliary": "loss/auxiliary/loss",
 }
 """What a result keeps of the training log, beside the diagnostics."""
 LEVELS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
@@ -159,7 +161,11 @@ def train_adapter(config: AblationConfig, arm: str) -> str:
         accelerator, device = start_processes(config.device)
         torch.manual_seed(config.adapter.seed)
         task = build_adapter_task(
-            training_base(config.base), wanted, config.adapter.seed, settings, device=device,
+            training_base(config.base),
+            wanted,
+            config.adapter.seed,
+            settings,
+            device=device,
         )
         folder = config.folder("adapters", arm)
         train(task, pairs, config.adapter, folder, settings, accelerator, device)
@@ -251,7 +257,13 @@ def _train(
     accelerator, device = start_processes(config.device)
     torch.manual_seed(loop.seed)  # the auxiliary's first weights
     task = build_generator_task(
-        base, generator, condition, pairs.captions, loop.seed, settings, device=device,
+        base,
+        generator,
+        condition,
+        pairs.captions,
+        loop.seed,
+        settings,
+        device=device,
     )
     train(task, pairs, loop, folder, settings, accelerator, device)
 

@@ -38,8 +38,10 @@ def make_photographs(folder: Path, photographs: Sequence[Path], count: int, side
         if min(picture.shape[:2]) >= side:
             large.append((path.stem, picture))
     if len(large) < count:
-        raise IcmsrError(f"only {len(large)} held-out photographs have sides of {side} px or more, {count} are wanted: "
-                         "lower photographs or side, or add photographs")
+        raise IcmsrError(
+            f"only {len(large)} held-out photographs have sides of {side} px or more, {count} are wanted: "
+            "lower photographs or side, or add photographs"
+        )
     for number in range(count):
         name, picture = large[number * len(large) // count]
         top, left = ((length - side) // 2 for length in picture.shape[:2])
@@ -65,8 +67,13 @@ def pairs_of(folder: Path, every: int = 1) -> Pairs:
 
 
 def measure(
-    base: Path, generator: Path | None, sets: Mapping[str, Pairs], metrics: Sequence[str], keep: str,
-    folder: Path | None, fidelity: float | None = None,
+    base: Path,
+    generator: Path | None,
+    sets: Mapping[str, Pairs],
+    metrics: Sequence[str],
+    keep: str,
+    folder: Path | None,
+    fidelity: float | None = None,
 ) -> Values:
     """The values of `metrics`, and the shift of the mean colour against the input, for `generator` on `base`.
 

@@ -25,8 +25,13 @@ Results = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, tuple[float, float]]]]
 """By set of pictures, arm and measure: mean and deviation over the seeds."""
 COLUMNS = {
-    "psnr": ("PSNR-Y", 3), "ssim": ("SSIM-Y", 4), "fsim": ("FSIM", 4), "dss": ("DSS", 4), "srsim": ("SR-SIM", 4),
-    "hf": ("high frequencies", 3), "color": ("colour shift", 2),
+    "psnr": ("PSNR-Y", 3),
+    "ssim": ("SSIM-Y", 4),
+    "fsim": ("FSIM", 4),
+    "dss": ("DSS", 4),
+    "srsim": ("SR-SIM", 4),
+    "hf": ("high frequencies", 3),
+    "color": ("colour shift", 2),
 }
 """Heading and digits of each measure; others go by their own name, with four."""
 DIAGNOSTICS = {
@@ -45,14 +50,20 @@ CROP, CROPS = 112, 3
 
 def load_results(config: AblationConfig) -> dict[str, Any]:
     """``budget`` (what every run had), ``references`` by name, ``arms`` by name and seed (as text, as in JSON)."""
+
     def read(arm: str, seed: int) -> Any:
         return json.loads(config.result_file(arm, seed).read_text())
 
     losses = config.generator.losses
     budget = {
-        "images": config.loop.images, "images of the start": config.start.images, "batch": config.loop.batch,
-        "crop": config.data.crop, "learning rate": config.loop.learning_rate, "losses": losses.terms(),
-        "warmup": losses.warmup, "perceptual": asdict(config.generator.perceptual),
+        "images": config.loop.images,
+        "images of the start": config.start.images,
+        "batch": config.loop.batch,
+        "crop": config.data.crop,
+        "learning rate": config.loop.learning_rate,
+        "losses": losses.terms(),
+        "warmup": losses.warmup,
+        "perceptual": asdict(config.generator.perceptual),
         "auxiliary rank": config.generator.networks.auxiliary_rank,
         "auxiliary learning rate": config.generator.auxiliary_learning_rate * config.loop.learning_rate,
     }
@@ -89,11 +100,14 @@ def differences(results: Results, baseline: str = BASELINE) -> Table:
     for pictures in picture_sets(results) if baseline in results["arms"] else ():
         base = {seed: run_means(values, pictures) for seed, values in results["arms"][baseline].items()}
         table[pictures] = {
-            arm: _spreads([
-                {name: value - base[seed][name] for name, value in run_means(values, pictures).items()}
-                for seed, values in seeds.items()
-            ])
-            for arm, seeds in results["arms"].items() if arm not in (BASELINE, baseline)
+            arm: _spreads(
+                [
+                    {name: value - base[seed][name] for name, value in run_means(values, pictures).items()}
+                    for seed, values in seeds.items()
+                ]
+            )
+            for arm, seeds in results["arms"].items()
+            if arm not in (BASELINE, baseline)
         }
     return table
 
@@ -142,11 +156,25 @@ def tradeoff_figure(results: Results) -> Figure:
         for axes, name in zip(line, shown):
             for arm, seeds in results["arms"].items():
                 runs, colour = [run_means(values, pictures) for values in seeds.values()], COLOURS[arm]
-                axes.scatter([run["psnr"] for run in runs], [run[name] for run in runs], s=22, color=colour, alpha=0.5,
-                             linewidths=0)
+                axes.scatter(
+                    [run["psnr"] for run in runs],
+                    [run[name] for run in runs],
+                    s=22,
+                    color=colour,
+                    alpha=0.5,
+                    linewidths=0,
+                )
                 means = table[pictures][arm]
-                axes.scatter(means["psnr"][0], means[name][0], s=95, color=colour, marker="D", label=arm,
-                             edgecolors="white", linewidths=1)
+                axes.scatter(
+                    means["psnr"][0],
+                    means[name][0],
+                    s=95,
+                    color=colour,
+                    marker="D",
+                    label=arm,
+                    edgecolors="white",
+                    linewidths=1,
+                )
             start = table[pictures][START]
             axes.scatter(start["psnr"][0], start[name][0], s=70, color="#999999", marker="X", label="common start")
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -162,15 +190,20 @@ def tradeoff_figure(results: Results) -> Figure:
 def curves_figure(results: Results) -> Figure:
     """What the training logs say: fidelity in training, the auxiliary's loss, the diagnostics; bands are the seeds."""
     panels = {
-        "psnr": "PSNR on the training crops, dB", "perceptual": "perceptual distance",
-        "auxiliary": "auxiliary's loss, all t", "rho": DIAGNOSTICS["rho"], "cos": DIAGNOSTICS["cos"],
+        "psnr": "PSNR on the training crops, dB",
+        "perceptual": "perceptual distance",
+        "auxiliary": "auxiliary's loss, all t",
+        "rho": DIAGNOSTICS["rho"],
+        "cos": DIAGNOSTICS["cos"],
         "mse_auxiliary": DIAGNOSTICS["mse_auxiliary"],
     }
     figure = Figure(figsize=(13.5, 7), dpi=DPI, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items()):
         for arm, seeds in results["arms"].items():
-            curves = [[(point["images"], point[name]) for point in values["curve"] if name in point]
-                      for values in seeds.values()]
+            curves = [
+                [(point["images"], point[name]) for point in values["curve"] if name in point]
+                for values in seeds.values()
+            ]
             length = min(map(len, curves))
             if length:
                 images = [images for images, _ in curves[0][:length]]
@@ -228,7 +261,9 @@ def write_report(results: Results, config: AblationConfig) -> list[Path]:
     replace_file(files[0], (markdown(results) + "\n").encode())
     replace_file(files[1], (json.dumps(results, allow_nan=False) + "\n").encode())
     figures = {
-        "tradeoff": tradeoff_figure(results), "curves": curves_figure(results), "crops": crops_figure(config),
+        "tradeoff": tradeoff_figure(results),
+        "curves": curves_figure(results),
+        "crops": crops_figure(config),
     }
     for name, figure in figures.items():
         files.append(folder / f"ablation_{name}.png")
@@ -237,7 +272,10 @@ def write_report(results: Results, config: AblationConfig) -> list[Path]:
 
 
 def _table(
-    first: str, heads: Sequence[str], names: Sequence[str], rows: Mapping[str, Mapping[str, tuple[float, float]]],
+    first: str,
+    heads: Sequence[str],
+    names: Sequence[str],
+    rows: Mapping[str, Mapping[str, tuple[float, float]]],
     sign: str,
 ) -> list[str]:
     lines = [f"| {' | '.join([first, *heads])} |", f"|{'---|' * (len(heads) + 1)}"]

@@ -116,8 +116,16 @@ class CollapseConfig:
         unknown = [name for name in self.conditions if name not in known]
         if unknown or not self.conditions:
             raise IcmsrError(f"collapse.conditions must be among {', '.join(known)}, got {list(self.conditions)}")
-        for name in ("crops", "held_out_crops", "batch", "prior_steps", "generator_steps", "adapter_steps",
-                     "auxiliary_steps", "joint_steps"):
+        for name in (
+            "crops",
+            "held_out_crops",
+            "batch",
+            "prior_steps",
+            "generator_steps",
+            "adapter_steps",
+            "auxiliary_steps",
+            "joint_steps",
+        ):
             if getattr(self, name) < 1:
                 raise IcmsrError(f"collapse.{name} must be at least 1, got {getattr(self, name)}")
         if not self.seeds:
@@ -198,9 +206,9 @@ class Bench:
             write_tensors(file, state, {"format": "icmsr-collapse"})
         tensors = read_tensors(file)[0]
         for name, network in (("teacher", self.teacher), ("generator", self.generator)):
-            network.load_state_dict({
-                key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")
-            })
+            network.load_state_dict(
+                {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            )
             network.requires_grad_(False)
 
     def features(self, structure: StructureConfig, file: Path) -> StructureFeatures | None:
@@ -239,7 +247,10 @@ class Bench:
 
     @torch.no_grad()
     def measure(
-        self, auxiliary: nn.Module, features: StructureFeatures | None, condition: Condition,
+        self,
+        auxiliary: nn.Module,
+        features: StructureFeatures | None,
+        condition: Condition,
         generator: UNet2DConditionModel,
     ) -> list[Values]:
         """Means of the diagnostics on the held-out crops, a row for each of `LEVELS`; the same noise every time."""
@@ -295,7 +306,11 @@ class Bench:
                 step(F.mse_loss(self._generate(self.generator, crops.given), crops.truth))
 
     def _auxiliary_loss(
-        self, auxiliary: nn.Module, features: StructureFeatures | None, condition: Condition, crops: Crops,
+        self,
+        auxiliary: nn.Module,
+        features: StructureFeatures | None,
+        condition: Condition,
+        crops: Crops,
         latent: Tensor,
     ) -> Tensor:
         noisy, eps, t = self._noised(latent, all_timesteps())
@@ -325,11 +340,13 @@ class Bench:
         truth, rows = self.held_out.truth, []
         for network in (self.generator, generator):
             latent = torch.cat([self._generate(network, some) for some in self.held_out.given.split(64)])
-            rows.append({
-                "mse": float(F.mse_loss(latent, truth)),
-                "variety": float(latent.std(0).mean() / truth.std(0).mean()),
-                "detail": float(_detail(latent) / _detail(truth)),
-            })
+            rows.append(
+                {
+                    "mse": float(F.mse_loss(latent, truth)),
+                    "variety": float(latent.std(0).mean() / truth.std(0).mean()),
+                    "detail": float(_detail(latent) / _detail(truth)),
+                }
+            )
         return rows
 
 

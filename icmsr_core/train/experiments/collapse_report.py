@@ -79,14 +79,26 @@ def conditions_figure(results: Results) -> Figure:
             means, deviations = zip(*(table[condition][phase][name] for condition in names))
             places = [index + offset for index in range(len(names))]
             panel.errorbar(
-                places, means, yerr=deviations, marker="o", markersize=5, linewidth=1.4, capsize=3,
-                color=COLOURS[phase], label=words,
+                places,
+                means,
+                yerr=deviations,
+                marker="o",
+                markersize=5,
+                linewidth=1.4,
+                capsize=3,
+                color=COLOURS[phase],
+                label=words,
             )
         if collapse is not None:
             panel.axhline(collapse, color="#777777", linestyle="--", linewidth=1)
             panel.annotate(
-                f"full collapse: {collapse:g}", (0.02, collapse), xycoords=("axes fraction", "data"), fontsize=9,
-                xytext=(0, 3 if collapse == 0 else -11), textcoords="offset points", color="#555555",
+                f"full collapse: {collapse:g}",
+                (0.02, collapse),
+                xycoords=("axes fraction", "data"),
+                fontsize=9,
+                xytext=(0, 3 if collapse == 0 else -11),
+                textcoords="offset points",
+                color="#555555",
             )
         panel.set_title(label, fontsize=11)
         panel.grid(alpha=0.25)
@@ -109,8 +121,14 @@ def levels_figure(results: Results, shown: Sequence[str]) -> Figure:
             for number, run in enumerate(results[condition].values()):
                 rows = run["frozen"]
                 panel.plot(
-                    [row["t"] for row in rows], [row[name] for row in rows], color=colour, linewidth=1.5, alpha=0.8,
-                    marker="o", markersize=3, label=condition if number == 0 else None,
+                    [row["t"] for row in rows],
+                    [row[name] for row in rows],
+                    color=colour,
+                    linewidth=1.5,
+                    alpha=0.8,
+                    marker="o",
+                    markersize=3,
+                    label=condition if number == 0 else None,
                 )
         if collapse is not None:
             panel.axhline(collapse, color="#777777", linestyle="--", linewidth=1)

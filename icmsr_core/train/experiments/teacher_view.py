@@ -85,14 +85,17 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         if not self.arms or NONE in self.arms:
-            raise IcmsrError(f"arms must name one or more conditions other than {NONE!r}, got {list(self.arms)}: give "
-                             "one its adapter, as with --arms.icm.adapters=\"['FILE']\"")
+            raise IcmsrError(
+                f"arms must name one or more conditions other than {NONE!r}, got {list(self.arms)}: give "
+                "one its adapter, as with --arms.icm.adapters=\"['FILE']\""
+            )
         for name, arm in self.arms.items():
             if arm.kind in WITHOUT_ADAPTER:
                 raise IcmsrError(f"arms.{name}: the condition {arm.kind} has no adapter: choose icm, colormap, ...")
             if arm.source != "truth" or arm.guidance != 1:
-                raise IcmsrError(f"arms.{name}: source must be truth and guidance 1 here, got {arm.source} and "
-                                 f"{arm.guidance:g}")
+                raise IcmsrError(
+                    f"arms.{name}: source must be truth and guidance 1 here, got {arm.source} and {arm.guidance:g}"
+                )
         if not self.timesteps or any(a >= b for a, b in zip(self.timesteps, self.timesteps[1:])):
             raise IcmsrError(f"timesteps must be one or more and ascend, got {list(self.timesteps)}")
         for key, least in (("count", 2), ("draws", 1), ("shown", 1), ("crop", COLOR_CELLS), ("seed", 0)):
@@ -151,8 +154,9 @@ def read_crops(config: ViewConfig) -> tuple[tuple[str, ...], Tensor]:
         picture = read_picture(path).rgb
         height, width = picture.shape[:2]
         if min(height, width) < side:
-            raise IcmsrError(f"{path}: {width} x {height} is smaller than the crop of {side}: lower crop, or leave it "
-                             "out")
+            raise IcmsrError(
+                f"{path}: {width} x {height} is smaller than the crop of {side}: lower crop, or leave it out"
+            )
         top, left = (height - side) // 2, (width - side) // 2
         crops.append(to_tensor(picture[top : top + side, left : left + side]))
     return tuple(path.name for path in paths), torch.cat(crops)
@@ -178,16 +182,20 @@ def load_arms(config: ViewConfig, base: BaseFolder, device: torch.device) -> Arm
 
 @torch.no_grad()
 def measure(
-    backbone: Backbone, arms: Arms, names: tuple[str, ...], crops: Tensor, config: ViewConfig,
-    device: torch.device, progress: Progress | None = None,
+    backbone: Backbone,
+    arms: Arms,
+    names: tuple[str, ...],
+    crops: Tensor,
+    config: ViewConfig,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> View:
     """The measures of `MEASURES` for `crops` [N, 3, H, W] in [0, 1] called `names`; a grid of the first ones.
 
     After each picture `progress` is called with (pictures done, pictures in all).
     """
     values: dict[str, dict[str, list[list[float]]]] = {
-        name: {key: [[] for _ in config.timesteps] for key in MEASURES}
-        for name in (NONE, *arms)
+        name: {key: [[] for _ in config.timesteps] for key in MEASURES} for name in (NONE, *arms)
     }
     reference: dict[str, list[float]] = {key: [] for key in MEASURES}
     grids: list[FloatArray] = []
@@ -304,27 +312,43 @@ def error_figure(view: View) -> Figure:
                 scale = [100 / row["mean"] if relative else 1.0 for row in table[NONE][name]]
                 _line(below, measures[name], "difference", "difference_error", colours[arm], arm, scale)
         above.set_yscale("log" if relative else "linear")
-        above.axhline(view.reference[name], color="#222222", linestyle="--" if relative else ":", linewidth=1.2,
-                      label=compared)
+        above.axhline(
+            view.reference[name], color="#222222", linestyle="--" if relative else ":", linewidth=1.2, label=compared
+        )
         above.set_title(title, fontsize=11)
         below.axhline(0, color=colours[NONE], linewidth=1.2)
         below.set_ylabel(f"difference to {NONE!r}" + (", per cent" if relative else ""))
         below.set_xlabel("timestep t")
     entries = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(list(entries.values()), list(entries), loc="outside upper right", ncols=8, frameon=False)
-    figure.suptitle(f"Teacher's clean estimate, {len(view.pictures)} pictures, ± standard error", x=0.01, ha="left",
-                    fontsize=12)
+    figure.suptitle(
+        f"Teacher's clean estimate, {len(view.pictures)} pictures, ± standard error", x=0.01, ha="left", fontsize=12
+    )
     return figure
 
 
 def _line(
-    axes: Axes, rows: Sequence[Mapping[str, float]], key: str, error: str, colour: str, label: str,
+    axes: Axes,
+    rows: Sequence[Mapping[str, float]],
+    key: str,
+    error: str,
+    colour: str,
+    label: str,
     scale: Sequence[float] | None = None,
 ) -> None:
     factors = np.array(scale or [1.0] * len(rows))
     t, values, errors = (np.array([row[name] for row in rows]) for name in ("t", key, error))
-    axes.errorbar(t, values * factors, yerr=errors * factors, color=colour, label=label, marker="o", markersize=4,
-                  linewidth=1.5, capsize=3)
+    axes.errorbar(
+        t,
+        values * factors,
+        yerr=errors * factors,
+        color=colour,
+        label=label,
+        marker="o",
+        markersize=4,
+        linewidth=1.5,
+        capsize=3,
+    )
     axes.grid(visible=True, alpha=0.25)
 
 
@@ -337,8 +361,12 @@ def write_view(view: View, settings: Mapping[str, Any], folder: Path) -> list[Pa
     files = [folder / name for name in names]
     shared = shareable({key: value for key, value in settings.items() if key not in ("out", "pictures")})
     content = {
-        "settings": shared, "pictures": view.pictures, "timesteps": view.timesteps, "summary": summary(view),
-        "reference": view.reference, "values": view.values,
+        "settings": shared,
+        "pictures": view.pictures,
+        "timesteps": view.timesteps,
+        "summary": summary(view),
+        "reference": view.reference,
+        "values": view.values,
     }
     replace_file(files[0], (json.dumps(content, indent=1) + "\n").encode())
     replace_file(files[1], (markdown(view) + "\n").encode())

@@ -62,4 +62,3 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 def _sample_mean(value: Tensor) -> Tensor:
     return value.flatten(1).mean(1)
-

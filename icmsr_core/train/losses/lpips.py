@@ -145,8 +145,13 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
             raise IcmsrError(f"{heads}: {name} is {list(public[name].shape)}, expected {[1, block[-1], 1, 1]}")
         tensors[f"heads.{level}"] = public[name].flatten()
     check_tensors(f"{vgg} and {heads}", tensors)
-    about = {"format_version": FORMAT_VERSION, "network": "vgg16", "lpips": "0.1",
-             "vgg_sha256": sums[vgg], "heads_sha256": sums[heads]}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "network": "vgg16",
+        "lpips": "0.1",
+        "vgg_sha256": sums[vgg],
+        "heads_sha256": sums[heads],
+    }
     # Clones: tensors of a pickle may share memory, which safetensors does not write.
     plain = {key: value.detach().float().clone() for key, value in tensors.items()}
     write_tensors(out, plain, {"format": FORMAT, "icmsr": json.dumps(about, sort_keys=True)})

@@ -19,7 +19,7 @@ def gradient_l1(result: Tensor, truth: Tensor) -> Tensor:
 
 
 def with_low_frequencies(result: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
-    """`icmsr_core.upscale.color.wavelet_color_fix` in a form that gradients pass through (a test holds the two equal)."""
+    """`wavelet_color_fix` of `upscale/color.py` in a form that gradients pass through (a test holds the two equal)."""
     low = (reference - result).float()
     channels = low.shape[1]
     with torch.autocast(low.device.type, enabled=False):  # the convolutions would run in bfloat16
@@ -29,4 +29,3 @@ def with_low_frequencies(result: Tensor, reference: Tensor, levels: int = 5) -> 
                 kernel = low.new_tensor([0.25, 0.5, 0.25]).view(1, 1, *shape).expand(channels, -1, -1, -1)
                 low = F.conv2d(F.pad(low, padding, mode="replicate"), kernel, dilation=step, groups=channels)
     return result + low
-

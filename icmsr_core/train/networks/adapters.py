@@ -93,9 +93,7 @@ def check_adapter(path: Path, channels_in: int, factor: int, widths: Sequence[in
     if made != list(widths):
         raise IcmsrError(f"{path}: the adapter is for a UNet of widths {made}, the base has {list(widths)}")
     if config["downscale_factor"] not in (0, factor):
-        raise IcmsrError(
-            f"{path}: the adapter shrinks by {config['downscale_factor']}, the base's latent by {factor}"
-        )
+        raise IcmsrError(f"{path}: the adapter shrinks by {config['downscale_factor']}, the base's latent by {factor}")
     trained = config.get("structure")
     if structure is not None and trained and trained != structure:
         raise IcmsrError(f"{path}: the adapter was trained for {trained}, the condition is {structure}")

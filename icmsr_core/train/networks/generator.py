@@ -71,8 +71,14 @@ class GeneratorNetworks(nn.Module):
     """Generator, teacher and auxiliary. Latents are scaled, pictures in [-1, 1]; results are float32."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: AutoencoderKL, schedule: NoiseSchedule, prior: Prediction,
-        config: NetworksConfig, auxiliary: bool, start: Generator | None = None,
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        schedule: NoiseSchedule,
+        prior: Prediction,
+        config: NetworksConfig,
+        auxiliary: bool,
+        start: Generator | None = None,
     ) -> None:
         """`prior` is what the base predicts; without `auxiliary` there are no weights for it; `start` is the generator
         of `NetworksConfig.start`. Raises `IcmsrError` when that one does not fit the base."""
@@ -126,10 +132,13 @@ class GeneratorNetworks(nn.Module):
             return {part: PartWeights(lora=entry.lora("generator")) for part, entry in roles.items()}
         trained = self.trained("generator")
         return {
-            part: PartWeights(tensors={
-                name.removeprefix(f"{part}."): value.detach().clone()
-                for name, value in trained.items() if name.startswith(f"{part}.")
-            })
+            part: PartWeights(
+                tensors={
+                    name.removeprefix(f"{part}."): value.detach().clone()
+                    for name, value in trained.items()
+                    if name.startswith(f"{part}.")
+                }
+            )
             for part in ("unet", "vae")
         }
 

@@ -33,8 +33,20 @@ from ...weights.generator_file import LoraPair
 Role = Literal["teacher", "generator", "auxiliary"]
 
 UNET_TARGETS = (
-    "to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_in", "conv_shortcut", "conv_out", "proj_out",
-    "proj_in", "ff.net.2", "ff.net.0.proj",
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "conv",
+    "conv1",
+    "conv2",
+    "conv_in",
+    "conv_shortcut",
+    "conv_out",
+    "proj_out",
+    "proj_in",
+    "ff.net.2",
+    "ff.net.0.proj",
 )
 """Modules of a UNet that carry LoRA (OSEDiff's list): 258 in SD2.1, 4,055,712 parameters at rank 4."""
 
@@ -64,7 +76,9 @@ class Roles:
             if rank < 1:
                 raise IcmsrError(f"LoRA rank must be at least 1, got {rank} for {role}")
             config = LoraConfig(
-                r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
                 target_modules=targets if isinstance(targets, str) else list(targets),
             )
             try:
@@ -73,9 +87,7 @@ class Roles:
                     inject_adapter_in_model(config, network, adapter_name=role)
             except ValueError as error:
                 raise IcmsrError(f"LoRA cannot be added for {role}: {' '.join(str(error).split())}") from error
-        self._layers = {
-            name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)
-        }
+        self._layers = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
         for parameter in self._lora_parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

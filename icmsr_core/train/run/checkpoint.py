@@ -54,8 +54,14 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def write_checkpoint(
-    run: Path, players: Sequence[Player], averages: Averages, optimizers: Mapping[str, torch.optim.Optimizer],
-    position: Position, mark: str, keep: int, export: Callable[[Path], object],
+    run: Path,
+    players: Sequence[Player],
+    averages: Averages,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    position: Position,
+    mark: str,
+    keep: int,
+    export: Callable[[Path], object],
 ) -> Path:
     """Writes the checkpoint of `position`, exported files included, then removes all but the newest `keep`."""
     final = run / "checkpoints" / f"{position.images:09d}"
@@ -71,8 +77,12 @@ def write_checkpoint(
 
 
 def save_state(
-    path: Path, players: Sequence[Player], averages: Averages, optimizers: Mapping[str, torch.optim.Optimizer],
-    position: Position, mark: str,
+    path: Path,
+    players: Sequence[Player],
+    averages: Averages,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    position: Position,
+    mark: str,
 ) -> None:
     """Writes a run's state atomically: the file at `path` is always a whole one."""
     tensors: dict[str, Tensor] = {}
@@ -88,7 +98,10 @@ def save_state(
 
 
 def load_state(
-    path: Path, players: Sequence[Player], averages: Averages, optimizers: Mapping[str, torch.optim.Optimizer],
+    path: Path,
+    players: Sequence[Player],
+    averages: Averages,
+    optimizers: Mapping[str, torch.optim.Optimizer],
     mark: str,
 ) -> Position:
     """Restores what `save_state` wrote into the live objects and returns the position.

@@ -67,7 +67,9 @@ Stage = tuple[str, LoopConfig, Callable[[], Task]]
 
 
 def plan(
-    settings: dict[str, Any], stages: Sequence[Stage], pairs: Samples,
+    settings: dict[str, Any],
+    stages: Sequence[Stage],
+    pairs: Samples,
     processes: int,
 ) -> str:
     """What a run would do, in words: the resolved configuration, steps, parameters and memory. Loads no weights.

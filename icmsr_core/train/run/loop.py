@@ -41,9 +41,13 @@ from .plots import plot_run
 log = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "linear", "constant")
 FREE_KEYS = (
-    "run", "device", "data.cache_mb",
-    *(f"loop.{key}" for key in ("batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard",
-                                "patience")),
+    "run",
+    "device",
+    "data.cache_mb",
+    *(
+        f"loop.{key}"
+        for key in ("batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard", "patience")
+    ),
 )
 """Settings that change nothing in the weights: a run may be resumed with others. Of batch and accumulate it is their
 product with the number of processes that counts, and that is compared."""
@@ -120,8 +124,16 @@ def learning_rate(config: LoopConfig, images: int, step: int) -> float:
     return config.learning_rate * falls[config.schedule]
 
 
-def train(task: Task, pairs: Samples, config: LoopConfig, run: Path, settings: Mapping[str, Any],
-          accelerator: Accelerator, device: torch.device, keep_average: bool = False) -> list[Path]:
+def train(
+    task: Task,
+    pairs: Samples,
+    config: LoopConfig,
+    run: Path,
+    settings: Mapping[str, Any],
+    accelerator: Accelerator,
+    device: torch.device,
+    keep_average: bool = False,
+) -> list[Path]:
     """Trains `task` in the folder `run`, resuming what is there, and returns the exported files.
 
     `settings` is the whole resolved configuration: written to `config.json`, and compared on resuming. With
@@ -133,15 +145,21 @@ def train(task: Task, pairs: Samples, config: LoopConfig, run: Path, settings: M
     model = accelerator.prepare_model(task) if accelerator.num_processes > 1 else task
     optimizers = {
         player.name: torch.optim.AdamW(
-            player.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay,
+            player.parameters.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
             foreach=True,
         )
         for player in players
     }
-    averages = Averages({
-        player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
-        for player in players if player.averaged
-    })
+    averages = Averages(
+        {
+            player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
+            for player in players
+            if player.averaged
+        }
+    )
     run.mkdir(parents=True, exist_ok=True)
     step = config.batch * config.accumulate * accelerator.num_processes
     if config.images < step:
@@ -158,9 +176,17 @@ def train(task: Task, pairs: Samples, config: LoopConfig, run: Path, settings: M
     last = position.images + (config.images - position.images) // step * step
     decay = 0.5 ** (step / config.average_images)
     means, tally, rates = Means(), Tally(pairs), {}
-    loader = iter(make_loader(
-        pairs, config.batch, position.images, last, config.workers, accelerator.process_index, accelerator.num_processes
-    ))
+    loader = iter(
+        make_loader(
+            pairs,
+            config.batch,
+            position.images,
+            last,
+            config.workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+    )
     bar = tqdm(total=last, initial=position.images, unit="image", smoothing=0.05, disable=not main)
     with stop_signals() as stopped, bar:
         while position.images < last:
@@ -223,7 +249,13 @@ def train(task: Task, pairs: Samples, config: LoopConfig, run: Path, settings: M
                 if main:
                     # The state holds the live weights, for going on; what is exported and shown is the average.
                     write_checkpoint(
-                        run, players, averages, optimizers, position, mark, config.keep,
+                        run,
+                        players,
+                        averages,
+                        optimizers,
+                        position,
+                        mark,
+                        config.keep,
                         averaged(players, averages)(task.export),
                     )
                     if not stop:
@@ -273,6 +305,7 @@ class Means:
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` without what changes nothing in the weights (`FREE_KEYS`, in every part of the run)."""
+
     def keep(values: Mapping[str, Any], above: str) -> dict[str, Any]:
         kept = {}
         for key, value in values.items():
@@ -340,10 +373,13 @@ def put(players: Sequence[Player], averages: Averages) -> None:
 @contextmanager
 def averaged(players: Sequence[Player], averages: Averages) -> Iterator[None]:
     """The averaged weights in place of the live ones, for the length of the block."""
-    live = Averages({
-        player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
-        for player in players if player.averaged
-    })
+    live = Averages(
+        {
+            player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
+            for player in players
+            if player.averaged
+        }
+    )
     put(players, averages)
     try:
         yield
@@ -352,8 +388,7 @@ def averaged(players: Sequence[Player], averages: Averages) -> Iterator[None]:
 
 
 def save_grid(task: Task, pairs: Samples, device: torch.device, config: LoopConfig, path: Path) -> None:
-    """The task's picture of six samples as a PNG, the same at every checkpoint; no training sample has their number.
-    """
+    """The task's picture of six samples as a PNG, the same at every checkpoint; no training sample has their number."""
     from ...pictures.files import Picture, from_tensor, write_picture
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,9 @@ def plot_run(run: Path) -> list[Path]:
     """
     rows = read_metrics(run / METRICS_FILE)
     builders: dict[str, Callable[[Rows], Figure | None]] = {
-        "losses.png": losses_figure, "diagnostics.png": diagnostics_figure, "health.png": health_figure,
+        "losses.png": losses_figure,
+        "diagnostics.png": diagnostics_figure,
+        "health.png": health_figure,
     }
     written = []
     for name, build in builders.items():
@@ -141,8 +143,13 @@ def health_figure(rows: Rows) -> Figure | None:
         _finish(axes, _readable(group), "", log="never" if group == "learning rate" else "wide", room=any(members))
         if any(members):  # names above the panel cover no data
             axes.legend(
-                loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, frameon=False, fontsize=8,
-                handlelength=1.2, columnspacing=1.0,
+                loc="lower left",
+                bbox_to_anchor=(-0.02, 0.98),
+                ncols=4,
+                frameon=False,
+                fontsize=8,
+                handlelength=1.2,
+                columnspacing=1.0,
             )
     return figure
 

@@ -62,8 +62,15 @@ class AdapterTask(Task):
     context: Tensor
 
     def __init__(
-        self, adapter: T2IAdapter, unet: UNet2DConditionModel, vae: AutoencoderKL, context: Tensor, base: BaseFolder,
-        config: AdapterConfig, seed: int, settings: Mapping[str, Any],
+        self,
+        adapter: T2IAdapter,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        context: Tensor,
+        base: BaseFolder,
+        config: AdapterConfig,
+        seed: int,
+        settings: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.adapter, self.unet, self.vae = adapter, unet.requires_grad_(False), vae.requires_grad_(False)
@@ -120,8 +127,12 @@ class AdapterTask(Task):
     def export(self, folder: Path) -> list[Path]:
         """``adapter.safetensors`` and the diffusers folder ``adapter`` in `folder`."""
         description = {
-            "structure": self.config.describe(), "family": self.base.info.family, "base": self.base.info.name,
-            "base_hash": self.base.hash(), "licence": self.config.licence, "training": shareable(self.settings),
+            "structure": self.config.describe(),
+            "family": self.base.info.family,
+            "base": self.base.info.name,
+            "base_hash": self.base.hash(),
+            "licence": self.config.licence,
+            "training": shareable(self.settings),
         }
         return save_adapter(folder / "adapter", self.adapter, description, torch.float16)
 

@@ -58,8 +58,14 @@ class AutoencoderTask(Task):
         weights = self.weights
         loss = pixel + weights.gradient * gradient + weights.fourier * fourier + weights.latent * size
         mse = (result.clamp(-1, 1) - truth).square().mean().detach() / 4
-        return {"loss": loss, "pixel": pixel, "gradient": gradient, "fourier": fourier, "latent": size,
-                "psnr": -10 * mse.log10()}, {}
+        return {
+            "loss": loss,
+            "pixel": pixel,
+            "gradient": gradient,
+            "fourier": fourier,
+            "latent": size,
+            "psnr": -10 * mse.log10(),
+        }, {}
 
     def grid(self, batch: Batch) -> Tensor:
         """Truth above, reconstruction (of the posterior's mode) below."""

@@ -54,8 +54,13 @@ def latent_factor(base: BaseFolder) -> int:
 
 
 def build_adapter_task(
-    base: BaseFolder, config: AdapterConfig, seed: int, settings: Mapping[str, Any], weights: bool = True,
-    device: torch.device | None = None, prompt_cache: Path | None = None,
+    base: BaseFolder,
+    config: AdapterConfig,
+    seed: int,
+    settings: Mapping[str, Any],
+    weights: bool = True,
+    device: torch.device | None = None,
+    prompt_cache: Path | None = None,
 ) -> AdapterTask:
     """The task of train/adapter.py. Without `weights` the networks are as the caller's default device makes them."""
     unet, vae = _networks(base, config.base_dtype, weights)
@@ -83,23 +88,35 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
     start = load_generator(Path(config.networks.start))
     path, info = config.networks.start, start.info
     if info.family != base.info.family:
-        raise IcmsrError(f"networks.start {path} belongs to the family {info.family}, the base {base.info.name} is "
-                         f"{base.info.family}: choose files that belong together")
+        raise IcmsrError(
+            f"networks.start {path} belongs to the family {info.family}, the base {base.info.name} is "
+            f"{base.info.family}: choose files that belong together"
+        )
     if (start.unet.lora or start.vae.lora) and info.base_hash not in ("", base.hash()):
         raise IcmsrError(f"networks.start {path} holds LoRA of other base weights than {base.path}: use its own base")
     for name in ("timestep", "prediction"):
         if getattr(info, name) != getattr(config, name):
-            raise IcmsrError(f"generator.{name} is {getattr(config, name)}, networks.start {path} was trained with "
-                             f"{getattr(info, name)}: set it to that")
+            raise IcmsrError(
+                f"generator.{name} is {getattr(config, name)}, networks.start {path} was trained with "
+                f"{getattr(info, name)}: set it to that"
+            )
     changed = [*start.vae.tensors, *start.vae.lora]
     if config.losses.icm and any(map(in_decoder, changed)):
-        raise IcmsrError(f"networks.start {path} has a decoder of its own, but losses.icm judges latents of the base's "
-                         "decoder: use the base that was exported beside it, or set losses.icm to 0")
+        raise IcmsrError(
+            f"networks.start {path} has a decoder of its own, but losses.icm judges latents of the base's "
+            "decoder: use the base that was exported beside it, or set losses.icm to 0"
+        )
 
 
 def build_generator_task(
-    base: BaseFolder, config: GeneratorConfig, condition: ConditionConfig, captions: tuple[str, ...], seed: int,
-    settings: Mapping[str, Any], weights: bool = True, device: torch.device | None = None,
+    base: BaseFolder,
+    config: GeneratorConfig,
+    condition: ConditionConfig,
+    captions: tuple[str, ...],
+    seed: int,
+    settings: Mapping[str, Any],
+    weights: bool = True,
+    device: torch.device | None = None,
     prompt_cache: Path | None = None,
 ) -> GeneratorTask:
     """The task of train/distill.py, `captions` being those of the data. `weights` as in `build_adapter_task`."""
@@ -143,7 +160,10 @@ def _features(base: BaseFolder, condition: ConditionConfig, weights: bool) -> St
 
 
 def _contexts(
-    base: BaseFolder, condition: ConditionConfig | None, captions: tuple[str, ...], device: torch.device,
+    base: BaseFolder,
+    condition: ConditionConfig | None,
+    captions: tuple[str, ...],
+    device: torch.device,
     cache: Path | None,
 ) -> Contexts:
     if condition is None or condition.kind != "text":
@@ -171,6 +191,8 @@ def exchange_decoder(vae: AutoencoderKL, donor: BaseFolder) -> None:
     for name, value in own.items():
         # To the precision of the files: base folders hold half precision.
         if not in_decoder(name) and not torch.equal(given[name].half(), value.half()):
-            raise IcmsrError(f"decoder {donor.path}: its encoder is not that of start ({name}), so its decoder reads "
-                             "another latent: name a base that was distilled from start's")
+            raise IcmsrError(
+                f"decoder {donor.path}: its encoder is not that of start ({name}), so its decoder reads "
+                "another latent: name a base that was distilled from start's"
+            )
     vae.load_state_dict({name: given[name].to(value) if in_decoder(name) else value for name, value in own.items()})

@@ -85,7 +85,8 @@ class LossWeights:
         """The weights at a position of the run, warm-up included, without those of terms that are never used."""
         return {
             name: weight * min(1.0, images / self.warmup[name] if self.warmup.get(name) else 1.0)
-            for name, weight in self.terms().items() if weight
+            for name, weight in self.terms().items()
+            if weight
         }
 
 
@@ -152,8 +153,15 @@ class GeneratorTask(Task):
     negative: Tensor | None
 
     def __init__(
-        self, networks: GeneratorNetworks, features: StructureFeatures | None, contexts: Contexts, base: BaseFolder,
-        config: GeneratorConfig, condition: ConditionConfig, seed: int, settings: Mapping[str, Any],
+        self,
+        networks: GeneratorNetworks,
+        features: StructureFeatures | None,
+        contexts: Contexts,
+        base: BaseFolder,
+        config: GeneratorConfig,
+        condition: ConditionConfig,
+        seed: int,
+        settings: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.networks, self.features, self.base, self.settings = networks, features, base, settings
@@ -175,7 +183,10 @@ class GeneratorTask(Task):
         if not config.losses.icm:
             return [generator]
         auxiliary = Player(
-            "auxiliary", self.networks.trained("auxiliary"), config.auxiliary_steps, config.auxiliary_learning_rate,
+            "auxiliary",
+            self.networks.trained("auxiliary"),
+            config.auxiliary_steps,
+            config.auxiliary_learning_rate,
             averaged=False,
         )
         return [generator, auxiliary]
@@ -222,9 +233,14 @@ class GeneratorTask(Task):
         weights = self.networks.generator_weights()
         lora = networks.weights == "lora"
         info = GeneratorInfo(
-            family=self.base.info.family, timestep=config.timestep, prediction=self.prediction,
-            base=self.base.info.name, base_hash=self.base.hash(), rank=networks.rank if lora else 0,
-            alpha=float(networks.rank) if lora else 0.0, licence=config.licence,
+            family=self.base.info.family,
+            timestep=config.timestep,
+            prediction=self.prediction,
+            base=self.base.info.name,
+            base_hash=self.base.hash(),
+            rank=networks.rank if lora else 0,
+            alpha=float(networks.rank) if lora else 0.0,
+            licence=config.licence,
             training=shareable(self.settings),
         )
         embedding = self.constant.float().cpu()
@@ -239,8 +255,13 @@ class GeneratorTask(Task):
             written.append(folder / "base")
         if lora and start is not None:  # a second set, on top of the one that it began from
             info = replace(
-                start.info, base=info.base, base_hash=info.base_hash, licence=config.licence,
-                realistic_rank=networks.rank, realistic_alpha=float(networks.rank), realistic_training=info.training,
+                start.info,
+                base=info.base,
+                base_hash=info.base_hash,
+                licence=config.licence,
+                realistic_rank=networks.rank,
+                realistic_alpha=float(networks.rank),
+                realistic_training=info.training,
                 realistic_default=1.0,
             )
             generator = Generator(info, start.unet, start.vae, embedding, realistic=weights)
@@ -269,7 +290,10 @@ class GeneratorTask(Task):
         if isinstance(self.perceptual, Lpips):
             terms["perceptual"] = self.perceptual(result, truth)
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "l2": F.mse_loss, "charbonnier": charbonnier, "gradient": gradient_l1, "fourier": fourier_l1,
+            "l2": F.mse_loss,
+            "charbonnier": charbonnier,
+            "gradient": gradient_l1,
+            "fourier": fourier_l1,
             "spectrum": local_spectrum,
         }
         terms |= {name: distance(result, truth) for name, distance in distances.items() if weights[name]}

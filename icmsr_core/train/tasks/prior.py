@@ -29,8 +29,14 @@ class PriorTask(Task):
     context: Tensor
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_embedding: Tensor, schedule: NoiseSchedule,
-        info: BaseInfo, seed: int, held_out: Tensor | None = None,
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        prompt_embedding: Tensor,
+        schedule: NoiseSchedule,
+        info: BaseInfo,
+        seed: int,
+        held_out: Tensor | None = None,
     ) -> None:
         """`held_out` [N, C, h, w]: latents of unit scale that training does not see, for `measure`."""
         super().__init__()

@@ -85,6 +85,7 @@ PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weigh
 
 def shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` as a file may carry them to others: paths by their last name, neither run folder nor device."""
+
     def named(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [named(entry) for entry in value]

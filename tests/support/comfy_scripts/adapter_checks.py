@@ -98,8 +98,18 @@ with torch.inference_mode():
     error_of("eps generator on eps", apply_node.execute, plain, plain_vae, "sd15.safetensors")
     error_of("no prompt", inspect_node.execute, plain, plain_vae, picture, "900")
     error_of("hint alone", inspect_node.execute, bare, bare_vae, picture, hint=settings["hint"])
-    error_of("another base's adapter", inspect_node.execute, plain, plain_vae, picture, "900", 0, control,
-             settings["hint"], conditioning=prompt)
+    error_of(
+        "another base's adapter",
+        inspect_node.execute,
+        plain,
+        plain_vae,
+        picture,
+        "900",
+        0,
+        control,
+        settings["hint"],
+        conditioning=prompt,
+    )
 
 report["modules"] = [name for name in ("diffusers", "peft", "accelerate") if name in sys.modules]
 save_file({key: value.contiguous() for key, value in results.items()}, job / "results.safetensors")

@@ -89,7 +89,8 @@ def counted(patcher) -> dict[str, int]:
     state = patcher.model_state_dict()
     changed = sum(
         bool((comfy.lora.calculate_weight(entries, state[key].float().clone(), key) != state[key].float()).any())
-        for key, entries in patcher.patches.items() if key in state
+        for key, entries in patcher.patches.items()
+        if key in state
     )
     return {"patches": len(patcher.patches), "known": len(patcher.patches.keys() & state.keys()), "changed": changed}
 
@@ -206,9 +207,7 @@ def in_other_precisions(family: str) -> None:
         finally:
             setattr(args, option, False)
             logging.getLogger(pack.__name__).removeHandler(handler)
-        report[option] = {
-            "kept": precision(model), "repeated": bool(torch.equal(first, again)), "warnings": warnings
-        }  # fmt: skip
+        report[option] = {"kept": precision(model), "repeated": bool(torch.equal(first, again)), "warnings": warnings}
         del model, vae
         forget()
 

@@ -154,9 +154,7 @@ with torch.inference_mode():
     first, vae_first = apply_node.execute(first, vae, **settings).result
     results["two sets, lora after"] = upscaled(after, fidelities[0.5][1])
     results["two sets, lora before"] = upscaled(first, vae_first)
-    report["lora survives both sets"] = float(
-        (results["two sets, lora after"] - results["fidelity 0.5"]).abs().max()
-    )
+    report["lora survives both sets"] = float((results["two sets, lora after"] - results["fidelity 0.5"]).abs().max())
 
     # A conditioning overrides the generator's own embedding.
     own = model_a.get_attachment(description.ATTACHMENT).prompt_embedding[None]

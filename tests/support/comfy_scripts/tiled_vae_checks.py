@@ -55,8 +55,16 @@ with torch.inference_mode():
 
         # Core's own layout with attention in the middle, two layers a level, with and without the outer convolutions.
         config = {
-            "double_z": True, "z_channels": backbone.descriptor.latent_channels, "resolution": 256, "in_channels": 3,
-            "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2, 3], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+            "double_z": True,
+            "z_channels": backbone.descriptor.latent_channels,
+            "resolution": 256,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 32,
+            "ch_mult": [1, 1, 2, 3],
+            "num_res_blocks": 2,
+            "attn_resolutions": [],
+            "dropout": 0.0,
         }
         torch.manual_seed(3)
         network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=config, embed_dim=config["z_channels"])

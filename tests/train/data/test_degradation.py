@@ -15,9 +15,7 @@ from icmsr_core.train.data.blur_kernels import gaussian_kernel, motion_kernel, p
 from icmsr_core.train.data.degradation import degrade, draw_blur_kernel, restore_size
 from icmsr_core.train.data.presets import PRESETS, DegradationConfig, StageConfig
 
-QUIET = StageConfig(
-    blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", noise_prob=0.0, jpeg_prob=0.0
-)
+QUIET = StageConfig(blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", noise_prob=0.0, jpeg_prob=0.0)
 
 SUPER_RESOLUTION = ("camera", "light", "realesrgan")
 
@@ -164,9 +162,7 @@ def test_denoise_preset_adds_noise_alone(gaussian: float, weakest: float, strong
 def test_deblur_preset_blurs_without_moving(photo: np.ndarray) -> None:
     point = np.zeros((65, 65, 3), dtype=np.float32)
     point[32, 32] = 1.0
-    quiet = dataclasses.replace(
-        PRESETS["deblur"], first=dataclasses.replace(PRESETS["deblur"].first, noise_prob=0.0)
-    )
+    quiet = dataclasses.replace(PRESETS["deblur"], first=dataclasses.replace(PRESETS["deblur"].first, noise_prob=0.0))
     y, x = np.mgrid[-32:33, -32:33]
     elongation = []
     for seed in range(80):

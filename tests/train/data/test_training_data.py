@@ -113,9 +113,7 @@ def test_processes_together_see_what_one_sees(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    start=st.integers(0, 1000), more=st.integers(0, 200), batch=st.integers(1, 9), processes=st.integers(1, 5)
-)
+@given(start=st.integers(0, 1000), more=st.integers(0, 200), batch=st.integers(1, 9), processes=st.integers(1, 5))
 def test_numbers_of_all_processes_follow_each_other(start: int, more: int, batch: int, processes: int) -> None:
     ranks = [Resumable(start, start + more, batch, rank, processes) for rank in range(processes)]
     drawn = [list(rank) for rank in ranks]
@@ -265,7 +263,10 @@ def test_captions_follow_their_photographs(tmp_path):
     pairs = TrainingPairs(dataclasses.replace(config, synthetic=0.2), 1)
     captions = dict(zip(pairs.photographs, (pairs.captions[pairs._sources.caption(n)] for n in range(6))))
     assert [captions[tmp_path / name] for name in ("a/one/10.png", "a/one/20.png", "a/two/10.png", "a/two/30.png")] == [
-        "by path", "by name", "by name", "déjà\tvu",
+        "by path",
+        "by name",
+        "by name",
+        "déjà\tvu",
     ]
     assert [captions[tmp_path / "b" / f"{level}.png"] for level in (40, 50)] == ["listed", ""]
     assert pairs.captions[0] == ""
@@ -276,7 +277,12 @@ def test_captions_follow_their_photographs(tmp_path):
         sample = pairs[index]
         seen["made up" if made_up else int(sample["sharp"][0, 0, 0])].add(pairs.captions[int(sample["caption"])])
     assert seen == {
-        "made up": {""}, 10: {"by path", "by name"}, 20: {"by name"}, 30: {"déjà\tvu"}, 40: {"listed"}, 50: {""},
+        "made up": {""},
+        10: {"by path", "by name"},
+        20: {"by name"},
+        30: {"déjà\tvu"},
+        40: {"listed"},
+        50: {""},
     }
     with_fewer = dataclasses.replace(config, hold_out=0.4)
     halves = [TrainingPairs(with_fewer, 1, held_out=held_out) for held_out in (False, True)]

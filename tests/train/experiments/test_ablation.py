@@ -57,15 +57,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(place: Path, run: str = "run", **more: object) -> list[str]:
     values = {
-        "run": run, "base": place / "base", "pairs": place / "pairs", "every": 2,
-        "photographs": 1, "side": 96, "metrics": "['psnr','hf']", "arms": ARM_NAMES, "seeds": "[0,1]",
-        "device": "cpu", "data.folders": f"['{place / 'photos'}']", "data.hold_out": 0.4, "start.images": 4,
-        "start.batch": 2, "start.workers": 0, "adapter.images": 4, "adapter.batch": 2, "adapter.workers": 0,
-        "generator.networks.start": "", "loop.images": 8, "loop.batch": 2, "loop.workers": 0,
-        "loop.log_every": 2, "loop.warmup_images": 0, "generator.losses.icm": 0.5, **more,
+        "run": run,
+        "base": place / "base",
+        "pairs": place / "pairs",
+        "every": 2,
+        "photographs": 1,
+        "side": 96,
+        "metrics": "['psnr','hf']",
+        "arms": ARM_NAMES,
+        "seeds": "[0,1]",
+        "device": "cpu",
+        "data.folders": f"['{place / 'photos'}']",
+        "data.hold_out": 0.4,
+        "start.images": 4,
+        "start.batch": 2,
+        "start.workers": 0,
+        "adapter.images": 4,
+        "adapter.batch": 2,
+        "adapter.workers": 0,
+        "generator.networks.start": "",
+        "loop.images": 8,
+        "loop.batch": 2,
+        "loop.workers": 0,
+        "loop.log_every": 2,
+        "loop.warmup_images": 0,
+        "generator.losses.icm": 0.5,
+        **more,
     }
-    return ["--config", str(ROOT / "train" / "configs" / "ablation.yaml"),
-            *(f"--{name}={value}" for name, value in values.items())]
+    return [
+        "--config",
+        str(ROOT / "train" / "configs" / "ablation.yaml"),
+        *(f"--{name}={value}" for name, value in values.items()),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +105,11 @@ def results_of(run: Path) -> dict:
 
 def test_the_script_trains_measures_and_reports(made):
     assert {path.name for path in (made / "report").iterdir()} == {
-        "ablation.md", "ablation.json", "ablation_tradeoff.png", "ablation_curves.png", "ablation_crops.png",
+        "ablation.md",
+        "ablation.json",
+        "ablation_tradeoff.png",
+        "ablation_curves.png",
+        "ablation_crops.png",
     }
     results = results_of(made)
     assert list(results["arms"]) == ARM_NAMES
@@ -112,7 +139,8 @@ def test_arms_begin_from_one_start_and_differ_by_their_condition_alone(made):
             assert config[part] == configs["none"][part]
     weights = {
         (arm, seed): load_generator(made / "runs" / arm / seed / "generator.safetensors").unet.tensors
-        for arm in ARM_NAMES for seed in ("0", "1")
+        for arm in ARM_NAMES
+        for seed in ("0", "1")
     }
     name = "conv_out.weight"
     values = [start.unet.tensors[name], *(tensors[name] for tensors in weights.values())]
@@ -161,9 +189,10 @@ def test_diagnostics_are_of_the_middle_levels_at_the_end(tmp_path):
     lines = []
     for images in (10, 20, 30, 40):
         bins = {"0.0-0.2": 9.0, "0.2-0.4": images / 10, "0.4-0.6": images / 10 + 1, "0.8-1.0": 9.0}
-        lines.append({"images": images, "loss/generator/psnr": 20.0} | {
-            f"icm/{name}/{level}": value for name in ("rho", "cos") for level, value in bins.items()
-        })
+        lines.append(
+            {"images": images, "loss/generator/psnr": 20.0}
+            | {f"icm/{name}/{level}": value for name in ("rho", "cos") for level, value in bins.items()}
+        )
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = read_training(tmp_path)
     assert values["diagnostics"] == {"rho": 4.5, "cos": 4.5}

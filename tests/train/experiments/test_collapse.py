@@ -28,7 +28,8 @@ def crops(count: int) -> Crops:
     return Crops(
         torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=random),
         torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=random),
-        torch.randn(count, 12, 8, 8, generator=random), torch.randn(count, 12, 8, 8, generator=random),
+        torch.randn(count, 12, 8, 8, generator=random),
+        torch.randn(count, 12, 8, 8, generator=random),
     )
 
 
@@ -100,11 +101,28 @@ def test_the_script_measures_resumes_and_reports(tmp_path):
     for number in range(12):
         picture = random.integers(0, 256, (80, 80, 3), dtype=np.uint8)
         Image.fromarray(picture).save(photographs / f"{number}.png")
-    sizes = {"crops": 8, "held_out_crops": 4, "batch": 2, "prior_steps": 2, "generator_steps": 2, "adapter_steps": 2,
-             "auxiliary_steps": 2, "joint_steps": 1, "seeds": "[0,1]", "conditions": "['none','icm']"}
-    flags = ["--config", ROOT / "train" / "configs" / "collapse.yaml", "--run", "run", "--jobs=1",
-             "--data.hold_out=0.3", f"--data.folders=['{photographs}']",
-             *(f"--collapse.{key}={value}" for key, value in sizes.items())]
+    sizes = {
+        "crops": 8,
+        "held_out_crops": 4,
+        "batch": 2,
+        "prior_steps": 2,
+        "generator_steps": 2,
+        "adapter_steps": 2,
+        "auxiliary_steps": 2,
+        "joint_steps": 1,
+        "seeds": "[0,1]",
+        "conditions": "['none','icm']",
+    }
+    flags = [
+        "--config",
+        ROOT / "train" / "configs" / "collapse.yaml",
+        "--run",
+        "run",
+        "--jobs=1",
+        "--data.hold_out=0.3",
+        f"--data.folders=['{photographs}']",
+        *(f"--collapse.{key}={value}" for key, value in sizes.items()),
+    ]
     process = ScriptProcess("collapse.py", *flags, folder=tmp_path)
     assert process.wait() == 0, process.output()
     report = tmp_path / "run" / "report"

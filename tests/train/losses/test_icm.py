@@ -158,8 +158,10 @@ def test_the_floor_bounds_the_gain():
     for floor in (1e-4, 0.5):
         g = icm_gradient(teacher, auxiliary, teacher.clone(), floor)  # the teacher names the noise perfectly
         assert torch.allclose(g, (teacher - auxiliary) / floor, rtol=1e-12)
-    assert torch.equal(icm_gradient(teacher, auxiliary, normal(*SHAPE, seed=2), 1e-4),
-                       icm_gradient(teacher, auxiliary, normal(*SHAPE, seed=2), 1e-9)), "no part above the floor"
+    assert torch.equal(
+        icm_gradient(teacher, auxiliary, normal(*SHAPE, seed=2), 1e-4),
+        icm_gradient(teacher, auxiliary, normal(*SHAPE, seed=2), 1e-9),
+    ), "no part above the floor"
 
 
 def test_non_finite_predictions_give_no_gradient():
@@ -203,8 +205,9 @@ def test_uniform_timesteps():
     expected = len(u) / 960
     # Chi-square of 959 degrees of freedom: mean 959, deviation 44; five deviations.
     assert float(((counts - expected) ** 2 / expected).sum()) < 959 + 5 * 44
-    assert torch.equal(timesteps(torch.arange(1000, dtype=torch.float64) / 1000 + 5e-4, 1000, all_timesteps()),
-                       torch.arange(1000))
+    assert torch.equal(
+        timesteps(torch.arange(1000, dtype=torch.float64) / 1000 + 5e-4, 1000, all_timesteps()), torch.arange(1000)
+    )
 
 
 def test_cubic_timesteps():
@@ -232,8 +235,12 @@ def test_timesteps_stay_in_range_at_the_ends(law, low, high, steps):
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [((0.5, 0.5, "uniform"), "0.5"), ((-0.1, 0.5, "uniform"), "-0.1"), ((0.0, 1.1, "uniform"), "1.1"),
-     ((0.0, 1.0, "square"), "uniform, cubic, got 'square'")],
+    [
+        ((0.5, 0.5, "uniform"), "0.5"),
+        ((-0.1, 0.5, "uniform"), "-0.1"),
+        ((0.0, 1.1, "uniform"), "1.1"),
+        ((0.0, 1.0, "square"), "uniform, cubic, got 'square'"),
+    ],
 )
 def test_wrong_timestep_ranges(values, words):
     with pytest.raises(IcmsrError, match=words):
@@ -546,4 +553,3 @@ def test_a_base_in_fewer_bits_still_trains_in_float32(base):
         latent = networks.encode(input_of(make_batch()))
         eps = networks.noise("auxiliary", latent, torch.tensor([1, 500, 900]), torch.zeros(3, 2, 32), None)
     assert latent.dtype == eps.dtype == torch.float32
-

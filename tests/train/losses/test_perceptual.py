@@ -49,11 +49,18 @@ def small_vae(widths: tuple[int, ...] = (32, 32, 64, 64), attention: bool = True
     """In the shape of Stable Diffusion's, random."""
     torch.manual_seed(0)
     levels = len(widths)
-    return frozen(AutoencoderKL(
-        block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=8, scaling_factor=0.18215,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        mid_block_add_attention=attention,
-    ))
+    return frozen(
+        AutoencoderKL(
+            block_out_channels=widths,
+            layers_per_block=2,
+            latent_channels=4,
+            norm_num_groups=8,
+            scaling_factor=0.18215,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            mid_block_add_attention=attention,
+        )
+    )
 
 
 @pytest.fixture(scope="module")

@@ -179,8 +179,11 @@ def test_an_adapter_that_does_not_fit(saved, form):
         check_adapter(path, 4, 8, [32, 64, 64])
     with pytest.raises(IcmsrError, match="shrinks by 8, the base's latent by 4"):
         check_adapter(path, 4, 4, WIDTHS)
-    for other in ({**STRUCTURE, "cells": 16}, {**STRUCTURE, "names": ["colormap", "sketch"]},
-                  {**STRUCTURE, "canny": [50.0, 200.0]}):
+    for other in (
+        {**STRUCTURE, "cells": 16},
+        {**STRUCTURE, "names": ["colormap", "sketch"]},
+        {**STRUCTURE, "canny": [50.0, 200.0]},
+    ):
         with pytest.raises(IcmsrError, match=r"was trained for .*, the condition is "):
             check_adapter(path, 4, 8, WIDTHS, other)
 
@@ -214,8 +217,9 @@ def test_a_folder_of_another_kind(saved, content):
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["file", "folder"])
-@pytest.mark.parametrize(("damage", "words"), [("nan", "NaN"), ("missing", "damaged"), ("shape", "damaged"),
-                                               ("surplus", "damaged")])
+@pytest.mark.parametrize(
+    ("damage", "words"), [("nan", "NaN"), ("missing", "damaged"), ("shape", "damaged"), ("surplus", "damaged")]
+)
 def test_damaged_weights(saved, form, damage, words):
     path = saved[form]
     file = path / WEIGHTS if path.is_dir() else path

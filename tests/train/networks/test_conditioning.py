@@ -107,8 +107,14 @@ def test_cells_go_from_sparse_to_dense(cells):
 def test_what_an_adapter_is_trained_for_tells_conditions_apart():
     described = [
         StructureConfig(**values).describe()
-        for values in ({}, {"cells": 16}, {"canny_low": 50.0}, {"canny_high": 300.0}, {"kind": "colormap"},
-                       {"kind": "colormap+sketch"})
+        for values in (
+            {},
+            {"cells": 16},
+            {"canny_low": 50.0},
+            {"canny_high": 300.0},
+            {"kind": "colormap"},
+            {"kind": "colormap+sketch"},
+        )
     ]
     assert all(described.count(entry) == 1 for entry in described)
     edges = [StructureConfig(kind="edges", cells=cells).describe() for cells in (8, 16)]
@@ -154,9 +160,9 @@ def test_features_of_several_adapters_are_the_weighted_sum(tmp_path, weights):
     paths = (saved_adapter(tmp_path, "colour", 3), saved_adapter(tmp_path, "canny", 1))
     config = ConditionConfig(adapters=paths, adapter_weights=weights)
     found = StructureFeatures.load(config, 8, WIDTHS)(config.maps(pictures()))
-    several = MultiAdapter([
-        T2IAdapter.from_pretrained(tmp_path / name, low_cpu_mem_usage=False) for name in ("colour", "canny")
-    ])
+    several = MultiAdapter(
+        [T2IAdapter.from_pretrained(tmp_path / name, low_cpu_mem_usage=False) for name in ("colour", "canny")]
+    )
     parts = [colormap(pictures(), (8, 8)), canny_edges(pictures())]
     # Explicit weights: without any, diffusers takes 1/2 each where the published pair is summed.
     expected = several(parts, list(weights) or [1.0, 1.0])

@@ -39,11 +39,26 @@ def parts(tmp_path_factory) -> tuple[Path, Path]:
 
 def arguments(parts: tuple[Path, Path], run: Path, batch: int, images: int = 12, **loop: object) -> list[str]:
     """ICM at every step, two auxiliary steps to one of the generator, all of it in float32."""
-    values = {"images": images, "batch": batch, "precision": "fp32", "workers": 0, "warmup_images": 0,
-              "save_every": 1000, "log_every": 1000, "schedule": "constant", "tensorboard": False, **loop}
+    values = {
+        "images": images,
+        "batch": batch,
+        "precision": "fp32",
+        "workers": 0,
+        "warmup_images": 0,
+        "save_every": 1000,
+        "log_every": 1000,
+        "schedule": "constant",
+        "tensorboard": False,
+        **loop,
+    }
     return [
-        f"--run={run}", f"--base={parts[0]}", "--device=cpu", "--data.synthetic=1", "--data.crop=32",
-        f"--condition.adapters=['{parts[1]}']", "--generator.auxiliary_steps=2",
+        f"--run={run}",
+        f"--base={parts[0]}",
+        "--device=cpu",
+        "--data.synthetic=1",
+        "--data.crop=32",
+        f"--condition.adapters=['{parts[1]}']",
+        "--generator.auxiliary_steps=2",
         *(f"--loop.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()),
     ]
 
@@ -89,8 +104,9 @@ def run_rank(environment: dict[str, str], before: Callable[[], None] | None, wor
 class Ranks:
     """The processes that a launcher starts, forked from the tests' server, which has the imports behind it."""
 
-    def __init__(self, folder: Path, words: Sequence[str], count: int = 2,
-                 before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, folder: Path, words: Sequence[str], count: int = 2, before: Callable[[], None] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -98,8 +114,14 @@ class Ranks:
         self.logs = [folder / f"rank{rank}-{time.monotonic_ns()}.log" for rank in range(count)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                           "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             process = script_process.CONTEXT.Process(
                 target=run_rank, args=(environment if count > 1 else {}, before, list(words), str(log))
             )
@@ -168,7 +190,8 @@ def whole(parts, tmp_path_factory) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("count", "batch", "accumulate"), [(2, 2, 1), (2, 1, 2), (1, 2, 2)],
+    ("count", "batch", "accumulate"),
+    [(2, 2, 1), (2, 1, 2), (1, 2, 2)],
     ids=["two processes", "two processes that accumulate", "one process that accumulates"],
 )
 def test_the_split_of_a_batch_does_not_matter(parts, whole, tmp_path, count, batch, accumulate):
@@ -195,6 +218,7 @@ def test_an_unsynchronised_player_would_be_seen(parts, whole, tmp_path, before, 
 
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(parts, tmp_path):
     """The same command ends, bit for bit, where a run that nobody stopped ends."""
+
     def words(folder: Path) -> list[str]:
         return arguments(parts, folder / "run", 1, 16, save_every=4)
 
@@ -214,13 +238,26 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(parts, tmp_path):
 
 def test_a_launcher_starts_the_ranks_and_hands_the_signal_on(parts, tmp_path):
     """As a user types it; --multi_gpu on a CPU too, because `accelerate launch --cpu` would start one process alone."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-                "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(SCRIPT)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port=0",
+        str(SCRIPT),
+    ]
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*launcher, *arguments(parts, tmp_path / "run", 1, 100_000, save_every=2)], stdout=file, stderr=file,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*launcher, *arguments(parts, tmp_path / "run", 1, 100_000, save_every=2)],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
         checkpoints = tmp_path / "run" / "checkpoints"

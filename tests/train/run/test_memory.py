@@ -98,8 +98,10 @@ def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
 
     def estimate(count: int, **networks: object) -> int:
         batch = {
-            "sharp": torch.zeros(count, 3, 64, 64, dtype=torch.uint8), "caption": torch.zeros(count, dtype=torch.long),
-            "low": torch.zeros(count, 3, 16, 16, dtype=torch.uint8), "index": torch.arange(count),
+            "sharp": torch.zeros(count, 3, 64, 64, dtype=torch.uint8),
+            "caption": torch.zeros(count, dtype=torch.long),
+            "low": torch.zeros(count, 3, 16, 16, dtype=torch.uint8),
+            "index": torch.arange(count),
         }
         config = GeneratorConfig(networks=NetworksConfig(**networks), losses=LossWeights(perceptual=0))
         parts = (base, config, ConditionConfig(kind="none"), ("",), 0, {})
@@ -112,13 +114,30 @@ def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
 
 def test_the_dry_run_says_what_would_happen_and_writes_nothing(tmp_path):
     base = write_base(tmp_path / "base")
-    flags = ["--run", "run", "--base", base, "--condition.kind=none", "--data.synthetic=1", "--data.crop=64",
-             "--loop.images=1000", "--loop.batch=5", "--loop.accumulate=2", "--dry_run=true"]
+    flags = [
+        "--run",
+        "run",
+        "--base",
+        base,
+        "--condition.kind=none",
+        "--data.synthetic=1",
+        "--data.crop=64",
+        "--loop.images=1000",
+        "--loop.batch=5",
+        "--loop.accumulate=2",
+        "--dry_run=true",
+    ]
     process = ScriptProcess("distill.py", *flags, folder=tmp_path)
     assert process.wait() == 0, process.output()
     text = process.output()
-    for words in ("kind: none", "10 (5 x 2 accumulated x 1 processes)", "100 of 10 crops of 64 px",
-                  "trained, generator", "trained, auxiliary", "memory, in all"):
+    for words in (
+        "kind: none",
+        "10 (5 x 2 accumulated x 1 processes)",
+        "100 of 10 crops of 64 px",
+        "trained, generator",
+        "trained, auxiliary",
+        "memory, in all",
+    ):
         assert words in text, text
     assert not (tmp_path / "run").exists()
     wrong = ScriptProcess("distill.py", *flags, "--condition.kind=icm", folder=tmp_path)
@@ -138,14 +157,28 @@ def test_a_step_at_the_size_of_sd21_takes_what_the_dry_run_said(tmp_path):
 
         save_file({"prompt_embedding": torch.randn(77, 1024)}, base / "prompt_embedding.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", REAL_STEP, ROOT, base], capture_output=True, text=True, timeout=1500, check=False,
+        [sys.executable, "-c", REAL_STEP, ROOT, base],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
         env={**os.environ, "MALLOC_ARENA_MAX": "2"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [(line[0], int(line[2])) for line in lines[:2]] == [("generator", 4_425_068), ("auxiliary", 4_055_712)]
-    flags = ["--run", "run", "--base", base, "--condition.kind=none", "--data.synthetic=1", "--data.crop=256",
-             "--loop.batch=1", "--generator.networks.base_dtype=bf16", "--dry_run=true"]
+    flags = [
+        "--run",
+        "run",
+        "--base",
+        base,
+        "--condition.kind=none",
+        "--data.synthetic=1",
+        "--data.crop=256",
+        "--loop.batch=1",
+        "--generator.networks.base_dtype=bf16",
+        "--dry_run=true",
+    ]
     process = ScriptProcess("distill.py", *flags, folder=tmp_path)
     assert process.wait(600) == 0, process.output()
     said = next(line for line in process.output().splitlines() if "memory, in all" in line)

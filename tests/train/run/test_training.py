@@ -33,13 +33,23 @@ from tests.support.script_process import ScriptProcess, start_server
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 DATA = ["--data.synthetic=1", "--data.crop=32", "--data.folders=[]"]
 TINY_FLAGS = [
-    "--networks.latent_channels=4", "--networks.vae_channels=[32,32,32,32]", "--networks.unet_channels=[32,64]",
+    "--networks.latent_channels=4",
+    "--networks.vae_channels=[32,32,32,32]",
+    "--networks.unet_channels=[32,64]",
 ]
 
 
 def loop_flags(name: str, images: int, **more: object) -> list[str]:
-    values = {"images": images, "batch": 2, "precision": "fp32", "workers": 0, "warmup_images": 4, "save_every": 4,
-              "log_every": 2, **more}
+    values = {
+        "images": images,
+        "batch": 2,
+        "precision": "fp32",
+        "workers": 0,
+        "warmup_images": 4,
+        "save_every": 4,
+        "log_every": 2,
+        **more,
+    }
     return [f"--{name}.{key}={value}" for key, value in values.items()]
 
 
@@ -67,16 +77,31 @@ def distill(
     """Arguments of train/distill.py: the whole method with `adapter`, reconstruction alone without."""
     condition = ["--generator.losses.icm=0"] if adapter is None else [f"--condition.adapters=['{adapter}']"]
     return [
-        "--run", folder, "--base", base, "--generator.timestep=200", "--generator.prediction=residual", *condition,
-        *DATA, *loop_flags("loop", images, **more),
+        "--run",
+        folder,
+        "--base",
+        base,
+        "--generator.timestep=200",
+        "--generator.prediction=residual",
+        *condition,
+        *DATA,
+        *loop_flags("loop", images, **more),
     ]
 
 
 def test_prior_then_distill_then_upscale(tmp_path):
     start_server()
     # The one run with a Python of its own, from another folder, as a user types it.
-    prior = [sys.executable, ROOT / "train" / "prior.py", "--run", tmp_path / "prior", *DATA, *TINY_FLAGS,
-             *loop_flags("autoencoder", 8), *loop_flags("prior", 8)]
+    prior = [
+        sys.executable,
+        ROOT / "train" / "prior.py",
+        "--run",
+        tmp_path / "prior",
+        *DATA,
+        *TINY_FLAGS,
+        *loop_flags("autoencoder", 8),
+        *loop_flags("prior", 8),
+    ]
     done = subprocess.run(list(map(str, prior)), capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     base = tmp_path / "prior" / "prior" / "base"
@@ -261,8 +286,11 @@ def test_committed_configurations_are_valid(config, monkeypatch):
         (["--generator.perceptual.kind=lpips"], 1, ["perceptual.weights", "lpips_weights.py", "decoder"]),
         (["--generator.networks.weights=some"], 1, ["lora, whole", "some"]),
         (["--generator.networks.base_dtype=bf16"], 1, ["base_dtype bf16 needs loop.precision bf16"]),
-        (["--generator.networks={weights: whole, train_decoder: true}", "--generator.losses.icm=1"], 1,
-         ["frozen decoder"]),
+        (
+            ["--generator.networks={weights: whole, train_decoder: true}", "--generator.losses.icm=1"],
+            1,
+            ["frozen decoder"],
+        ),
         (["--generator.auxiliary_steps=0"], 1, ["auxiliary_steps must be at least 1, got 0"]),
         (["--generator.timesteps.law=square"], 1, ["uniform, cubic", "square"]),
         (["--generator.prediction=x0"], 1, ["prediction", "x0", "residual"]),

@@ -29,7 +29,8 @@ class Points(Task):
 
     def players(self) -> list[Player]:
         return [
-            Player("first", {"x": self.first}), Player("second", {"x": self.second}, 2, 0.5, averaged=False),
+            Player("first", {"x": self.first}),
+            Player("second", {"x": self.second}, 2, 0.5, averaged=False),
         ]
 
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
@@ -53,8 +54,19 @@ class Points(Task):
 
 
 def run(task: Points, folder: Path, **options: object) -> list[Path]:
-    values = {"images": 16, "batch": 2, "learning_rate": 0.1, "schedule": "constant", "warmup_images": 0,
-              "precision": "fp32", "workers": 0, "save_every": 8, "log_every": 2, "tensorboard": False, **options}
+    values = {
+        "images": 16,
+        "batch": 2,
+        "learning_rate": 0.1,
+        "schedule": "constant",
+        "warmup_images": 0,
+        "precision": "fp32",
+        "workers": 0,
+        "save_every": 8,
+        "log_every": 2,
+        "tensorboard": False,
+        **options,
+    }
     config = LoopConfig(**values)
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
     return train(task, pairs, config, folder, {"loop": values}, Accelerator(cpu=True), torch.device("cpu"))

@@ -253,8 +253,9 @@ def test_health_groups_players() -> None:
     figure = health_figure(made_up_rows())
     assert figure is not None
     assert titles(figure) == ["grad", "saturation", "skipped", "learning rate"]
-    names = [[text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
-             for axes in figure.axes]
+    names = [
+        [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else [] for axes in figure.axes
+    ]
     assert names == [["generator", "auxiliary"], [], [], ["generator", "auxiliary"]]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
     assert gids(figure, 2) == ["count"]

@@ -94,22 +94,27 @@ def test_generator_and_new_base_give_what_the_run_saw(base, tmp_path):
     backbone = load_backbone(tmp_path / "base", tmp_path / "generator.safetensors")
     with torch.no_grad():
         wanted = task.generate(BATCH)[0]
-        again = build(tmp_path / "base", config(
-            LossWeights(icm=0, perceptual=0), weights="whole", start=str(tmp_path / "generator.safetensors")
-        ))
+        again = build(
+            tmp_path / "base",
+            config(LossWeights(icm=0, perceptual=0), weights="whole", start=str(tmp_path / "generator.safetensors")),
+        )
         latent, picture = again.generate(BATCH)
         assert (latent - wanted).abs().max() < 0.01 * wanted.abs().max()  # files hold half precision
         assert (backbone.decode(latent) - picture).abs().max() < 1e-4
 
 
 def test_the_autoencoder_term_moves_the_decoder_by_the_base_latents(base):
-    task = build(base, config(LossWeights(l2=0, perceptual=0, icm=0, autoencoder=1), weights="whole",
-                              train_decoder=True))
+    task = build(
+        base, config(LossWeights(l2=0, perceptual=0, icm=0, autoencoder=1), weights="whole", train_decoder=True)
+    )
     batch = task.prepare("generator", BATCH, 0, 0)
     terms, _ = task("generator", batch)
     terms["loss"].backward()
-    moved = {name for name, value in task.networks.trained("generator").items()
-             if value.grad is not None and value.grad.abs().max() > 0}
+    moved = {
+        name
+        for name, value in task.networks.trained("generator").items()
+        if value.grad is not None and value.grad.abs().max() > 0
+    }
     assert moved
     assert all(name.startswith(("vae.decoder", "vae.post_quant")) for name in moved)
 
@@ -125,15 +130,15 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
     terms, carried = step(task)
     assert terms["icm"].isfinite()
     step(task)
-    task(
-        "auxiliary", task.prepare("auxiliary", {**BATCH, **carried}, 0, 0)
-    )[0]["loss"].backward()
+    task("auxiliary", task.prepare("auxiliary", {**BATCH, **carried}, 0, 0))[0]["loss"].backward()
     assert any(value.grad is not None for value in task.networks.trained("auxiliary").values())
     task.export(tmp_path)
     first, both = load_generator(start), load_generator(tmp_path / "generator.safetensors")
     for part in ("unet", "vae"):
-        assert all(torch.equal(value, getattr(both, part).tensors[name])
-                   for name, value in getattr(first, part).tensors.items())
+        assert all(
+            torch.equal(value, getattr(both, part).tensors[name])
+            for name, value in getattr(first, part).tensors.items()
+        )
         assert both.realistic[part].lora
         assert not both.realistic[part].tensors
     assert (both.info.rank, both.info.realistic_rank, both.info.realistic_alpha) == (0, 2, 2.0)
@@ -156,8 +161,9 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
 
 
 def test_teacher_stays_the_base_when_the_generator_starts_elsewhere(base, faithful):
-    settings = config(LossWeights(l2=1, perceptual=0, icm=1), weights="lora", rank=2,
-                      start=str(faithful / "generator.safetensors"))
+    settings = config(
+        LossWeights(l2=1, perceptual=0, icm=1), weights="lora", rank=2, start=str(faithful / "generator.safetensors")
+    )
     task = build(faithful / "base", settings)
     unet, _ = build_networks(open_base(faithful / "base"))
     latent, t = torch.randn(2, 4, 4, 4), torch.tensor([100, 700])
@@ -170,13 +176,18 @@ def test_teacher_stays_the_base_when_the_generator_starts_elsewhere(base, faithf
         step(task)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"timestep": 300}, "generator.timestep is 300"),
-    ({"prediction": "eps"}, "generator.prediction is eps"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"timestep": 300}, "generator.timestep is 300"),
+        ({"prediction": "eps"}, "generator.prediction is eps"),
+    ],
+)
 def test_a_start_of_another_kind_is_refused(base, faithful, change, words):
-    settings = replace(config(LossWeights(icm=0, perceptual=0), weights="whole",
-                              start=str(faithful / "generator.safetensors")), **change)
+    settings = replace(
+        config(LossWeights(icm=0, perceptual=0), weights="whole", start=str(faithful / "generator.safetensors")),
+        **change,
+    )
     with pytest.raises(IcmsrError, match=words):
         check_generator(open_base(faithful / "base"), settings, CONDITION)
 
@@ -201,8 +212,10 @@ def test_local_spectrum_against_scipy_in_float64():
     for picture in pictures:
         luma = picture[0].double().mean(0).numpy()
         rows, columns = (32 - 8) // 4 + 1, (40 - 8) // 4 + 1
-        energy = [[(dctn(luma[4 * y : 4 * y + 8, 4 * x : 4 * x + 8], norm="ortho") / 8) ** 2 for x in range(columns)]
-                  for y in range(rows)]
+        energy = [
+            [(dctn(luma[4 * y : 4 * y + 8, 4 * x : 4 * x + 8], norm="ortho") / 8) ** 2 for x in range(columns)]
+            for y in range(rows)
+        ]
         energy = torch.from_numpy(np.array(energy))
         local = energy.unfold(0, 3, 1).unfold(1, 3, 1).mean((-1, -2)).flatten(2)[..., 1:]
         amplitudes.append((local + 1e-8).sqrt() + 0.02)
@@ -228,8 +241,20 @@ def test_local_spectrum_counts_texture_and_not_its_place():
 def test_a_prior_goes_on_from_a_base(base, tmp_path):
     def run(name: str, *flags):
         process = ScriptProcess(
-            "prior.py", "--run", tmp_path / name, "--start", base, "--device", "cpu", "--data.synthetic=1",
-            "--data.crop=32", "--prior.images=4", "--prior.batch=2", "--prior.workers=0", *flags, folder=tmp_path,
+            "prior.py",
+            "--run",
+            tmp_path / name,
+            "--start",
+            base,
+            "--device",
+            "cpu",
+            "--data.synthetic=1",
+            "--data.crop=32",
+            "--prior.images=4",
+            "--prior.batch=2",
+            "--prior.workers=0",
+            *flags,
+            folder=tmp_path,
         )
         return process.wait(120), process.output(), tmp_path / name / "prior" / "base"
 
@@ -237,10 +262,12 @@ def test_a_prior_goes_on_from_a_base(base, tmp_path):
     assert code == 0, output
     old, new = build_networks(open_base(base)), build_networks(open_base(made))
     for one, other in zip(old, new):
-        assert all(torch.allclose(value, other.state_dict()[name], atol=1e-3)
-                   for name, value in one.state_dict().items())
-    code, output, made = run("fresh", "--fresh_unet=true", "--networks.unet_channels=[64,128]",
-                             "--networks.latent_channels=4")
+        assert all(
+            torch.allclose(value, other.state_dict()[name], atol=1e-3) for name, value in one.state_dict().items()
+        )
+    code, output, made = run(
+        "fresh", "--fresh_unet=true", "--networks.unet_channels=[64,128]", "--networks.latent_channels=4"
+    )
     assert code == 0, output
     assert build_networks(open_base(made))[0].config.block_out_channels in ((64, 128), [64, 128])
     code, output, _ = run("wrong", "--fresh_unet=true", "--networks.latent_channels=12")
@@ -267,17 +294,31 @@ def test_a_prior_takes_the_decoder_that_was_trained_along(base, faithful, tmp_pa
 
 def test_the_autoencoder_alone_makes_a_base(tmp_path):
     """With the other half's decoder then exchanged by the script, as the recipe of the embedded model does."""
+
     def run(name: str, *flags):
         process = ScriptProcess(
-            "prior.py", "--run", tmp_path / name, "--device", "cpu", "--data.synthetic=1", "--data.crop=32",
+            "prior.py",
+            "--run",
+            tmp_path / name,
+            "--device",
+            "cpu",
+            "--data.synthetic=1",
+            "--data.crop=32",
             *(f"--{half}.{flag}" for half in ("autoencoder", "prior") for flag in ("images=4", "batch=2", "workers=0")),
-            *flags, folder=tmp_path,
+            *flags,
+            folder=tmp_path,
         )
         return process.wait(120), process.output()
 
     alone = "--autoencoder_only=true"
-    code, output = run("a", alone, "--networks.latent_channels=4", "--networks.vae_channels=[32,32]",
-                       "--networks.unet_channels=[32,32]", "--networks.unet_self_attention=false")
+    code, output = run(
+        "a",
+        alone,
+        "--networks.latent_channels=4",
+        "--networks.vae_channels=[32,32]",
+        "--networks.unet_channels=[32,32]",
+        "--networks.unet_self_attention=false",
+    )
     assert code == 0, output
     folder = open_base(tmp_path / "a" / "autoencoder" / "base")
     assert folder.descriptor().latent_factor == 2

@@ -150,7 +150,8 @@ def test_the_two_players_move_only_themselves(base, weights, checkpointing):
         assert all(p.grad is None for p in other.parameters.values())
         assert all(p.grad is not None for p in player.parameters.values())
         assert not any(
-            parameter.grad is not None for name, parameter in task.named_parameters()
+            parameter.grad is not None
+            for name, parameter in task.named_parameters()
             if not any(parameter is own for own in player.parameters.values())
         )
         for parameter in player.parameters.values():
@@ -173,8 +174,9 @@ def test_checkpointing_changes_no_gradient(base):
 
 
 def test_terms_are_weighted_and_warm_up(base):
-    losses = LossWeights(l2=2, perceptual=0.5, icm=3, charbonnier=1, gradient=1, fourier=1, tone=1,
-                         warmup={"icm": 100, "perceptual": 50})
+    losses = LossWeights(
+        l2=2, perceptual=0.5, icm=3, charbonnier=1, gradient=1, fourier=1, tone=1, warmup={"icm": 100, "perceptual": 50}
+    )
     task = make_task(base, GeneratorConfig(200, "residual", losses=losses, color_fix=True))
     for images, icm, perceptual in ((0, 0.0, 0.0), (25, 0.75, 0.25), (1000, 3.0, 0.5)):
         found = losses_of(task, images=images)
@@ -292,18 +294,29 @@ def test_loop_configuration_is_checked(wrong):
 
 
 def test_an_exported_file_carries_no_paths_of_this_machine():
-    settings = {"run": "/home/me/runs/a", "device": "cuda:1", "base": "/models/sd21", "loop": {"batch": 2},
-                "data": {"folders": ["/mnt/photos"], "captions": ""}, "condition": {"prompt": "a photo/scan"}}
+    settings = {
+        "run": "/home/me/runs/a",
+        "device": "cuda:1",
+        "base": "/models/sd21",
+        "loop": {"batch": 2},
+        "data": {"folders": ["/mnt/photos"], "captions": ""},
+        "condition": {"prompt": "a photo/scan"},
+    }
     assert shareable(settings) == {
-        "base": "sd21", "loop": {"batch": 2}, "data": {"folders": ["photos"], "captions": ""},
+        "base": "sd21",
+        "loop": {"batch": 2},
+        "data": {"folders": ["photos"], "captions": ""},
         "condition": {"prompt": "a photo/scan"},
     }
 
 
 def test_only_what_changes_the_weights_marks_a_run():
     settings = {
-        "run": "a", "device": "cpu", "data": {"crop": 32, "workers": 3, "cache_mb": 9},
-        "prior": {"workers": 1, "save_every": 4, "seed": 2}, "loop": {"workers": 1, "save_every": 4, "seed": 2},
+        "run": "a",
+        "device": "cpu",
+        "data": {"crop": 32, "workers": 3, "cache_mb": 9},
+        "prior": {"workers": 1, "save_every": 4, "seed": 2},
+        "loop": {"workers": 1, "save_every": 4, "seed": 2},
     }
     assert decisive(settings) == {"data": {"crop": 32, "workers": 3}, "prior": {"seed": 2}, "loop": {"seed": 2}}
 
