@@ -53,14 +53,14 @@ def main() -> None:
     pairs = TrainingPairs(config.data, seed)
     parts = (base, config.generator, config.condition, pairs.captions, seed, settings)
     if config.dry_run:
-        stage = ("distillation", config.loop.precision, lambda: build_generator_task(*parts, weights=False))
+        stage = ("distillation", config.loop, lambda: build_generator_task(*parts, weights=False))
         if accelerator.is_main_process:
             print(plan(settings, [stage], pairs, accelerator.num_processes))
         return
     torch.manual_seed(seed)
     task = build_generator_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")
     logging.info("base %s, %d photographs, %s", base.info.name, len(pairs.photographs), device)
-    for path in train(task, pairs, config.loop.precision, run, settings, accelerator, device):
+    for path in train(task, pairs, config.loop, run, settings, accelerator, device):
         logging.info("wrote %s", path)
 
 
