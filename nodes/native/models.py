@@ -44,7 +44,7 @@ def load_unet(base: BaseFolder):
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
     model = config.get_model(state)
-    _check_fit(f"{base.path}/unet", state, model.diffusion_model.state_dict())
+    _check_fit(f"{base.path}/unet", state, model.diffusion_model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
@@ -89,7 +89,7 @@ def load_vae(base: BaseFolder):
     if not attends:
         network.encoder.mid.attn_1 = torch.nn.Identity()
         network.decoder.mid.attn_1 = torch.nn.Identity()
-    _check_fit(f"{base.path}/vae", {key: state[key] for key in given}, network.state_dict())
+    _check_fit(f"{base.path}/vae", {key: state[key] for key in given}, network)
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = int(config["norm_num_groups"])  # core builds every one of them with 32
@@ -203,15 +203,34 @@ def _unet_config(base: BaseFolder) -> dict[str, Any]:
     }
 
 
-def _check_fit(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises `IcmsrError` unless both hold the same names with the same shapes: core itself would only log it."""
+def _check_fit(name: str, given: Mapping[str, Tensor], network: torch.nn.Module) -> None:
+    """Raises `IcmsrError` unless `given` has the names and shapes of `network`'s tensors.
+
+    Core itself only logs names that do not match, and its lazy layers accept any shape.
+    """
+    wanted = _tensor_shapes(network)
     wrong = [f"{key} is surplus" for key in given if key not in wanted]
     wrong += [f"{key} is missing" for key in wanted if key not in given]
     wrong += [
-        f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
+        f"{key} is {list(given[key].shape)}, expected {list(shape)}"
+        for key, shape in wanted.items()
+        if key in given and given[key].shape != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise IcmsrError(f"{name}: the weights do not fit the configuration: {', '.join(wrong[:4])}{more}")
+
+
+def _tensor_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor that `network` needs, by name, before or after its weights are loaded.
+
+    With core's DynamicVRAM a Linear layer (`comfy.ops.disable_weight_init.Linear`) has no tensors until they are
+    loaded: their shapes follow from its features.
+    """
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is None:
+            shapes[f"{name}.weight"] = torch.Size((module.out_features, module.in_features))
+            if module.comfy_need_lazy_init_bias:
+                shapes[f"{name}.bias"] = torch.Size((module.out_features,))
+    return shapes
