@@ -60,7 +60,7 @@ def register_structure(name: str, channels: int, description: str) -> Callable[[
     Raises IcmsrError when the name is taken or empty, or when channels is below 1.
     """
     if not name or name in _STRUCTURES:
-        raise IcmsrError(f"structure name must be new and not empty, got {name!r}: known are {_known()}")
+        raise IcmsrError(f"a structure needs a name that is not taken yet, got {name!r}: taken are {_known()}")
     if channels < 1:
         raise IcmsrError(f"structure {name!r} must have at least 1 channel, got {channels}")
 
@@ -114,7 +114,10 @@ def check_structures(names: Sequence[str], options: Mapping[str, Mapping[str, An
     for name, chosen in (options or {}).items():
         known = structure(name).options()
         if name not in names:
-            raise IcmsrError(f"options for {name!r}, which is not among the structures {list(names)}: drop them")
+            raise IcmsrError(
+                f"options were given for {name!r}, but the structures are {list(names)}: add it to them, or drop its "
+                "options"
+            )
         unknown = sorted(set(chosen) - set(known))
         if unknown:
             raise IcmsrError(f"unknown options {unknown} of structure {name!r}: it takes {', '.join(known) or 'none'}")

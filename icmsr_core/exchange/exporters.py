@@ -53,12 +53,15 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     if form == "comfyui":
         check_result_file(source, dest)
     elif dest.is_file():
-        raise IcmsrError(f"{dest}: is a file, diffusers keeps a LoRA in a folder: name one")
+        raise IcmsrError(f"{dest}: is a file, but diffusers stores a LoRA as a folder: give a folder")
     generator = load_generator(source)
     fidelity = fidelity_of(str(source), generator, fidelity)
     lora, alphas = _one_lora(generator, fidelity)
     if not lora:
-        raise IcmsrError(f"{source}: holds no LoRA of the UNet, and a LoRA file can hold nothing else")
+        raise IcmsrError(
+            f"{source}: has no LoRA for the UNet, the only part that a LoRA file can hold: choose a generator with "
+            "LoRA weights"
+        )
     if form == "diffusers":
         path = dest / DIFFUSERS_FILE
         tensors, metadata = _diffusers_tensors(lora), {DIFFUSERS_CONFIG: _diffusers_config(lora, alphas)}

@@ -64,8 +64,8 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
     if settings.prompt is not None:
         if base is None:
             raise IcmsrError(
-                "a prompt is embedded by the text encoder of a base: give --base, a whole Stable Diffusion folder or a "
-                "hub id"
+                "a prompt needs a text encoder, and that comes with a base: give --base too, a full Stable Diffusion "
+                "folder or a hub id"
             )
         check_prompts(base)  # before the file is read
     if kind == LORA_KIND:
@@ -90,7 +90,7 @@ def check_result_file(source: Path, dest: Path) -> None:
     if not source.exists():
         raise IcmsrError(f"{source}: no such file")
     if dest.exists() and dest.samefile(source):
-        raise IcmsrError(f"{dest}: is the file that is to be read: choose another name for the result")
+        raise IcmsrError(f"{dest}: source and result are the same file: choose another name for the result")
 
 
 def _fixed_family(kind: str, settings: ImportSettings) -> str:
@@ -98,7 +98,7 @@ def _fixed_family(kind: str, settings: ImportSettings) -> str:
     for option in ("family", "timestep", "prediction"):
         value, own = getattr(settings, option), getattr(fixed, option)
         if value not in (None, "", own):
-            raise IcmsrError(f"{kind} fixes the {option} at {own}, got {value}: leave the option out")
+            raise IcmsrError(f"the {option} of {kind} is always {own}, got {value}: drop --{option}")
     return fixed.family
 
 
@@ -106,10 +106,12 @@ def _target(family: str, base: BaseFolder | None) -> tuple[str, Layout]:
     """Family, names and shapes that a file must fit."""
     if base is None:
         if not family:
-            raise IcmsrError("a LoRA file does not say which family it belongs to: give --family sd21, sd15 or --base")
+            raise IcmsrError("a LoRA file does not say which family it is for: give --family (sd15 or sd21), or --base")
         return family, published_layout(family)
     if family not in ("", base.info.family):
-        raise IcmsrError(f"{base.path}: is a base of the family {base.info.family}, the file is for {family}")
+        raise IcmsrError(
+            f"{base.path}: this base is {base.info.family}, but the file is for {family}: choose a base of that family"
+        )
     states = {"unet": base.unet_state(), "vae": base.vae_state()}
     layout = {part: {key: tuple(value.shape) for key, value in state.items()} for part, state in states.items()}
     return base.info.family, layout

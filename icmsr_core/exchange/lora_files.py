@@ -46,13 +46,13 @@ def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
     if lost:
         text = any("text_encoder" in key or key.startswith("lora_te") for key in lost)
         hint = "a generator holds no text encoder" if text else "only a plain LoRA of this family's UNet can be read"
-        raise IcmsrError(f"{path}: no place in the UNet for {first_names(lost)}: {hint}")
+        raise IcmsrError(f"{path}: the UNet has no layer for {first_names(lost)}: {hint}")
     if not keys:
         raise IcmsrError(f"{path}: holds no tensors")
     found: dict[str, dict[str, str]] = {}
     for key, (module, role) in keys.items():
         if role in found.setdefault(module, {}):
-            raise IcmsrError(f"{path}: {key} and {found[module][role]} hold the same matrix of {module}")
+            raise IcmsrError(f"{path}: {key} and {found[module][role]} are both the {role} matrix of {module}")
         if not bool(tensors[key].isfinite().all()):
             raise IcmsrError(f"{path}: NaN or infinite values in {key}")
         found[module][role] = key
@@ -66,7 +66,7 @@ def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
         if pair.down.ndim not in (2, 4) or pair.up.ndim < 2 or not pair.down.shape[0] == pair.up.shape[1] > 0:
             raise IcmsrError(
                 f"{path}: {roles['down']} {list(pair.down.shape)} and {roles['up']} {list(pair.up.shape)} "
-                "do not multiply"
+                "are not a LoRA pair: expected [rank, in, ...] and [out, rank, ...]"
             )
         pairs[module] = pair
         alphas[module] = _alpha(path, module, pair, tensors.get(roles.get("alpha", "")), config)
@@ -85,7 +85,7 @@ def _find(source: Path) -> Path:
     for name in (PEFT_FILE, DIFFUSERS_FILE):
         if (source / name).is_file():
             return source / name
-    raise IcmsrError(f"{source}: holds neither {PEFT_FILE} nor {DIFFUSERS_FILE}: name the .safetensors itself")
+    raise IcmsrError(f"{source}: has neither {PEFT_FILE} nor {DIFFUSERS_FILE}: give the .safetensors file itself")
 
 
 def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str, Any]:
@@ -93,7 +93,7 @@ def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str,
     if peft:
         file, where = path.parent / PEFT_CONFIG, f"{path.parent / PEFT_CONFIG}"
         if not file.is_file():
-            raise IcmsrError(f"{file}: missing, it states the alpha of {path.name}: put it beside the weights")
+            raise IcmsrError(f"{file}: missing, and {path.name} needs it for its alpha: put both into one folder")
         text = file.read_text(encoding="utf-8", errors="replace")
     else:
         where, text = f"{path}: {DIFFUSERS_CONFIG}", metadata.get(DIFFUSERS_CONFIG, "{}")
@@ -106,7 +106,9 @@ def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str,
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("lora_bias", False), ("bias", "none")):
         if config.get(key) not in (None, plain):
-            raise IcmsrError(f"{where}: {key} is {config[key]!r}, only {plain!r} can be read")
+            raise IcmsrError(
+                f"{where}: {key} must be {plain!r}, got {config[key]!r}: this kind of LoRA is not supported"
+            )
     if config and not (_positive(config.get("r")) and _positive(config.get("lora_alpha"))):
         raise IcmsrError(
             f"{where}: r and lora_alpha must be positive numbers, got {config.get('r')!r} and "
@@ -141,7 +143,9 @@ def _pattern_value(patterns: Any, module: str, default: Any) -> Any:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return value
         except re.error as error:
-            raise IcmsrError(f"the LoRA's configuration holds {pattern!r}, no pattern of names: {error}") from error
+            raise IcmsrError(
+                f"{pattern!r} in the LoRA's configuration is not a regular expression ({error}): download it again"
+            ) from error
     return default
 
 

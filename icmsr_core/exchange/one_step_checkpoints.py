@@ -98,7 +98,8 @@ def read_pickled(name: str, path: Path) -> Generator:
     # S3Diff's pickle looks much alike, and its matrices are nothing without what it computes between them.
     if "state_dict_unet_de_mlp" in checkpoint:
         raise IcmsrError(
-            f"{path}: an S3Diff checkpoint: its LoRA depends on the picture, which a generator file cannot hold"
+            f"{path}: an S3Diff checkpoint, which cannot be imported: its LoRA changes with each picture, that of a "
+            "generator file does not"
         )
     reader = _Reader(f"{path} as {name}", checkpoint)
     unet = PartWeights(reader.pairs(kind.unet), reader.whole(kind.unet.state, kind.whole) if kind.whole else {})
@@ -141,8 +142,8 @@ class _Reader:
                 down, up = halves
                 if down.ndim not in (2, 4) or up.ndim != down.ndim or down.shape[0] != rank or up.shape[1] != rank:
                     raise IcmsrError(
-                        f"{self.name}: {module}.lora_A.{adapter} {list(down.shape)} and lora_B {list(up.shape)} are no "
-                        f"LoRA of the stated rank {rank}"
+                        f"{self.name}: {module}.lora_A.{adapter} {list(down.shape)} and lora_B {list(up.shape)} do not "
+                        f"have the rank {rank} that {adapters.rank} states"
                     )
                 pairs[module] = LoraPair(down, up)
         return pairs
@@ -176,11 +177,15 @@ class _Reader:
                 if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided
             ]
             if wrong:
-                raise IcmsrError(f"{self.name}: no tensors of floating numbers in {state}: {first_names(wrong)}")
+                raise IcmsrError(
+                    f"{self.name}: {state} must hold float tensors only, these are not: {first_names(wrong)}"
+                )
             self.left[state] = dict(values)
         return self.left[state]
 
     def finish(self) -> None:
         surplus = [f"{key} ({state})" for state, left in self.left.items() for key in left]
         if surplus:
-            raise IcmsrError(f"{self.name}: surplus tensors {first_names(surplus)}: its lists of modules lack them")
+            raise IcmsrError(
+                f"{self.name}: unexpected tensors {first_names(surplus)}: its lists of modules do not name them"
+            )

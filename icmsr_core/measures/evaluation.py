@@ -106,22 +106,24 @@ def _by_stem(folder: str | os.PathLike[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in find_pictures(folder):
         if path.stem in found:
-            raise IcmsrError(f"{folder}: {found[path.stem].name} and {path.name} have one name: keep one of them")
+            raise IcmsrError(
+                f"{folder}: {found[path.stem].name} and {path.name} differ in the extension only: keep one of them"
+            )
         found[path.stem] = path
     if not found:
-        raise IcmsrError(f"{folder}: there are no pictures in it")
+        raise IcmsrError(f"{folder}: no pictures in this folder")
     return dict(sorted(found.items()))
 
 
 def _partners(results: dict[str, Path], sr: str | os.PathLike[str], other: str | os.PathLike[str]) -> dict[str, Path]:
     partners = _by_stem(other)
     problems = [
-        f"{folder} lacks {_some(missing)}"
+        f"{folder} has no {_some(missing)}"
         for folder, missing in ((other, results.keys() - partners.keys()), (sr, partners.keys() - results.keys()))
         if missing
     ]
     if problems:
-        raise IcmsrError(f"pictures are matched by name without extension: {'; '.join(problems)}")
+        raise IcmsrError(f"both folders need the same names (extensions may differ): {'; '.join(problems)}")
     return partners
 
 

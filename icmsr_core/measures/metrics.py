@@ -116,14 +116,14 @@ class Metric:
         """The value for `result` [height, width, 3]. Raises IcmsrError if the truth is needed and missing, if a library
         or its weights are missing, and if the pictures do not fit each other."""
         if truth is None and self.needs_truth:
-            raise IcmsrError(f"the metric {self.name} compares with the truth: give it the truth")
+            raise IcmsrError(f"the metric {self.name} compares the result with a truth, got none: pass truth")
         return self.compute(result, result if truth is None else truth)
 
 
 def metric(name: str) -> Metric:
     """The entry of `METRICS`. Raises IcmsrError, listing the names there are, for any other name."""
     if name not in METRICS:
-        raise IcmsrError(f"there is no metric {name!r}: use {', '.join(METRICS)}")
+        raise IcmsrError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
     return METRICS[name]
 
 
@@ -141,7 +141,7 @@ def _luma(picture: PictureArray) -> FloatArray:
 
 def _alike(result: PictureArray, truth: PictureArray) -> PictureArray:
     if result.shape != truth.shape:
-        raise IcmsrError(f"the result {list(result.shape)} and the truth {list(truth.shape)} must have one size")
+        raise IcmsrError(f"result and truth must have the same size, got {list(result.shape)} and {list(truth.shape)}")
     return truth
 
 
@@ -179,8 +179,7 @@ def _pyiqa_metric(pyiqa_name: str) -> Any:
     except Exception as error:  # whatever a download, or pyiqa's many packages, can raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise IcmsrError(
-            f"the metric {pyiqa_name} of pyiqa cannot be loaded (its weights come from the internet the first time): "
-            f"{reason}"
+            f"pyiqa cannot load the metric {pyiqa_name}, whose weights it downloads at first use: {reason}"
         ) from error
 
 

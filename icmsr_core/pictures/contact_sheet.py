@@ -188,7 +188,7 @@ def contact_sheet(
     """
     settings = settings or SheetSettings()
     if not columns or not rows:
-        raise IcmsrError(f"a sheet needs a column and a row, got {len(columns)} columns and {len(rows)} rows")
+        raise IcmsrError(f"a sheet needs at least 1 column and 1 row, got {len(columns)} and {len(rows)}")
     files = _find_files(columns, rows)
     names = [row.name for row in rows]
     labels = [
@@ -214,13 +214,13 @@ def enlarged_crop(picture: FloatArray, view: tuple[int, int], corner: tuple[int,
     factor = view[0] // width
     if not factor or (width * factor, height * factor) != view:
         raise IcmsrError(
-            f"{width} x {height} does not go into {view[0]} x {view[1]}, the row's largest picture, a whole number of "
-            "times: resize one of them"
+            f"the row's largest picture, {view[0]} x {view[1]}, must be a whole multiple of this one, "
+            f"{width} x {height}: resize one of them"
         )
     (x, y), (right, bottom) = corner, (corner[0] + side, corner[1] + side)
     if min(corner) < 0 or right > view[0] or bottom > view[1]:
         raise IcmsrError(
-            f"a crop of {side} at {x},{y} does not lie inside {view[0]} x {view[1]}: move it or make it smaller"
+            f"a crop of {side} pixels at {x},{y} reaches beyond {view[0]} x {view[1]}: move it or make it smaller"
         )
     return np.ascontiguousarray(picture[np.arange(y, bottom) // factor][:, np.arange(x, right) // factor])
 
@@ -251,12 +251,12 @@ def _find_files(columns: Sequence[SheetColumn], rows: Sequence[SheetRow]) -> lis
         wanted = dict.fromkeys(row.name for row in rows)
         missing = [name for name in wanted if name not in found]
         if missing:
-            problems.append(f"{os.fspath(column.folder)} ({column.title}) lacks {', '.join(missing)}")
+            problems.append(f"{os.fspath(column.folder)} ({column.title}) has no {', '.join(missing)}")
         problems += [
             f"{os.fspath(column.folder)} ({column.title}) has {' and '.join(path.name for path in found[name])}"
             for name in wanted
             if len(found.get(name, ())) > 1
         ]
     if problems:
-        raise IcmsrError(f"each folder must have one picture of each row's name: {'; '.join(problems)}")
+        raise IcmsrError(f"each folder must have exactly one picture for each row: {'; '.join(problems)}")
     return [[found[row.name][0] for found in by_name] for row in rows]

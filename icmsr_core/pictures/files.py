@@ -148,10 +148,10 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     except (IcmsrError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise IcmsrError(f"{path}: not a picture that can be read: PNG, JPEG, WebP, TIFF or BMP") from error
+        raise IcmsrError(f"{path}: not a picture in a known format (PNG, JPEG, WebP, TIFF or BMP)") from error
     except Exception as error:  # parsers of damaged files raise nearly everything: OSError, SyntaxError, KeyError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise IcmsrError(f"{path}: the file is damaged or cut short ({reason})") from error
+        raise IcmsrError(f"{path}: the file is damaged or incomplete ({reason})") from error
 
 
 def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int = 95) -> None:
@@ -180,15 +180,15 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     if path.is_dir():
         raise IcmsrError(f"{path}: is a folder, not a file to write")
     if not path.parent.is_dir():
-        raise IcmsrError(f"{path}: there is no folder {path.parent}: make it first")
+        raise IcmsrError(f"{path}: the folder {path.parent} does not exist: create it first")
     height, width = picture.rgb.shape[:2]
     longest = _LONGEST_SIDE.get(file_format)
     if longest is not None and max(height, width) > longest:
         raise IcmsrError(
-            f"{path}: {file_format} holds at most {longest} pixels a side, got {width} x {height}: write PNG or TIFF"
+            f"{path}: {file_format} holds at most {longest} pixels per side, got {width} x {height}: write PNG or TIFF"
         )
     if not np.isfinite(picture.rgb).all() or (picture.alpha is not None and not np.isfinite(picture.alpha).all()):
-        raise IcmsrError(f"{path}: not written, the picture holds values that are not finite: try a wider dtype (fp32)")
+        raise IcmsrError(f"{path}: not written: the picture has NaN or infinite values: try fp32")
     try:
         data = _encode(picture, file_format, quality, path)
     except (OSError, ValueError) as error:

@@ -38,7 +38,7 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
     if signed or image.mode in ("F", "LAB") or (image.mode == "I" and depth > 16):
         raise IcmsrError(
             f"{path}: {depth}-bit samples in Pillow's mode {image.mode}{', signed,' if signed else ''} "
-            "have no agreed range: convert the file to 8 or 16 bits, RGB or grey"
+            "have no defined black and white: convert the file to 8 or 16 bits, RGB or grey"
         )
     if image.mode.startswith("I"):
         return _turned(_grey_samples(image, depth), remaining), 2**depth - 1
@@ -93,7 +93,7 @@ def _color_samples(
     upper = (decoded[..., compared] >> 8).astype(np.int16)
     if decoded.shape[:2] != seen.shape[:2] or np.abs(upper - seen[..., compared]).max() > 1:
         raise IcmsrError(
-            f"{path}: its 16-bit samples cannot be read with certainty (Pillow and OpenCV differ): "
+            f"{path}: its 16-bit samples cannot be trusted (Pillow and OpenCV read different values): "
             "save it as PNG, or as TIFF with interleaved channels"
         )
     key = image.info.get("transparency")

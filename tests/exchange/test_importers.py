@@ -322,13 +322,13 @@ UNET_A, VAE_B = f"{Q}.lora_A.default_encoder.weight", "encoder.conv_out.lora_B.d
         (put("state_dict_unet", UNET_A, torch.full((RANK_UNET, 32), math.nan)), f"NaN or infinite values in {UNET_A}"),
         (put("state_dict_unet", UNET_A, torch.zeros(3, 32)), f"{Q}.lora_A.default_encoder [3, 32]"),
         (put("state_dict_unet", UNET_A, torch.zeros(RANK_UNET, 33)), f"unet.{Q}.weight [32, 33] (the base has"),
-        (put("state_dict_unet", "x.lora_A.other.weight", torch.zeros(1)), "surplus tensors x.lora_A.other.weight"),
-        (put("state_dict_unet", UNET_A, 3.0), f"no tensors of floating numbers in state_dict_unet: {UNET_A}"),
+        (put("state_dict_unet", "x.lora_A.other.weight", torch.zeros(1)), "unexpected tensors x.lora_A.other.weight"),
+        (put("state_dict_unet", UNET_A, 3.0), f"these are not: {UNET_A}"),
         (lambda checkpoint: checkpoint.pop("state_dict_vae"), "missing entry state_dict_vae"),
         (lambda checkpoint: checkpoint.pop("rank_vae"), "missing entry rank_vae"),
         (lambda checkpoint: checkpoint.update(rank_unet=True), "rank_unet must be a whole number"),
         (lambda checkpoint: checkpoint.update(state_dict_vae=[]), "state_dict_vae must hold tensors by name"),
-        (lambda checkpoint: checkpoint.update(rank_unet=3), "no LoRA of the stated rank 3"),
+        (lambda checkpoint: checkpoint.update(rank_unet=3), "do not have the rank 3 that rank_unet states"),
         (lambda checkpoint: checkpoint.pop("unet_lora_others_modules"), "missing entry unet_lora_others_modules"),
         (lambda checkpoint: checkpoint.update(state_dict_unet_de_mlp={}), "S3Diff"),
     ],
@@ -363,15 +363,15 @@ def test_a_checkpoint_of_another_kind_size_or_family_is_refused(base, osediff, t
     with pytest.raises(IcmsrError, match=r"does not fit this base model: unet\.conv_in\.weight \[32, 4, 3, 3\]"):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors")
     other = write_sd_folder(tmp_path / "sd15", "sd15", width_divisor=10)
-    with pytest.raises(IcmsrError, match="base of the family sd15, the file is for sd21"):
+    with pytest.raises(IcmsrError, match="this base is sd15, but the file is for sd21"):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", ImportSettings(base=other))
     for settings in (ImportSettings(timestep=500), ImportSettings(prediction="v"), ImportSettings(family="sd15")):
-        with pytest.raises(IcmsrError, match="osediff fixes the"):
+        with pytest.raises(IcmsrError, match="of osediff is always"):
             import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", settings)
 
 
 @pytest.mark.parametrize(
-    ("dest", "message"), [("o.pkl", "ends in .safetensors"), ("a.safetensors", "is the file that is to be read")]
+    ("dest", "message"), [("o.pkl", "ends in .safetensors"), ("a.safetensors", "source and result are the same file")]
 )
 def test_the_result_needs_a_name_of_its_own(tmp_path, dest, message):
     source = tmp_path / "a.safetensors"
@@ -488,7 +488,7 @@ def test_a_peft_folder_as_peft_writes_it(base, tmp_path, rslora):
     for name, expected in deltas.items():
         torch.testing.assert_close(merged[f"{name}.weight"], expected, atol=1e-6, rtol=1e-5)
     (tmp_path / "peft/adapter_config.json").unlink()
-    with pytest.raises(IcmsrError, match=r"adapter_config.json: missing, it states the alpha"):
+    with pytest.raises(IcmsrError, match=r"adapter_config.json: missing, and .* needs it for its alpha"):
         import_checkpoint("lora", tmp_path / "peft", tmp_path / "l.safetensors", ImportSettings(base=base))
 
 
@@ -567,7 +567,7 @@ K = kohya_name(Q)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (rename(f"{K}.lora_up.weight", f"{K}x.lora_up.weight"), f"no place in the UNet for {K}x.lora_up.weight"),
+        (rename(f"{K}.lora_up.weight", f"{K}x.lora_up.weight"), f"the UNet has no layer for {K}x.lora_up.weight"),
         (lambda tensors: tensors.pop(f"{K}.lora_up.weight"), f"{Q} has no up matrix"),
         (lambda tensors: tensors.pop(f"{K}.lora_down.weight"), f"{Q} has no down matrix"),
         (lambda tensors: tensors.update({"lora_te_text_model_x.alpha": torch.ones(())}), "holds no text encoder"),
@@ -576,8 +576,8 @@ K = kohya_name(Q)
         (lambda tensors: tensors[f"{K}.lora_up.weight"].fill_(math.inf), f"infinite values in {K}.lora_up.weight"),
         (lambda tensors: tensors.update({f"{K}.alpha": torch.zeros(())}), f"alpha of {Q} must be one positive"),
         (lambda tensors: tensors.update({f"{K}.alpha": torch.ones(2)}), f"alpha of {Q} must be one positive"),
-        (lambda tensors: tensors.update({f"unet.{Q}.lora_A.weight": torch.ones(4, 32)}), "hold the same matrix"),
-        (lambda tensors: tensors.update({f"{K}.lora_up.weight": torch.ones(32, 3)}), "do not multiply"),
+        (lambda tensors: tensors.update({f"unet.{Q}.lora_A.weight": torch.ones(4, 32)}), "are both the down matrix"),
+        (lambda tensors: tensors.update({f"{K}.lora_up.weight": torch.ones(32, 3)}), "are not a LoRA pair"),
         (lambda tensors: tensors.update({f"{K}.lora_up.weight": torch.ones(31, 4)}), f"unet.{Q}.weight [31, 32]"),
         (lambda tensors: tensors.clear(), "holds no tensors"),
     ],
@@ -609,11 +609,11 @@ def test_a_truncated_lora_another_family_and_no_family(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unet.use_dora": True}, "use_dora is True"),
+        ({"unet.use_dora": True}, "use_dora must be False, got True"),
         ({"unet.r": 8}, "its configuration says 8"),
         ({"unet.lora_alpha": None}, "r and lora_alpha must be positive"),
         ({"unet.alpha_pattern": {"conv_out": -1}}, "alpha of conv_out must be a positive"),
-        ({"unet.alpha_pattern": {"(": 1}}, "no pattern of names"),
+        ({"unet.alpha_pattern": {"(": 1}}, "is not a regular expression"),
     ],
 )
 def test_a_configuration_that_cannot_be_kept_is_refused(base, trained, tmp_path, change, message):
@@ -696,14 +696,14 @@ def test_what_cannot_be_exported_is_refused(generator_file, tmp_path):
 
     with pytest.raises(IcmsrError, match="fidelity needs a generator with"):
         export_generator("diffusers", generator_file, tmp_path / "lora", fidelity=0.5)
-    with pytest.raises(IcmsrError, match="is a file, diffusers keeps a LoRA in a folder"):
+    with pytest.raises(IcmsrError, match="is a file, but diffusers stores a LoRA as a folder"):
         export_generator("diffusers", generator_file, generator_file)
     with pytest.raises(IcmsrError, match="format must be one of diffusers, comfyui"):
         export_generator("kohya", generator_file, tmp_path / "l.safetensors")
     generator = random_generator(embedded_base())
     whole = type(generator)(generator.info, type(generator.unet)({}, generator.unet.tensors), generator.vae)
     save_generator(tmp_path / "whole.safetensors", whole)
-    with pytest.raises(IcmsrError, match="holds no LoRA of the UNet"):
+    with pytest.raises(IcmsrError, match="has no LoRA for the UNet"):
         export_generator("comfyui", tmp_path / "whole.safetensors", tmp_path / "l.safetensors")
 
 

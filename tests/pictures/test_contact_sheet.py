@@ -123,13 +123,13 @@ def test_what_does_not_fit_is_named(tmp_path: Path, folders: dict[str, np.ndarra
 
     (tmp_path / "truth" / "b.v2.png").unlink()
     rows = [SheetRow("b.v2"), SheetRow("c"), SheetRow("d")]
-    fails(r"input \(input\) lacks c, d; .*truth \(truth\) lacks b\.v2, c, d", rows)
+    fails(r"input \(input\) has no c, d; .*truth \(truth\) has no b\.v2, c, d", rows)
     fails("no such folder", [SheetRow("a")], names=("nowhere",))
-    fails("crop of 41 at .* does not lie inside 48 x 40", [SheetRow("a")], crop=41)
-    fails("crop of 8 at 41,0 does not lie inside 48 x 40", [SheetRow("a", (41, 0))])
-    fails("a column and a row", [])
+    fails("crop of 41 pixels at .* reaches beyond 48 x 40", [SheetRow("a")], crop=41)
+    fails("crop of 8 pixels at 41,0 reaches beyond 48 x 40", [SheetRow("a", (41, 0))])
+    fails("at least 1 column and 1 row", [])
     Image.new("RGB", (24, 10)).save(tmp_path / "input" / "a.png")
-    fails(r"input.a\.png: 24 x 10 does not go into 48 x 40", [SheetRow("a")])
+    fails(r"input.a\.png: the row's largest picture, 48 x 40, must be .* 24 x 10", [SheetRow("a")])
     Image.new("RGB", (48, 40)).save(tmp_path / "nano" / "a.jpg")
     fails(r"has a\.jpg and a\.png", [SheetRow("a")])
     for values in ({"crop": 0}, {"zoom": 0}, {"gap": -1}, {"font_size": 0}):
@@ -160,7 +160,7 @@ def test_script(tmp_path: Path, folders: dict[str, np.ndarray], capsys: pytest.C
     assert f"wrote {out}" in capsys.readouterr().out
     assert script.main([*options, "c"]) == 1
     said = capsys.readouterr().err
-    assert "lacks c" in said
+    assert "has no c" in said
     assert said.count("\n") == 1
     with pytest.raises(SystemExit) as stopped:
         script.main(["--out", str(out)])

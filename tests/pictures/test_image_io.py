@@ -712,7 +712,7 @@ def test_colors_that_the_two_decoders_read_differently(tmp_path: Path) -> None:
     if message is None:  # versions that read separate planes rightly
         np.testing.assert_array_equal(samples_of(read_picture(tmp_path / "a.tif")), samples)
     else:
-        assert "with certainty" in message
+        assert "cannot be trusted" in message
 
 
 def test_pictures_that_are_too_large(tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_pillows_lower_limit_does_not_bind(
         ("a.gif", ["a.gif", *WRITE_EXTENSIONS]),
         ("a.bmp", ["a.bmp", *WRITE_EXTENSIONS]),
         ("a", ["without extension"]),
-        ("nowhere/a.png", ["no folder", "nowhere"]),
+        ("nowhere/a.png", ["does not exist", "nowhere"]),
         ("folder.png", ["is a folder"]),
     ],
 )
@@ -770,9 +770,9 @@ def test_quality_size_and_values_are_checked(tmp_path: Path) -> None:
     for bad in (np.nan, np.inf):
         rgb = picture.rgb.copy()
         rgb[2, 3, 1] = bad
-        with pytest.raises(IcmsrError, match="not finite"):
+        with pytest.raises(IcmsrError, match="NaN or infinite"):
             write_picture(tmp_path / "c.png", replace(picture, rgb=rgb))
-        with pytest.raises(IcmsrError, match="not finite"):
+        with pytest.raises(IcmsrError, match="NaN or infinite"):
             write_picture(tmp_path / "c.png", replace(picture, alpha=rgb[..., 1].copy()))
     assert [path.name for path in tmp_path.iterdir()] == ["a.webp"]
 

@@ -144,7 +144,7 @@ def test_an_import_may_take_its_prompt_along(base, lora, source, tmp_path, capsy
 
 def test_an_import_s_prompt_needs_a_base_with_a_text_encoder(base, lora, tmp_path):
     for settings, words in (
-        (ImportSettings("sd21", prompt=""), "a prompt is embedded by the text encoder of a base: give --base"),
+        (ImportSettings("sd21", prompt=""), "a prompt needs a text encoder, and that comes with a base: give --base"),
         (
             ImportSettings(base=write_sd_folder(tmp_path / "bare", "sd21", 10), prompt=""),
             "text needs a base with a text encoder, and random sd21 lacks",

@@ -370,7 +370,7 @@ def test_what_cannot_be_read_is_counted_and_named_in_the_main_process(tmp_path, 
                 assert float(good.min()) > 20  # neither the grey rest of a cut file nor a blank
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == 2
-        for name, reason in (("broken.jpg", "not a picture"), ("cut.png", "damaged or cut short")):
+        for name, reason in (("broken.jpg", "not a picture"), ("cut.png", "damaged or incomplete")):
             assert sum(name in message and reason in message for message in messages) == 1
         tallies.append((tally.take(), tally.unreadable))
     assert tallies[0] == tallies[1]
