@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from icmsr_core.backbone.noise_schedule import NoiseSchedule
 from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.errors import IcmsrError
+from icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone
 from icmsr_core.upscale.color import apply_color_fix
 from icmsr_core.upscale.sizes import resize
@@ -173,11 +174,11 @@ class Reference:
         """`image` [1, 3, H, W] in [0, 1] at `size` x `size`, in [0, 1]."""
         given = resize(image, size, size)
         context = self._context if self.text_encoder is None else self.text_encoder(self._tokens)[0]
-        latent = self._encode(given.mul(2).sub(1).to(self.device, self.dtype))
+        latent = self._encode(unit_to_signed(given).to(self.device, self.dtype))
         output = self._predict(latent, context)
         clean = self._schedule.x0_from_output("eps", latent.float(), output.float(), TIMESTEP)
         decoded = self._decode(clean.to(self.dtype)).clamp(-1, 1).float().to(image.device)
-        return apply_color_fix("adain", decoded.add(1).div(2), given).clamp(0, 1)
+        return apply_color_fix("adain", signed_to_unit(decoded), given).clamp(0, 1)
 
     def _encode(self, image: Tensor) -> Tensor:
         self._tile_vae(self.settings.encoder_tile)

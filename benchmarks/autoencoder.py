@@ -19,6 +19,7 @@ from _command_line import machine, markdown, number
 from icmsr_core.errors import IcmsrError
 from icmsr_core.measures.metrics import dss, high_frequency_ratio, psnr_y
 from icmsr_core.pictures.files import find_pictures, from_tensor, read_picture, to_tensor
+from icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, silence_diffusers
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import embedded_base
@@ -43,7 +44,8 @@ def row(name: str, paths: Sequence[Path]) -> list[str]:
     vae = build_networks(open_base(embedded_base() if name == "nano" else Path(name)))[1].eval()
 
     def again(image: torch.Tensor) -> torch.Tensor:
-        return vae.decode(vae.encode(image * 2 - 1).latent_dist.mode()).sample.add(1).div(2).clamp(0, 1)
+        latent = vae.encode(unit_to_signed(image)).latent_dist.mode()
+        return signed_to_unit(vae.decode(latent).sample).clamp(0, 1)
 
     found = []
     for path in paths:

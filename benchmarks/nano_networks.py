@@ -18,6 +18,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from icmsr_core.measures.metrics import dss, fsim, high_frequency_ratio, psnr_y
+from icmsr_core.pictures.files import from_tensor
+from icmsr_core.pictures.ranges import bytes_to_signed, bytes_to_unit, signed_to_unit, unit_to_signed
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
@@ -94,10 +96,7 @@ def measure(config: NetworkConfig, options: argparse.Namespace) -> tuple[int, li
         for index in range(PICTURES):
             sharp, given = batch(pairs, [index])
             result = run(sharp, given)[1]
-            shown, truth = (
-                ((picture.clamp(-1, 1) + 1) / 2)[0].permute(1, 2, 0).numpy().astype(np.float32)
-                for picture in (result, sharp)
-            )
+            shown, truth = (from_tensor(signed_to_unit(picture.clamp(-1, 1))) for picture in (result, sharp))
             rows.append(
                 (
                     psnr_y(shown, truth),
@@ -139,8 +138,8 @@ def train(
 def batch(pairs: TrainingPairs, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Sharp pictures, and the degraded ones at their size, both in [-1, 1]."""
     samples = [pairs[index] for index in indices]
-    sharp, low = (torch.stack([sample[name] for sample in samples]).float() for name in ("sharp", "low"))
-    return sharp / 127.5 - 1, resize(low / 255, *sharp.shape[-2:]) * 2 - 1
+    sharp, low = (torch.stack([sample[name] for sample in samples]) for name in ("sharp", "low"))
+    return bytes_to_signed(sharp), unit_to_signed(resize(bytes_to_unit(low), *sharp.shape[-2:]))
 
 
 if __name__ == "__main__":

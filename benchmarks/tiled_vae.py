@@ -23,6 +23,7 @@ from _measurement import CLOCKS, ChildFailed, Peak, Stopwatch, in_child, use_thr
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
+from icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 from icmsr_core.upscale.one_step import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
 
@@ -101,8 +102,8 @@ def measure_case(case: Case) -> Found:
         out = torch.empty_like(image)
         started = watch.now()
         if case.mode == "untiled":
-            decoded = backbone.decode(backbone.encode(image * 2 - 1))
-            torch.add(decoded.mul_(0.5), 0.5, out=out)
+            decoded = backbone.decode(backbone.encode(unit_to_signed(image)))
+            out.copy_(signed_to_unit(decoded))
         else:
             latent = encode_tiled(backbone, image, tile=tile, exact=case.mode == "exact")
             decode_tiled(backbone, latent, out, tile=tile, exact=case.mode == "exact")

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.pictures.ranges import unit_to_signed
 from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
 from ..icmsr_core.upscale.tiling import plan_tiles
 from .loaders import CATEGORY
@@ -187,7 +188,7 @@ def _grid(
         return found
 
     padded = pad_to_multiple(picture, descriptor.multiple_of)
-    latent = backbone.encode(padded * 2 - 1)
+    latent = backbone.encode(unit_to_signed(padded))
     noise = seeded_noise(latent, seed)
     latents = {
         "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in timesteps],

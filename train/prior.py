@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from icmsr_core.backbone.noise_schedule import NoiseSchedule
 from icmsr_core.errors import IcmsrError
-from icmsr_core.pictures.ranges import to_signed
+from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
 from icmsr_core.train.data.pairs import DataConfig, Samples, TrainingPairs
@@ -134,7 +134,7 @@ HELD_OUT_CROPS = 192
 def _normalise(vae: AutoencoderKL, pairs: TrainingPairs, device: torch.device) -> None:
     """Normalises the latent over 256 samples, and rounds the VAE to the float16 in which a base is stored."""
     sharp = torch.stack([pairs[index]["sharp"] for index in range(256)]).to(device)
-    mean, deviation = normalise_latent(vae, to_signed(sharp))
+    mean, deviation = normalise_latent(vae, bytes_to_signed(sharp))
     for name, values in (("means", mean), ("deviations", deviation)):
         logging.info("%s of the latent's channels were %s", name, [round(value, 3) for value in values.tolist()])
     with torch.no_grad():

@@ -16,6 +16,7 @@ from ..backbone.protocol import Backbone
 from ..errors import IcmsrError
 from ..pictures.files import FloatArray, from_tensor
 from ..pictures.panels import Cell, labelled_grid
+from ..pictures.ranges import signed_to_unit
 from .metrics import psnr_y
 
 
@@ -81,7 +82,7 @@ def latent_error(estimate: Tensor, latent: Tensor) -> Tensor:
 def decoded_pictures(backbone: Backbone, latent: Tensor) -> list[FloatArray]:
     """The pictures [H, W, 3] in [0, 1] of a latent [N, C, h, w], clamped."""
     with torch.no_grad():
-        images = backbone.decode(latent).add(1).div(2).clamp(0, 1)
+        images = signed_to_unit(backbone.decode(latent)).clamp(0, 1)
     return [from_tensor(image[None]) for image in images]
 
 

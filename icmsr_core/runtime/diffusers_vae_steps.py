@@ -21,6 +21,7 @@ from ..backbone.vae_steps import (
     down_step,
     up_steps,
 )
+from ..pictures.ranges import signed_to_unit, unit_to_signed
 
 
 def encoder_steps(vae: Any) -> tuple[Step, ...]:
@@ -30,7 +31,7 @@ def encoder_steps(vae: Any) -> tuple[Step, ...]:
     """
     encoder = vae.encoder
     if hasattr(encoder, "layers"):  # tiny: it takes a picture in [0, 1]
-        return Pointwise(lambda image: image.add(1).div(2)), *layer_steps(encoder.layers)
+        return Pointwise(signed_to_unit), *layer_steps(encoder.layers)
     steps: list[Step] = [conv_step(encoder.conv_in)]
     for block in encoder.down_blocks:
         steps += _level(block)
@@ -43,7 +44,7 @@ def decoder_steps(vae: Any) -> tuple[Step, ...]:
     """The decoder of `vae` with its post_quant_conv: [N, C, h, w] to [N, 3, H, W]; errors as in `encoder_steps`."""
     decoder = vae.decoder
     if hasattr(decoder, "layers"):
-        clamp, signed = Pointwise(lambda x: torch.tanh(x / 3) * 3), Pointwise(lambda image: image.mul(2).sub(1))
+        clamp, signed = Pointwise(lambda x: torch.tanh(x / 3) * 3), Pointwise(unit_to_signed)
         return clamp, *layer_steps(decoder.layers), signed
     steps: list[Step] = [conv_step(vae.post_quant_conv)] if vae.post_quant_conv is not None else []
     steps += [conv_step(decoder.conv_in), *_level(decoder.mid_block)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backbone.protocol import Backbone
 from ..backbone.vae_steps import Pointwise, UnknownLayer, VaeHalf, VaePart, Widened
+from ..pictures.ranges import signed_to_unit, unit_to_signed
 from .estimate import estimate_whole
 from .modes import BoundedStream, Estimate, ExactStream, count_norms
 from .stream import STRIPE_BYTES, Flow
@@ -79,11 +80,11 @@ def encode_tiled(
     def encode() -> Tensor:
         half = _half(backbone, "encoder", stripes.cells * factor * across, stripes)
         if half is None:
-            whole = backbone.encode(_signed(image))
+            whole = backbone.encode(unit_to_signed(image))
             ticker.reach(1)
             return whole
         latent = torch.empty(shape, dtype=torch.float32, device=half.device)
-        half = replace(half, steps=(Pointwise(_signed), *half.steps))
+        half = replace(half, steps=(Pointwise(unit_to_signed), *half.steps))
         for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
             latent.narrow(stripes.axis, position, chunk.shape[stripes.axis]).copy_(chunk)
         return latent
@@ -112,14 +113,14 @@ def decode_tiled(
     def decode() -> None:
         half = _half(backbone, "decoder", stripes.cells * factor * factor * latent.shape[5 - stripes.axis], stripes)
         if half is None:
-            out.copy_(_unsigned(backbone.decode(latent)[:, :, :height, :width]))
+            out.copy_(signed_to_unit(backbone.decode(latent)[:, :, :height, :width]))
             ticker.reach(1)
             return
         for position, chunk in _run(half, latent, 1, factor, tile, stripes, exact, ticker):
             room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
             if room > 0:
                 part = chunk.narrow(stripes.axis, 0, room)[:, :, :height, :width]
-                out.narrow(stripes.axis, position, room).copy_(_unsigned(part.float()))
+                out.narrow(stripes.axis, position, room).copy_(signed_to_unit(part.float()))
 
     again_when_widened(decode)
 
@@ -137,14 +138,6 @@ def _half(backbone: Backbone, part: VaePart, pixels: int, stripes: Stripes) -> V
             raise
         return None
     return half if stripes.number > 1 or half.device.type in STRIPE_BYTES else None
-
-
-def _signed(image: Tensor) -> Tensor:
-    return image.mul(2).sub_(1)
-
-
-def _unsigned(image: Tensor) -> Tensor:
-    return image.add(1).div_(2)
 
 
 def _run(

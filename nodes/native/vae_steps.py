@@ -20,6 +20,7 @@ from ...icmsr_core.backbone.vae_steps import (
     down_step,
     up_steps,
 )
+from ...icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 
 
 def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...]:
@@ -30,7 +31,7 @@ def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
     """
     if is_tiny(vae):
         return (
-            Pointwise(lambda image: image * 0.5 + 0.5),
+            Pointwise(signed_to_unit),
             *layer_steps(vae.taesd_encoder),
             Pointwise(lambda latent: latent / vae.vae_scale + vae.vae_shift),
         )
@@ -55,7 +56,7 @@ def decoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
             Pointwise(lambda latent: (latent - vae.vae_shift) * vae.vae_scale),
             Pointwise(clamp),
             *layer_steps(layers),
-            Pointwise(lambda image: image.sub(0.5).mul(2)),
+            Pointwise(unit_to_signed),
         )
     decoder = _half(vae, "decoder")
     steps: list[Step] = [*_own_conv(vae, "post_quant_conv"), conv_step(decoder.conv_in)]

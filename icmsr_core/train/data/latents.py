@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import IcmsrError
-from ...pictures.ranges import to_signed
+from ...pictures.ranges import bytes_to_signed
 from ...weights.generator_file import open_tensors, write_tensors
 from .pairs import DataConfig, Samples, find_photographs
 from .sources import Pixels, read_photograph
@@ -154,7 +154,7 @@ class CachedLatents(Samples):
         latents: dict[str, Tensor] = {}
         for name, picture in tqdm(self._pictures(cache), unit="picture", desc="encoding", disable=None):
             pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(device)
-            latent = vae.encode(to_signed(pixels)).latent_dist.mode().float() * vae.config.scaling_factor
+            latent = vae.encode(bytes_to_signed(pixels)).latent_dist.mode().float() * vae.config.scaling_factor
             latents[name] = latent[0].to("cpu", torch.float16).contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file, latents, {"description": description})

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...backbone.noise_schedule import NoiseSchedule
 from ...errors import IcmsrError
-from ...pictures.ranges import to_signed
+from ...pictures.ranges import bytes_to_signed, bytes_to_unit, unit_to_signed
 from ...runtime.diffusers_backbone import build_networks
 from ...upscale.sizes import resize
 from ...weights.base import open_base
@@ -163,8 +163,8 @@ def load_crops(config: CollapseConfig, data: DataConfig, file: Path) -> tuple[Cr
             sharp, low = (torch.stack([sample[name] for sample in samples]) for name in ("sharp", "low"))
             side = sharp.shape[-1]
             tensors |= {f"{part}/sharp": sharp, f"{part}/low": low}
-            truth = [_encode(vae, to_signed(some)) for some in sharp.split(64)]
-            given = [_encode(vae, resize(some.float() / 255, side, side) * 2 - 1) for some in low.split(64)]
+            truth = [_encode(vae, bytes_to_signed(some)) for some in sharp.split(64)]
+            given = [_encode(vae, unit_to_signed(resize(bytes_to_unit(some), side, side))) for some in low.split(64)]
             tensors |= {f"{part}/truth": torch.cat(truth), f"{part}/given": torch.cat(given)}
         write_tensors(file, tensors, {"format": "icmsr-crops"})
     found = read_tensors(file)[0]
@@ -222,7 +222,7 @@ class Bench:
             with Descent(adapter.parameters(), steps, 2 * self.config.learning_rate) as step:
                 for crops in self._batches(steps):
                     noisy, eps, t = self._noised(crops.truth, all_timesteps("cubic"))
-                    seen = adapter(structure.maps(crops.sharp.float() / 255))
+                    seen = adapter(structure.maps(bytes_to_unit(crops.sharp)))
                     step(F.mse_loss(self._predict(self.teacher, noisy, t, seen), eps))
             write_tensors(file, adapter.state_dict(), {"format": "icmsr-collapse"})
         adapter.load_state_dict(read_tensors(file)[0])
@@ -358,8 +358,8 @@ def adapter_stem(structure: StructureConfig) -> str:
 def condition_maps(condition: Condition, crops: Crops) -> Tensor:
     """The condition [N, channels, H, W] of `crops`, from the truth or from the resized input."""
     if condition.source == "truth":
-        return condition.structure.maps(crops.sharp.float() / 255)
-    return condition.structure.maps(resize(crops.low.float() / 255, *crops.sharp.shape[-2:]))
+        return condition.structure.maps(bytes_to_unit(crops.sharp))
+    return condition.structure.maps(resize(bytes_to_unit(crops.low), *crops.sharp.shape[-2:]))
 
 
 def _detail(latent: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from ...errors import IcmsrError
 from ...measures.manifold import clean_estimates, decoded_pictures, latent_error, manifold_grid, seeded_noise
 from ...measures.metrics import psnr_y
 from ...pictures.files import FloatArray, Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
+from ...pictures.ranges import unit_to_signed
 from ...runtime.diffusers_backbone import DiffusersBackbone, build_networks
 from ...runtime.prompts import check_prompts, constant_prompt
 from ...weights.base import BaseFolder
@@ -201,7 +202,7 @@ def measure(
     grids: list[FloatArray] = []
     for number, crop in enumerate(crops.to(device).split(1)):
         truth = from_tensor(crop)
-        latent = backbone.encode(crop * 2 - 1)
+        latent = backbone.encode(unit_to_signed(crop))
         decoded = decoded_pictures(backbone, latent)
         for key, value in (_latent_errors(latent * 0, latent) | _picture_errors(decoded, truth)).items():
             reference[key].append(value)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...conditions import extract, register_structure, structure
 from ...errors import IcmsrError
+from ...pictures.ranges import bytes_to_unit
 from ...upscale.sizes import resize
 from .adapters import check_adapter, load_adapter
 
@@ -178,5 +179,5 @@ class StructureFeatures(nn.Module):
 def picture_of(batch: Mapping[str, Tensor], source: str) -> Tensor:
     """The picture [N, 3, H, W] in [0, 1] that the structure is taken from: the truth, or the resized input."""
     if source == "truth":
-        return batch["sharp"].float() / 255
-    return resize(batch["low"].float() / 255, *batch["sharp"].shape[-2:])
+        return bytes_to_unit(batch["sharp"])
+    return resize(bytes_to_unit(batch["low"]), *batch["sharp"].shape[-2:])

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
 from torch import Tensor
 
 from ...errors import IcmsrError
-from ...pictures.ranges import to_signed
+from ...pictures.ranges import bytes_to_signed, bytes_to_unit, unit_to_signed
 from ...weights.base import BaseFolder
 from ..data.draws import TimestepConfig, all_timesteps, draw_noise, draw_noising, draw_uniform
 from ..losses.diagnostics import BinnedMeans
@@ -93,7 +93,7 @@ class AdapterTask(Task):
             **batch,
             **draw_noising(self.seed, index, "adapter", shape, self.schedule.steps, law, device),
             "keep": (draw_uniform(self.seed, index, "adapter/dropout") >= self.config.dropout).to(device),
-            "maps": self.config.maps(batch["sharp"].float() / 255),
+            "maps": self.config.maps(bytes_to_unit(batch["sharp"])),
         }
 
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
@@ -110,10 +110,10 @@ class AdapterTask(Task):
     @torch.no_grad()
     def grid(self, batch: Batch) -> Tensor:
         """Truth and condition; then, from three noise levels, the teacher's clean estimate with and without it."""
-        latent, maps = self._latent(batch), self.config.maps(batch["sharp"].float() / 255)
+        latent, maps = self._latent(batch), self.config.maps(bytes_to_unit(batch["sharp"]))
         index = torch.arange(latent.shape[0])
         eps = draw_noise(self.seed, index, "grid", latent.shape[1:]).to(latent)
-        rows = [to_signed(batch["sharp"]), *self.config.shown(maps * 2 - 1)]
+        rows = [bytes_to_signed(batch["sharp"]), *self.config.shown(unit_to_signed(maps))]
         features = list(self.adapter(maps))
         for level in GRID_LEVELS:
             t = torch.full((latent.shape[0],), int(level * self.schedule.steps), device=latent.device)
@@ -138,7 +138,7 @@ class AdapterTask(Task):
 
     @torch.no_grad()
     def _latent(self, batch: Batch) -> Tensor:
-        posterior = self.vae.encode(to_signed(batch["sharp"])).latent_dist
+        posterior = self.vae.encode(bytes_to_signed(batch["sharp"])).latent_dist
         return posterior.mode().float() * self.vae.config.scaling_factor
 
     def _context(self, noisy: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ...pictures.ranges import to_signed
+from ...pictures.ranges import bytes_to_signed
 from ..losses.reconstruction import charbonnier, gradient_l1
 from ..losses.spectra import fourier_l1
 from .task import Batch, Player, Task, stack_rows
@@ -49,7 +49,7 @@ class AutoencoderTask(Task):
 
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """See `Task`."""
-        truth = to_signed(batch["sharp"])
+        truth = bytes_to_signed(batch["sharp"])
         latent = self.vae.encode(truth).latent_dist.mode().float()
         result = self.vae.decode(latent).sample.float()
         pixel, gradient = charbonnier(result, truth), gradient_l1(result, truth)
@@ -69,7 +69,7 @@ class AutoencoderTask(Task):
 
     def grid(self, batch: Batch) -> Tensor:
         """Truth above, reconstruction (of the posterior's mode) below."""
-        truth = to_signed(batch["sharp"])
+        truth = bytes_to_signed(batch["sharp"])
         result = self.vae.decode(self.vae.encode(truth).latent_dist.mode()).sample
         return stack_rows(truth, result)
 

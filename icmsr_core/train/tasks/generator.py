@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ...backbone.noise_schedule import check_prediction
 from ...errors import IcmsrError
-from ...pictures.ranges import to_signed
-from ...upscale.sizes import resize
+from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
 from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
 from ..data.draws import TimestepConfig, all_timesteps, draw_noising
@@ -221,10 +220,10 @@ class GeneratorTask(Task):
     def grid(self, batch: Batch) -> Tensor:
         """Input, result, truth, and the maps of the condition, row by row."""
         result, given = self.generate(batch)[1], input_of(batch)
-        rows = [given, self._corrected(result, given), to_signed(batch["sharp"])]
+        rows = [given, self._corrected(result, given), bytes_to_signed(batch["sharp"])]
         if self.condition.names:
             maps = self.condition.maps(picture_of(batch, self.condition.source))
-            rows += self.condition.shown(maps * 2 - 1)
+            rows += self.condition.shown(unit_to_signed(maps))
         return stack_rows(*rows)
 
     def export(self, folder: Path) -> list[Path]:
@@ -275,7 +274,7 @@ class GeneratorTask(Task):
         return self.networks.denoise(latent, self.config.timestep, self.prediction, self._constant(latent))
 
     def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
-        truth, weights = to_signed(batch["sharp"]), self.config.losses.terms()
+        truth, weights = bytes_to_signed(batch["sharp"]), self.config.losses.terms()
         latent = self._latent(batch)
         terms: dict[str, Tensor] = {}
         raw = None
@@ -358,4 +357,4 @@ class GeneratorTask(Task):
 
 def input_of(batch: Batch) -> Tensor:
     """The degraded picture at the size of its truth, in [-1, 1]."""
-    return resize(batch["low"].float() / 255, *batch["sharp"].shape[-2:]) * 2 - 1
+    return unit_to_signed(picture_of(batch, "input"))

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from ...backbone.noise_schedule import NoiseSchedule
-from ...pictures.ranges import to_signed
+from ...pictures.ranges import bytes_to_signed
 from ...weights.base import BaseInfo
 from ..data.draws import all_timesteps, draw_noising
 from ..losses.diagnostics import BinnedMeans
@@ -107,7 +107,9 @@ class PriorTask(Task):
     def _latent(self, batch: Batch) -> Tensor:
         if "latent" in batch:
             return batch["latent"]
-        return self.vae.encode(to_signed(batch["sharp"])).latent_dist.mode().float() * self.vae.config.scaling_factor
+        return (
+            self.vae.encode(bytes_to_signed(batch["sharp"])).latent_dist.mode().float() * self.vae.config.scaling_factor
+        )
 
     def _predict(self, noisy: Tensor, t: Tensor) -> Tensor:
         context = self.context.to(noisy)[None].expand(noisy.shape[0], -1, -1)

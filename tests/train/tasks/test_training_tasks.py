@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.pictures.ranges import to_signed
+from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.train.data.draws import draw_noise, draw_uniform
 from icmsr_core.train.losses.perceptual import PerceptualConfig
@@ -190,8 +190,8 @@ def test_l2_is_the_mean_squared_error_of_the_picture(base):
     found = losses_of(task)
     with torch.no_grad():
         picture = task.generate(BATCH)[1]
-    assert found["l2"].item() == pytest.approx(F.mse_loss(picture, to_signed(BATCH["sharp"])).item(), rel=1e-6)
-    mse = (picture.clamp(-1, 1) - to_signed(BATCH["sharp"])).square().mean().item() / 4
+    assert found["l2"].item() == pytest.approx(F.mse_loss(picture, bytes_to_signed(BATCH["sharp"])).item(), rel=1e-6)
+    mse = (picture.clamp(-1, 1) - bytes_to_signed(BATCH["sharp"])).square().mean().item() / 4
     assert found["psnr"].item() == pytest.approx(-10 * math.log10(mse), rel=1e-5)
 
 
