@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -187,17 +188,23 @@ def test_walls() -> None:
     assert [line for name, source in FILES.items() for line in violations(name, source)] == []
 
 
+@cache
+def executed_imports(name: str, source: str) -> tuple[str, ...]:
+    """What the file `name` imports when it is imported itself."""
+    return tuple(entry.target for entry in imports(name, ast.parse(source)) if not entry.lazy)
+
+
 def loaded_with(name: str, files: dict[str, str]) -> set[str]:
     """Everything that is imported when the file `name` is, through the project's own modules."""
     seen: set[str] = set()
     waiting = [name]
     while waiting:
         current = waiting.pop()
-        for entry in imports(current, ast.parse(files[current])):
-            if entry.lazy or entry.target in seen:
+        for target in executed_imports(current, files[current]):
+            if target in seen:
                 continue
-            seen.add(entry.target)
-            parts = entry.target.split(".")
+            seen.add(target)
+            parts = target.split(".")
             for length in range(1, len(parts) + 1):
                 stem = "/".join(parts[:length])
                 waiting += [file for file in (f"{stem}.py", f"{stem}/__init__.py") if file in files]

@@ -1,6 +1,5 @@
 """A real ComfyUI for tests: finds it, prepares a Python environment for it, runs it as a server or as a script.
 
-from tests.support.places import ROOT
 The environment holds what ComfyUI and this pack ask for, without diffusers, peft and accelerate: the nodes must do
 without them.
 """

@@ -1,6 +1,5 @@
 """Training scripts in processes of their own, forked from a server that has imported the heavy libraries already.
 
-from tests.support.places import ROOT
 Starting Python anew takes five to fifteen seconds of imports for every run; a fork of the server takes none. All else
 is as from a shell: own process group, own arguments, working folder and streams, exit codes and signals.
 """
