@@ -1,24 +1,50 @@
-"""Fixtures that several files share. Those that need a real ComfyUI skip their tests where there is none."""
+"""Fixtures that several files share, and how a run is set up: one thread a process, two processes for a folder.
 
+Fixtures that need a real ComfyUI skip their tests where there is none.
+"""
+
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # torch brings it
 
 from tests.support.comfy_harness import Server, find_comfyui, find_uv, prepare_python
 from tests.support.script_process import ROOT, ScriptProcess
+from tests.support.workers import rank_of, scheduler, share_out
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, put the pack into its custom_nodes, or clone it to ~/.cache/icm-sr/ComfyUI"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""What torch, OpenMP and MKL read in the processes that tests start."""
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Torch on one thread, as in the ComfyUI process; beside other work, more threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    share_out(config)
+
+
+def pytest_configure() -> None:
+    """One thread, here and in child processes: the networks are small, and threads wait for each other.
+
+    On two busy cores a test took 20 s with one thread and 114 s with two.
+    """
+    for name in THREADS:
+        os.environ.setdefault(name, "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process among several, the files that take long come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: rank_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    return scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -53,13 +79,21 @@ def comfy_server(comfyui: Path, comfy_python: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the committed toy configurations train, through the real scripts: the folder that holds `runs`."""
-    folder = tmp_path_factory.mktemp("toy")
-    for name in ("adapter", "distill"):
-        config = ROOT / "train" / "configs" / f"toy_{name}.yaml"
-        process = ScriptProcess(f"{name}.py", "--config", config, folder=folder)
-        assert process.wait(400) == 0, process.output()
+def toy_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """What the committed toy configurations train, through the real scripts: the folder that holds `runs`.
+
+    Test processes that run next to each other share it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if hasattr(request.config, "workerinput") else own) / "toy"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp("toy")
+            for name in ("adapter", "distill"):
+                config = ROOT / "train" / "configs" / f"toy_{name}.yaml"
+                process = ScriptProcess(f"{name}.py", "--config", config, folder=unfinished)
+                assert process.wait(400) == 0, process.output()
+            shutil.move(unfinished, folder)
     return folder / "runs"
 
 

@@ -17,8 +17,6 @@ from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, 
 from icmsr_core.weights.base import BaseInfo
 from tests.support.script_process import ROOT, start_server
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NARROW = 0.05
 """Share of SD2.1's widths: 64 channels in the UNet, 32 in the VAE."""
 CPU = torch.device("cpu")

@@ -48,10 +48,7 @@ RANK_UNET, RANK_VAE, PEFT_ALPHA = 2, 4, 8
 """Different, so that a scale taken from the wrong network shows."""
 
 # The peers' own use of PEFT, several adapters on one network, is what it warns of.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
 
 @pytest.fixture(scope="module")

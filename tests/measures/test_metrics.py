@@ -3,12 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from icmsr_core.errors import IcmsrError
@@ -36,15 +34,6 @@ def grating(cycles: int, amplitude: float, *, size: int = 64, axis: int = 0) -> 
     wave = 0.5 + amplitude * np.cos(2 * np.pi * cycles * np.arange(size) / size)
     plane = np.broadcast_to(wave[:, None] if axis == 0 else wave, (size, size))
     return np.repeat(plane[..., None], 3, axis=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """piq's many small operations are several times slower on threads that other processes share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the measures ----------------------------------------------------------------------------------------------------

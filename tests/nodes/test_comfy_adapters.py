@@ -337,7 +337,7 @@ def test_a_hint_may_be_a_picture(outcome, name):
 @pytest.mark.parametrize(
     ("name", "cases"), [("upscale", ("ours at factor 4",)), ("upscale pair", PAIRS["pair at factor 4"])]
 )
-def test_upscaling_at_factor_4_agrees_with_the_library(outcome, one_thread, name, cases):
+def test_upscaling_at_factor_4_agrees_with_the_library(outcome, name, cases):
     large = torch.nn.functional.interpolate(outcome.inputs["hint"], (120, 164), mode="nearest-exact")
     large = pad_to_multiple(large, 8)
 
@@ -389,7 +389,7 @@ def test_a_checkpoint_predicts_what_its_sampling_says(outcome):
 
 
 @pytest.mark.comfy
-def test_a_v_prediction_model_takes_the_generator_that_was_trained_for_it(outcome, one_thread):
+def test_a_v_prediction_model_takes_the_generator_that_was_trained_for_it(outcome):
     """Nothing attached, as core's loaders give it: the same picture as the library's of a base that says so."""
     folder = outcome.job / "base like sd15"
     write_base_info(folder, replace(open_base(folder).info, family="sd15", prediction="v"))

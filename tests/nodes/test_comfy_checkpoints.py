@@ -34,7 +34,7 @@ from tests.support.checkpoint_job import (
 from tests.support.comfy_harness import Server
 from tests.support.sd_files import clip_l_config, clip_l_state, complete_generator
 
-pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.comfy
 
 FAMILIES = ("sd15", "sd21")
 

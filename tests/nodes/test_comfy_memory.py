@@ -17,7 +17,7 @@ from tests.support.checkpoint_job import (
 )
 from tests.support.comfy_harness import run_script
 
-pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from icmsr_core.weights.generator_file import PartWeights, load_generator, save_
 from tests.support.comfy_harness import run_script
 from tests.support.model_files import random_generator, write_base, write_generator
 
-pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.comfy
 
 SETTINGS = UpscaleSettings(tile=128, overlap=32)
 TOLERANCE = 1e-4

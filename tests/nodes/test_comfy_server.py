@@ -44,14 +44,6 @@ def object_info(comfy_server) -> dict:
     return comfy_server.get("/object_info")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth picture with some texture and an edge."""
     random = torch.Generator().manual_seed(seed)

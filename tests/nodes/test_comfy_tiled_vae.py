@@ -12,7 +12,7 @@ from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
 from tests.support.comfy_harness import run_script
 from tests.support.model_files import write_base, write_generator
 
-pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.comfy
 
 
 class Outcome(NamedTuple):

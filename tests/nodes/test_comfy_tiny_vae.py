@@ -18,7 +18,7 @@ from tests.support.comfy_harness import run_script
 from tests.support.model_files import random_generator, write_base
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
-pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.comfy
 
 
 class Outcome(NamedTuple):

@@ -15,8 +15,6 @@ from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import UpscaleSettings, upscale
 from tests.support.model_files import write_base, write_generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 32), vae_groups=4)
 
 

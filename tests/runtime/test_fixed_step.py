@@ -11,8 +11,6 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.fixed_step import fix_step, release_step
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 1e-5
 """Largest difference over the scale of the output: float32 rounding."""
 STEP = 999

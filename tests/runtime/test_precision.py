@@ -12,8 +12,6 @@ from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import UpscaleSettings, upscale
 from tests.support.model_files import write_base, write_generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOO_MUCH = 1e7
 """What a map is multiplied by to leave float16's range."""
 NAMES = {"encoder": "the VAE's encoder", "unet": "the UNet", "decoder": "the VAE's decoder"}

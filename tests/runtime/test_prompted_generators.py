@@ -20,8 +20,6 @@ from icmsr_core.weights.generator_file import load_generator, save_generator
 from icmsr_core.weights.hub import find_base
 from tests.support.sd_files import complete_generator, write_sd_checkpoint, write_sd_folder, write_text_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WIDTH = 96  # of SD2.1's text at a tenth
 
 

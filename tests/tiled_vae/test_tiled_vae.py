@@ -54,7 +54,6 @@ from icmsr_core.upscale.one_step import UpscaleSettings, upscale
 from icmsr_core.weights.embedded import embedded_generator
 from tests.support.script_process import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 2e-5
 """On [-1, 1], float32; the issue asks for 1e-4."""
 

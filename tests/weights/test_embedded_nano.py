@@ -15,8 +15,6 @@ from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_generator
 from icmsr_core.weights.generator_file import load_generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FACTOR = 4
 PICTURES = ("coffee", "brick", "gravel", "text", "page", "rocket")
 

@@ -25,7 +25,6 @@ from icmsr_core.weights.tiny_vae_file import read_tiny_vae
 from tests.support.model_files import random_generator, write_base
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FACTOR_8 = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 32), vae_groups=4)
 
 
