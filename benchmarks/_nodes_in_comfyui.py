@@ -1,7 +1,6 @@
 """Times ICMSR_Upscale and the library in turns, in a ComfyUI process that `nodes.py` starts; JSON on the last line."""
 
 import argparse
-import importlib
 import json
 import runpy
 from pathlib import Path
@@ -20,13 +19,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--clock", required=True)
     options = parser.parse_args()
-    core, pack = runpy.run_path(str(options.starter))["start"](options)
+    starter = runpy.run_path(str(options.starter))
+    core, pack = starter["start"](options)
+    part = starter["parts_of"](pack)
 
     from _measurement import Stopwatch, use_threads
 
     use_threads(options.threads)
-    one_step = importlib.import_module(f"{pack.__name__}.icmsr_core.one_step")
-    backbones = importlib.import_module(f"{pack.__name__}.nodes.comfy_backbone")
+    one_step = part("icmsr_core.upscale.one_step")
+    backbones = part("nodes.native.backbone")
     model, vae = core.NODE_CLASS_MAPPINGS["ICMSR_LoadEmbedded"].execute().result
     node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
     tiles = {"tile": options.tile, "overlap": options.overlap}

@@ -23,8 +23,8 @@ import torch
 from _command_line import add_common_options, checked_settings, machine, markdown, number
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests"
-"""Holds what finds and starts a ComfyUI; read by path, because only tests import tests."""
+SUPPORT = ROOT / "tests" / "support"
+"""What finds and starts a ComfyUI; read by path, because only tests import tests."""
 COLUMNS = ("result", "node s", "library s", "overhead", "pairs from", "to")
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_in_comfyui(options: argparse.Namespace) -> dict[str, Any]:
     """What `_nodes_in_comfyui.py` reports. Raises `FileNotFoundError` without a ComfyUI, and when its process fails."""
-    harness = runpy.run_path(str(TESTS / "comfy_harness.py"))
+    harness = runpy.run_path(str(SUPPORT / "comfy_harness.py"))
     comfyui = harness["find_comfyui"]()
     if comfyui is None:
         raise FileNotFoundError("no ComfyUI: set COMFYUI_PATH, or clone it to ~/.cache/icm-sr/ComfyUI")
@@ -70,7 +70,7 @@ def run_in_comfyui(options: argparse.Namespace) -> dict[str, Any]:
             "comfyui": comfyui,
             "pack": pack,
             "job": job,
-            "starter": TESTS / "comfy_scripts" / "comfy_process.py",
+            "starter": SUPPORT / "comfy_scripts" / "comfy_process.py",
             **{name: getattr(options, name) for name in ("size", "runs", "threads", "tile", "overlap", "clock")},
         }
         command = [str(python), str(ROOT / "benchmarks" / "_nodes_in_comfyui.py")]

@@ -1,7 +1,7 @@
 """A real ComfyUI for tests: finds it, prepares a Python environment for it, runs it as a server or as a script.
 
 The environment holds what ComfyUI and this pack ask for, without diffusers, peft and accelerate: the nodes must do
-without them.
+without them. `benchmarks/nodes.py` reads this file by its path, so it imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from tests.support.places import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path.home() / ".cache" / "icm-sr"
 SCRIPTS = Path(__file__).resolve().parent / "comfy_scripts"
 PACK_NAME = "icm-sr"
