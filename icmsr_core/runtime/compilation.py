@@ -26,12 +26,12 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise IcmsrError(
             "--compile needs a C++ compiler on a CPU and found none of "
-            f"{', '.join(COMPILERS)}: install one, or go without --compile (on a CPU it gains little)"
+            f"{', '.join(COMPILERS)}: install one, or run without --compile (on a CPU it gains little)"
         )
     if device.type == "cuda" and find_spec("triton") is None:
-        raise IcmsrError("--compile needs the package triton with CUDA: install it, or go without --compile")
+        raise IcmsrError("--compile on CUDA needs the package triton: install it, or run without --compile")
     if device.type not in ("cpu", "cuda"):
-        raise IcmsrError(f"--compile works with cpu and cuda, the device is {device.type}: go without --compile")
+        raise IcmsrError(f"--compile works with cpu and cuda, the device is {device.type}: run without --compile")
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ def fix_step(
     config: Any = unet.config
     beyond = [key for key in OTHER_INPUTS if config.get(key)]
     if beyond:
-        raise IcmsrError(f"the step of a UNet with {', '.join(beyond)} cannot be fixed: run it as it is")
+        raise IcmsrError(f"fix_step does not support a UNet with {', '.join(beyond)}: run it without")
     context = context[None] if context.ndim == 2 else context
     width = config["cross_attention_dim"]
     if context.ndim != 3 or context.shape[0] != 1 or context.shape[-1] != width:

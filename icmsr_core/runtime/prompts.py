@@ -69,8 +69,8 @@ def _embed(base: BaseFolder, prompts: list[str], tokens: int, device: torch.devi
     ids = _token_ids(tokenizer, prompts, tokens)
     if int(ids.max()) >= encoder.config.vocab_size:
         raise IcmsrError(
-            f"{base.path}: the tokenizer knows token {int(ids.max())}, the text encoder {encoder.config.vocab_size} "
-            "tokens: use the tokenizer that belongs to the text encoder"
+            f"{base.path}: the tokenizer gives token {int(ids.max())}, but the text encoder has only "
+            f"{encoder.config.vocab_size}: use the tokenizer that belongs to this text encoder"
         )
     torch.nn.Module.to(encoder, device)
     embedded = torch.empty(len(prompts), tokens, int(base.unet_config["cross_attention_dim"]))
@@ -96,8 +96,8 @@ def check_prompts(base: BaseFolder) -> int:
     folder = base.path / "text_encoder"
     if not folder.is_dir() or not (base.path / "tokenizer").is_dir():
         raise IcmsrError(
-            f"{base.path}: text needs a base with a text encoder, and {base.info.name} lacks text_encoder/ or "
-            "tokenizer/: choose a whole Stable Diffusion folder or a hub id"
+            f"{base.path}: a text prompt needs a base with a text encoder, and {base.info.name} has no "
+            "text_encoder/ or tokenizer/: choose a full Stable Diffusion folder or a hub id"
         )
     _weights_variant(folder)
     tokenizer = base.path / "tokenizer"
@@ -137,7 +137,7 @@ def _load_text_encoder(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise IcmsrError(
-            f"text prompts need transformers ({error}): pip install transformers, or install the extra text"
+            f"text prompts need the package transformers ({error}): pip install transformers, or icm-sr[text]"
         ) from error
     folder = path / "text_encoder"
     options: dict[str, Any] = {
@@ -204,10 +204,12 @@ def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise IcmsrError(f"{path}: not a readable cache of prompts ({error}): delete it or name another") from error
+        raise IcmsrError(
+            f"{path}: the prompt cache cannot be read ({error}): delete it or choose another name"
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise IcmsrError(f"{path}: not a cache of prompts, and it would be overwritten: name another file")
+        raise IcmsrError(f"{path}: this file is not a prompt cache and would be overwritten: choose another name")
     if any(metadata.get(key) != value for key, value in hashes.items()):
-        log.info("%s: other prompts or another text encoder: embedding anew", path)
+        log.info("%s: made from other prompts or another text encoder: embedding again", path)
         return None
     return read_tensors(path)[0]["prompts"].clone()

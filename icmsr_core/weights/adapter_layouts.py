@@ -82,15 +82,14 @@ def read_adapter(path: Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
         light = {_LIGHT_BODY.sub(r"body.\1.body.\2.", key): value for key, value in tensors.items()}
         return _light_layout(path, light, description), light
     raise IcmsrError(
-        f"{path}: not a T2I-Adapter: its tensors are those of neither a full nor a light one, "
-        f"found {first_names(sorted(tensors))}"
+        f"{path}: not a T2I-Adapter, full or light: found {first_names(sorted(tensors))}: choose another file"
     )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Tensors in float32 under the file's own names, and what it or its folder says of them: possibly nothing."""
     if path.suffix not in ADAPTER_EXTENSIONS:
-        raise IcmsrError(f"{path}: adapters are files of the kinds {', '.join(ADAPTER_EXTENSIONS)}")
+        raise IcmsrError(f"{path}: an adapter file must end in one of {', '.join(ADAPTER_EXTENSIONS)}")
     if path.suffix == ADAPTER_EXTENSIONS[0]:
         values: dict[str, Any]
         values, metadata = read_tensors(path)
@@ -104,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_sparse
     ]
     if wrong:
-        raise IcmsrError(f"{path}: not a network's weights: no tensors of floating numbers in {first_names(wrong)}")
+        raise IcmsrError(f"{path}: an adapter must hold float tensors only, these are not: {first_names(wrong)}")
     if description is None and path.name.split(".")[0] == DIFFUSERS_STEM:
         config = path.parent / CONFIG_FILE
         description = _json(config, config.read_text(errors="replace")) if config.is_file() else None

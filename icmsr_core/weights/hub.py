@@ -67,8 +67,8 @@ def _downloader(name: str) -> Any:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise IcmsrError(
-            f"{name}: no such file or folder, and to fetch it huggingface_hub is needed ({error}): "
-            "pip install huggingface_hub, or name a folder"
+            f"{name}: no such file or folder; to fetch a base from the Hugging Face hub, pip install huggingface_hub "
+            f"({error})"
         ) from error
 
     def fetch(patterns: list[str]) -> Path:
@@ -77,7 +77,7 @@ def _downloader(name: str) -> Any:
         except Exception as error:  # of several libraries: its own, the HTTP client's, the operating system's
             reason = " ".join(str(error).split()[:30]) or type(error).__name__
             raise IcmsrError(
-                f"{name}: no file or folder here, and not to be had from the Hugging Face hub ({reason}): check the "
+                f"{name}: not found here, and the Hugging Face hub did not give it ({reason}): check the "
                 f"name (such as {SD_HUB_IDS['sd21']}), or download it first and name the folder"
             ) from error
 

@@ -21,7 +21,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        raise IcmsrError(f"{path}: is a .safetensors, this kind of checkpoint is a pickle: a LoRA file is of kind lora")
+        raise IcmsrError(
+            f"{path}: is a .safetensors file, this kind of checkpoint is a pickle: for a LoRA file use the kind lora"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a newer pickle protocol: what cannot be read is refused below
@@ -32,9 +34,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         # torch's own text advises to switch the protection off, so it is not passed on.
         asked = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         raise IcmsrError(
-            f"{path}: refused, and nothing in it was run: this pickle is not made of plain tensors alone"
-            f"{f', it asks for {asked[1]}' if asked else ''}: get the checkpoint from its authors"
+            f"{path}: refused, and no code in it was run: this pickle holds more than plain tensors"
+            f"{f' ({asked[1]})' if asked else ''}: get the checkpoint from its authors"
         ) from error
     if not isinstance(values, dict):
-        raise IcmsrError(f"{path}: a checkpoint is a dictionary, got {type(values).__name__}")
+        raise IcmsrError(f"{path}: expected a dictionary of tensors, got {type(values).__name__}: download it again")
     return values

@@ -75,8 +75,8 @@ def unknown_family(where: str, found: Mapping[str, Any], way_out: str) -> IcmsrE
     """The error for a UNet of no known family: `found` is what it is, `way_out` what to do about it."""
     families = ", ".join(f"{family} with {context}" for context, family in SD_FAMILIES.items())
     return IcmsrError(
-        f"{where}: of no known family, found {', '.join(f'{key} {value}' for key, value in found.items())}; known are "
-        f"UNets of the widths {list(SD_WIDTHS)} with 4 channels ({families}): {way_out}"
+        f"{where}: unknown model family, its UNet has {', '.join(f'{key} {value}' for key, value in found.items())}; "
+        f"supported are widths {list(SD_WIDTHS)} with 4 channels ({families}): {way_out}"
     )
 
 

@@ -152,8 +152,8 @@ def write_damaged(folder: Path) -> dict[str, tuple[Path, str]]:
         "nan": (written("nan.safetensors", nan), "NaN or infinite values in adapter.body.1.resnets.0.block1.bias"),
         "truncated": (truncated, "not a readable .safetensors file"),
         "truncated pickle": (folder / "truncated.pth", "truncated, damaged or not written by torch.save"),
-        "code": (folder / "code.pth", "refused, and nothing in it was run"),
-        "no tensors": (folder / "no tensors.bin", "no tensors of floating numbers in step, weights"),
+        "code": (folder / "code.pth", "refused, and no code in it was run"),
+        "no tensors": (folder / "no tensors.bin", "these are not: step, weights"),
         "vae": (written("vae.safetensors", vae), "not a T2I-Adapter: its tensors are those of neither"),
         "lora": (written("lora.safetensors", lora), "not a T2I-Adapter"),
         "contradiction": (

@@ -87,8 +87,8 @@ def test_without_a_compiler_the_error_comes_before_the_model(tmp_path, monkeypat
 
 
 def test_other_devices(monkeypatch) -> None:
-    with pytest.raises(IcmsrError, match="the device is mps: go without"):
+    with pytest.raises(IcmsrError, match="the device is mps: run without"):
         compilation.check_compiler(torch.device("mps"))
     monkeypatch.setattr("icmsr_core.runtime.compilation.find_spec", lambda _: None)
-    with pytest.raises(IcmsrError, match="needs the package triton with CUDA"):
+    with pytest.raises(IcmsrError, match="on CUDA needs the package triton"):
         compilation.check_compiler(torch.device("cuda"))

@@ -109,8 +109,8 @@ def test_a_base_without_a_text_encoder_takes_no_prompt(promptless, source, tmp_p
         model = ["--model", str(promptless)] if base != "nano" else []
         assert main(["upscale", str(source), str(tmp_path / "o.png"), "--base", base, *model, "--prompt", "a"]) == 1
         error = capsys.readouterr().err
-        assert f"text needs a base with a text encoder, and {name} lacks text_encoder/" in error
-        assert "choose a whole Stable Diffusion folder or a hub id" in error
+        assert f"text prompt needs a base with a text encoder, and {name} has no text_encoder/" in error
+        assert "choose a full Stable Diffusion folder or a hub id" in error
         assert error.count("\n") == 1
 
 
@@ -118,8 +118,8 @@ def test_where_transformers_is_missing_the_error_names_it(base, promptless, sour
     monkeypatch.setitem(sys.modules, "transformers", None)
     arguments = ["upscale", str(source), str(source.with_name("o.png")), *files(promptless, base)]
     assert main([*arguments, "--prompt", ""]) == 1
-    assert "text prompts need transformers" in (error := capsys.readouterr().err)
-    assert "install the extra text" in error
+    assert "text prompts need the package transformers" in (error := capsys.readouterr().err)
+    assert "icm-sr[text]" in error
 
 
 def test_an_import_may_take_its_prompt_along(base, lora, source, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_an_import_s_prompt_needs_a_base_with_a_text_encoder(base, lora, tmp_pat
         (ImportSettings("sd21", prompt=""), "a prompt needs a text encoder, and that comes with a base: give --base"),
         (
             ImportSettings(base=write_sd_folder(tmp_path / "bare", "sd21", 10), prompt=""),
-            "text needs a base with a text encoder, and random sd21 lacks",
+            "text prompt needs a base with a text encoder, and random sd21 has no",
         ),
     ):
         with pytest.raises(IcmsrError, match=words):

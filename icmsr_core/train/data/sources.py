@@ -41,7 +41,7 @@ def folder_source(folder: str) -> Source:
         raise IcmsrError(f"{folder}: {'not a folder' if Path(folder).exists() else 'no such folder'} (data.folders)")
 
     def refuse(error: OSError) -> None:
-        raise IcmsrError(f"{error.filename}: cannot be read ({error.strerror}): mend it or leave it out")
+        raise IcmsrError(f"{error.filename}: cannot be read ({error.strerror}): fix its permissions or remove it")
 
     names: list[str] = []
     for here, below, files in os.walk(folder, onerror=refuse):
@@ -69,7 +69,7 @@ def list_source(file: str) -> Source:
         if name.startswith("#"):
             continue
         if not (root / name).is_file():
-            raise IcmsrError(f"{file}, line {number}: there is no file {root / name}: mend the line or take it out")
+            raise IcmsrError(f"{file}, line {number}: there is no file {root / name}: fix or remove the line")
         names.append(Path(os.path.normpath(name)).as_posix())
     if not names:
         raise IcmsrError(f"{file}: the list names no picture")

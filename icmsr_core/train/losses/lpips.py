@@ -132,8 +132,8 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
         found = sums[path] = _sha256(path)
         if found != known and not trust:
             raise IcmsrError(
-                f"{path}: SHA-256 {found}, the published file has {known}: get it again, or give --trust=true if you "
-                "mean to use other weights"
+                f"{path}: SHA-256 {found}, the published file has {known}: download it again, or pass "
+                "--trust=true to use these weights all the same"
             )
     tensors = {key: value for key, value in _read_pickle(vgg).items() if key.startswith("features.")}
     _check_keys(str(vgg), tensors, [key for key in _shapes() if key.startswith("features.")])
@@ -185,10 +185,12 @@ def _check_keys(name: str, tensors: Mapping[str, Tensor], expected: Iterable[str
     expected = list(expected)
     missing = [key for key in expected if key not in tensors]
     if missing:
-        raise IcmsrError(f"{name}: {len(missing)} missing tensors, the first is {missing[0]}: not the weights expected")
+        raise IcmsrError(f"{name}: not the expected weights: {len(missing)} tensors are missing, such as {missing[0]}")
     surplus = sorted(set(tensors) - set(expected))
     if surplus:
-        raise IcmsrError(f"{name}: {len(surplus)} surplus tensors, the first is {surplus[0]}: not the weights expected")
+        raise IcmsrError(
+            f"{name}: not the expected weights: {len(surplus)} tensors are unexpected, such as {surplus[0]}"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -204,8 +206,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a damaged file leads it into
         raise IcmsrError(
-            f"{path}: not a file of plain tensors ({type(error).__name__}); nothing in it was run: get it again"
+            f"{path}: not a file of plain tensors ({type(error).__name__}), no code in it was run: download it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise IcmsrError(f"{path}: expected a dictionary of tensors, got {type(state).__name__} of other things")
+        raise IcmsrError(f"{path}: expected a dictionary of tensors only, got another {type(state).__name__}")
     return state

@@ -46,7 +46,9 @@ class PerceptualConfig:
         if self.kind not in KINDS:
             raise IcmsrError(f"perceptual.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.levels < 1:
-            raise IcmsrError(f"perceptual.levels must be 1 or more, got {self.levels}: to leave it out set kind=none")
+            raise IcmsrError(
+                f"perceptual.levels must be 1 or more, got {self.levels}: to train without, set perceptual.kind to none"
+            )
         if self.kind == "lpips" and not (self.weights and Path(self.weights).is_file()):
             raise IcmsrError(
                 "perceptual.weights must be the path of the converted LPIPS file when perceptual.kind is lpips, got "

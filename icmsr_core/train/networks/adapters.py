@@ -93,7 +93,7 @@ def check_adapter(path: Path, channels_in: int, factor: int, widths: Sequence[in
     if made != list(widths):
         raise IcmsrError(f"{path}: the adapter is for a UNet of widths {made}, the base has {list(widths)}")
     if config["downscale_factor"] not in (0, factor):
-        raise IcmsrError(f"{path}: the adapter shrinks by {config['downscale_factor']}, the base's latent by {factor}")
+        raise IcmsrError(f"{path}: the adapter downscales by {config['downscale_factor']}, the base's VAE by {factor}")
     trained = config.get("structure")
     if structure is not None and trained and trained != structure:
         raise IcmsrError(f"{path}: the adapter was trained for {trained}, the condition is {structure}")
@@ -123,7 +123,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     """Public adapters come as pickles."""
     state = read_pickle(path)
     if not all(isinstance(value, Tensor) for value in state.values()):
-        raise IcmsrError(f"{path}: not the weights of a network by name: download it again")
+        raise IcmsrError(f"{path}: must hold tensors only: download it again")
     return state
 
 

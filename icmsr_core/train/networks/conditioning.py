@@ -126,7 +126,7 @@ class ConditionConfig(StructureConfig):
         if weights and len(weights) != len(self.adapters):
             raise IcmsrError(f"adapter_weights needs one weight per adapter ({len(self.adapters)}), got {len(weights)}")
         if self.guidance != 1 and self.kind == "none":
-            raise IcmsrError(f"guidance needs a condition, got {self.guidance} with condition none")
+            raise IcmsrError(f"guidance must be 1 with the condition none, got {self.guidance}")
         if self.kind in WITHOUT_ADAPTER and self.adapters:
             raise IcmsrError(f"the condition {self.kind} takes no adapters, got {list(self.adapters)}")
 

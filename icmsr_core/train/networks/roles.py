@@ -152,7 +152,7 @@ class Roles:
 
     def _activate(self, role: Role) -> None:
         if role != "teacher" and role not in self.ranks:
-            raise IcmsrError(f"this network plays teacher, {', '.join(self.ranks)}: got {role!r}")
+            raise IcmsrError(f"role must be one of teacher, {', '.join(self.ranks)}, got {role!r}")
         self._role = role
         for name, layer in self._layers.items():
             # peft's public switches set requires_grad as well; these two are what its layers look at in forward.
@@ -161,7 +161,9 @@ class Roles:
                 layer._active_adapter = [role]
             active = [] if layer.disable_adapters else list(layer.active_adapters)
             if active != ([] if role == "teacher" else [role]):
-                raise IcmsrError(f"{name}: active adapters are {active} in the role {role}: this peft is not supported")
+                raise IcmsrError(
+                    f"{name}: in the role {role} peft runs the adapters {active}: use another version of peft"
+                )
 
 
 def predict(network: nn.Module, noisy: Tensor, t: Tensor, context: Tensor, features: Sequence[Tensor] | None) -> Tensor:

@@ -66,7 +66,7 @@ class MetricsLog:
         forget the same steps. Raises `IcmsrError` after a `write`.
         """
         if self._written:
-            raise IcmsrError("truncate_after must come before the first write: open the log anew")
+            raise IcmsrError("truncate_after must come before the first write: open the log again")
         first = images + 1 if images > 0 else 0
         self._purge_step = first
         if self.path.exists():

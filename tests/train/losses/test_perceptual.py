@@ -223,8 +223,11 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("features.28.bias"), "missing tensors, the first is features.28.bias"),
-        (lambda state: state.update({"features.30.weight": torch.zeros(1)}), "surplus tensors.*features.30.weight"),
+        (lambda state: state.pop("features.28.bias"), "tensors are missing, such as features.28.bias"),
+        (
+            lambda state: state.update({"features.30.weight": torch.zeros(1)}),
+            "tensors are unexpected.*features.30.weight",
+        ),
         (lambda state: state.update({"features.0.bias": torch.zeros(32)}), r"features.0.bias is \[32\], expected \[64"),
         (lambda state: state["features.0.bias"].fill_(float("nan")), "features.0.bias holds"),
         (lambda state: state.update({"features.0.bias": "text"}), "dictionary of tensors"),
@@ -269,7 +272,7 @@ def test_loading_refuses_other_files(converted, tmp_path):
         load_lpips(path)
     del tensors["heads.4"]
     write_tensors(path, tensors, {"format": "icmsr-lpips", "icmsr": '{"format_version": 1}'})
-    with pytest.raises(IcmsrError, match=r"missing tensors, the first is heads\.4"):
+    with pytest.raises(IcmsrError, match=r"tensors are missing, such as heads\.4"):
         load_lpips(path)
 
 

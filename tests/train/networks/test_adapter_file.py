@@ -177,7 +177,7 @@ def test_an_adapter_that_does_not_fit(saved, form):
         check_adapter(path, 3, 8, WIDTHS)
     with pytest.raises(IcmsrError, match=r"widths \[32, 64\], the base has \[32, 64, 64\]"):
         check_adapter(path, 4, 8, [32, 64, 64])
-    with pytest.raises(IcmsrError, match="shrinks by 8, the base's latent by 4"):
+    with pytest.raises(IcmsrError, match="downscales by 8, the base's VAE by 4"):
         check_adapter(path, 4, 4, WIDTHS)
     for other in (
         {**STRUCTURE, "cells": 16},

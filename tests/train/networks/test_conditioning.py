@@ -203,7 +203,7 @@ def test_features_follow_the_precision_of_the_base(tmp_path):
         ({"cells": 65}, "between 1 and 64, got 65"),
         ({"source": "guess"}, "truth, input, got 'guess'"),
         ({"adapters": ("a",), "adapter_weights": (1.0, 1.0)}, r"one weight per adapter \(1\), got 2"),
-        ({"kind": "none", "guidance": 2.0}, "guidance needs a condition, got 2.0"),
+        ({"kind": "none", "guidance": 2.0}, "guidance must be 1 with the condition none, got 2.0"),
         ({"kind": "none", "adapters": ("a",)}, r"none takes no adapters, got \['a'\]"),
         ({"kind": "text", "adapters": ("a",)}, r"text takes no adapters, got \['a'\]"),
     ],

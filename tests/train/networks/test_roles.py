@@ -235,7 +235,7 @@ def test_a_peft_that_ignores_the_switch_is_refused(monkeypatch, name):
     roles = roles_on(tiny_unet())
     stuck = {"active_adapters": ["generator"], "disable_adapters": True}
     monkeypatch.setattr(BaseTunerLayer, name, property(lambda _: stuck[name]))
-    words = r"active adapters are .* in the role auxiliary: this peft is not supported"
+    words = r"in the role auxiliary peft runs the adapters .*: use another version"
     with pytest.raises(IcmsrError, match=words), roles.use("auxiliary"):
         pass
 
