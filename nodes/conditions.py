@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from .loaders import CATEGORY
+from .category import CATEGORY
 from .native.sockets import to_image, to_pictures
 
 

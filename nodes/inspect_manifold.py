@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import comfy.utils
 import torch
@@ -14,11 +15,15 @@ from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.pictures.ranges import unit_to_signed
 from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
 from ..icmsr_core.upscale.tiling import plan_tiles
-from .loaders import CATEGORY
-from .native.adapter_features import AdapterFeatures, check_hint, condition_inputs
+from .category import CATEGORY
 from .native.backbone import ComfyBackbone
+from .native.condition import Condition, condition_inputs
+from .native.core_objects import Conditioning, Model, Vae
 from .native.description import ModelDescription, describe
 from .native.sockets import to_image, to_pictures
+
+if TYPE_CHECKING:
+    from ..icmsr_core.pictures.files import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -95,34 +100,43 @@ class InspectManifold(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        vae,
+        model: Model,
+        vae: Vae,
         image: Tensor,
         timesteps: str = "200, 500, 800",
         seed: int = 0,
-        control_net=None,
+        control_net: object = None,
         hint: Tensor | None = None,
         strength: float = 1.0,
-        conditioning=None,
+        conditioning: Conditioning | None = None,
     ) -> io.NodeOutput:
-        chosen = parse_timesteps(timesteps)
-        check_hint(control_net, hint, image.shape[0])
+        levels = NoiseLevels(parse_timesteps(timesteps), seed)
+        condition = Condition.connected(control_net, hint, strength, image.shape[0])
         description = describe(model)
         _check_prior(description, conditioning is not None)
-        for t in chosen:
+        for t in levels.timesteps:
             description.descriptor.schedule.check_timestep(t)
         pictures = to_pictures(image)
         size = _size_to_show(*pictures.shape[-2:])
         label = "truth" if size == pictures.shape[-2:] else "truth, shrunk"
-        rows = 1 if control_net is None else 2
-        bar = comfy.utils.ProgressBar(len(pictures) * rows * len(chosen))
+        rows = 1 if condition is None else 2
+        bar = comfy.utils.ProgressBar(len(pictures) * rows * len(levels.timesteps))
         grids = []
         with ComfyBackbone(model, vae, conditioning, bare=True) as backbone:
             for index, picture in enumerate(pictures.split(1)):
-                picture = resize(picture, *size)
-                shown = None if hint is None else hint[index % len(hint)][None].movedim(-1, 1)  # one hint, or each
-                grids.append(_grid(backbone, picture, label, chosen, seed, control_net, shown, strength, bar))
+                view = PriorView(backbone, resize(picture, *size), levels, bar)
+                grids.append(view.grid(label, condition, index))
         return io.NodeOutput(to_image(torch.cat(grids)))
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """How a picture is noised."""
+
+    timesteps: tuple[int, ...]
+    """One for each column of the grid."""
+    seed: int
+    """Of the noise, which is the same at all timesteps."""
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
@@ -159,57 +173,55 @@ def _size_to_show(height: int, width: int) -> tuple[int, int]:
     return shown
 
 
-def _grid(
-    backbone: ComfyBackbone,
-    picture: Tensor,
-    label: str,
-    timesteps: Sequence[int],
-    seed: int,
-    control_net,
-    hint: Tensor | None,
-    strength: float,
-    bar: comfy.utils.ProgressBar,
-) -> Tensor:
-    """The grid [1, 3, h, w] of one picture [1, 3, H, W] in [0, 1], called `label` there; `hint` is [1, C, H', W']."""
-    # OpenCV draws it: only once it is needed.
-    from ..icmsr_core.measures.manifold import clean_estimates, decoded_pictures, manifold_grid, seeded_noise
-    from ..icmsr_core.pictures.files import FloatArray, from_tensor, to_tensor
+class PriorView:
+    """One picture [1, 3, H, W] in [0, 1] as the prior of `backbone` sees it through noise."""
 
-    descriptor, (height, width) = backbone.descriptor, picture.shape[-2:]
+    def __init__(
+        self, backbone: ComfyBackbone, picture: Tensor, levels: NoiseLevels, bar: comfy.utils.ProgressBar
+    ) -> None:
+        # OpenCV draws the grid, so its module is imported only once it is needed.
+        from ..icmsr_core.measures.manifold import seeded_noise
 
-    def decoded(latent: Tensor) -> FloatArray:
-        return decoded_pictures(backbone, latent)[0][:height, :width]
+        self._backbone, self._picture, self._timesteps, self._bar = backbone, picture, levels.timesteps, bar
+        self._size: tuple[int, int] = (picture.shape[2], picture.shape[3])
+        self._latent = backbone.encode(unit_to_signed(pad_to_multiple(picture, backbone.descriptor.multiple_of)))
+        self._noise = seeded_noise(self._latent, levels.seed)
 
-    def estimates(features: list[Tensor] | None) -> list[Tensor]:
+    def grid(self, label: str, condition: Condition | None, index: int) -> Tensor:
+        """The grid [1, 3, h, w]; the picture has the number `index` of its batch and is called `label`."""
+        from ..icmsr_core.measures.manifold import manifold_grid
+        from ..icmsr_core.pictures.files import from_tensor, to_tensor
+
+        schedule = self._backbone.descriptor.schedule
+        latents = {
+            "noised": [schedule.add_noise(self._latent, self._noise, t) for t in self._timesteps],
+            "no condition": self._estimates(None),
+        }
+        maps = {"noised": {"its latent, decoded": self._decoded(self._latent)}}
+        if condition is not None:
+            features = condition.features(index, self._size, self._backbone)
+            whole = plan_tiles(*self._latent.shape[-2:], max(self._latent.shape[-2:]), 0)
+            latents["with condition"] = self._estimates(features(whole.boxes))
+            shown = _shown(condition.hint_of(index), *self._size)
+            maps["with condition"] = {name: from_tensor(picture) for name, picture in shown.items()}
+        rows = {name: [self._decoded(one) for one in some] for name, some in latents.items()}
+        return to_tensor(manifold_grid(from_tensor(self._picture), self._timesteps, rows, maps, label))
+
+    def _estimates(self, features: list[Tensor] | None) -> list[Tensor]:
+        """The clean estimate of the picture's latent at each timestep."""
+        from ..icmsr_core.measures.manifold import clean_estimates
+
         found = []
-        for t in timesteps:
-            found += clean_estimates(backbone, latent, [t], noise, features)
-            bar.update(1)
+        for t in self._timesteps:
+            found += clean_estimates(self._backbone, self._latent, [t], self._noise, features)
+            self._bar.update(1)
         return found
 
-    padded = pad_to_multiple(picture, descriptor.multiple_of)
-    latent = backbone.encode(unit_to_signed(padded))
-    noise = seeded_noise(latent, seed)
-    latents = {
-        "noised": [descriptor.schedule.add_noise(latent, noise, t) for t in timesteps],
-        "no condition": estimates(None),
-    }
-    maps: dict[str, dict[str, FloatArray]] = {"noised": {"its latent, decoded": decoded(latent)}}
-    if hint is not None:
-        features = AdapterFeatures(
-            control_net,
-            hint,
-            (height, width),
-            descriptor.multiple_of,
-            strength=strength,
-            dtype=backbone.dtype,
-            keep=False,
-        )
-        whole = plan_tiles(*latent.shape[-2:], max(latent.shape[-2:]), 0)
-        latents["with condition"] = estimates(features(whole.boxes))
-        maps["with condition"] = {name: from_tensor(shown) for name, shown in _shown(hint, height, width).items()}
-    rows = {name: [decoded(one) for one in some] for name, some in latents.items()}
-    return to_tensor(manifold_grid(from_tensor(picture), timesteps, rows, maps, label))
+    def _decoded(self, latent: Tensor) -> FloatArray:
+        from ..icmsr_core.measures.manifold import decoded_pictures
+
+        height, width = self._size
+        return decoded_pictures(self._backbone, latent)[0][:height, :width]
 
 
 def _shown(hint: Tensor, height: int, width: int) -> dict[str, Tensor]:

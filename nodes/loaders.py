@@ -11,7 +11,9 @@ from ..icmsr_core.weights.base import open_base
 from ..icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
 from ..icmsr_core.weights.generator_file import load_generator
 from ..icmsr_core.weights.merging import MAX_FIDELITY
+from .category import CATEGORY
 from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
+from .native.core_objects import Model, Vae
 from .native.description import ATTACHMENT, ModelDescription
 from .native.folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
 from .native.generator_patches import apply_generator
@@ -19,7 +21,6 @@ from .native.models import load_unet, load_vae
 
 log = logging.getLogger(__name__)
 
-CATEGORY = "image/upscaling/ICM-SR"
 FIDELITY_RANGE = {"default": 1.0, "min": 0.0, "max": MAX_FIDELITY, "step": 0.05}
 GENERATOR_FOLDERS = (FOLDER, "loras")
 NO_ADAPTER = "none"
@@ -131,11 +132,13 @@ class ApplyGenerator(io.ComfyNode):
         return embedded_generator() if generator == EMBEDDED else find_file(generator, *GENERATOR_FOLDERS)
 
     @classmethod
-    def fingerprint_inputs(cls, generator: str, **others) -> str:
+    def fingerprint_inputs(cls, generator: str, **others: object) -> str:
         return file_stamp(cls._path(generator))
 
     @classmethod
-    def execute(cls, model, vae, generator: str, strength: float = 1.0, fidelity: float = 1.0) -> io.NodeOutput:
+    def execute(
+        cls, model: Model, vae: Vae, generator: str, strength: float = 1.0, fidelity: float = 1.0
+    ) -> io.NodeOutput:
         weights = load_generator(cls._path(generator))
         patched = apply_generator(model, vae, weights, generator, strength, fidelity)
         notes = weights.info.notes

@@ -23,9 +23,10 @@ from ..icmsr_core.upscale.one_step import (
     upscale,
 )
 from ..icmsr_core.upscale.sizes import padded_size
-from .loaders import CATEGORY
-from .native.adapter_features import AdapterFeatures, check_hint, condition_inputs
+from .category import CATEGORY
 from .native.backbone import ComfyBackbone
+from .native.condition import AdapterFeatures, Condition, condition_inputs
+from .native.core_objects import Conditioning, Model, Vae
 from .native.sockets import to_image, to_pictures
 
 log = logging.getLogger(__name__)
@@ -134,92 +135,96 @@ class Upscale(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        vae,
+        model: Model,
+        vae: Vae,
         image: torch.Tensor,
         scale: float = 4.0,
         tile: int = 512,
         overlap: int = 128,
         color_fix: str = "wavelet",
         tile_batch: int = 1,
-        control_net=None,
+        control_net: object = None,
         hint: torch.Tensor | None = None,
         strength: float = 1.0,
-        conditioning=None,
+        conditioning: Conditioning | None = None,
         vae_mode: str = "auto",
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
             scale=scale, tile=tile, overlap=overlap, batch=tile_batch or 1, color_fix=color_fix, vae=vae_mode
         )
-        check_hint(control_net, hint, image.shape[0])
+        condition = Condition.connected(control_net, hint, strength, image.shape[0])
         if strength == 0:
-            control_net = hint = None
+            condition = None
         with ComfyBackbone(model, vae, conditioning) as backbone:
             if tile_batch == 0:
                 size = settings.target_size(*image.shape[1:3])
                 plan = make_plan(backbone, *padded_size(*size, backbone.descriptor), settings)
                 settings = replace(settings, batch=backbone.tiles_together(plan))
-            return io.NodeOutput(_upscale_batch(backbone, image, settings, control_net, hint, strength))
+            return io.NodeOutput(_Batch(backbone, image, settings, condition).upscaled())
 
 
-def _upscale_batch(
-    backbone: ComfyBackbone,
-    image: torch.Tensor,
-    settings: UpscaleSettings,
-    control_net,
-    hint: torch.Tensor | None,
-    strength: float,
-) -> torch.Tensor:
-    """The result for every picture of the IMAGE, each on its own, with one progress bar over all their tiles.
+class _Batch:
+    """The pictures of an IMAGE, upscaled one by one with one progress bar over the tiles of all.
 
-    The result is one tensor from the start, so that beside it memory holds one picture at a time. A picture that does
-    not fit is begun again with smaller tiles, which the rest of the batch keeps; those before it stand.
+    A picture that does not fit into memory is started again with smaller tiles, and so are those after it.
     """
-    count, height, width = image.shape[:3]
-    result = _empty_image(count, *settings.target_size(height, width))
-    _check_finite(image)
-    bar, before = comfy.utils.ProgressBar(count), 0
-    features: AdapterFeatures | None = None
-    for index in range(count):
-        picture = to_pictures(image[index : index + 1])
+
+    def __init__(
+        self, backbone: ComfyBackbone, image: torch.Tensor, settings: UpscaleSettings, condition: Condition | None
+    ) -> None:
+        self._backbone, self._image, self._condition = backbone, image, condition
+        self._settings = settings  # for the next picture
+        self._features: AdapterFeatures | None = None
+        self._bar = comfy.utils.ProgressBar(image.shape[0])
+        self._done = 0  # steps of the bar, for the pictures that are finished
+
+    def upscaled(self) -> torch.Tensor:
+        """The results as one IMAGE, which is the only memory that grows with the batch."""
+        count, height, width = self._image.shape[:3]
+        result = _empty_image(count, *self._settings.target_size(height, width))
+        _check_finite(self._image)
+        for index in range(count):
+            result[index] = self._upscale_until_it_fits(index)
+            self._done += self._steps()
+        return result
+
+    def _upscale_until_it_fits(self, index: int) -> torch.Tensor:
         while True:
-            tiles = count_tiles(backbone, height, width, settings)
-            total = before + (count - index) * tiles
-            if control_net is not None and (features is None or hint.shape[0] > 1):
-                features = AdapterFeatures(
-                    control_net,
-                    hint[index : index + 1].movedim(-1, 1),
-                    settings.target_size(height, width),
-                    backbone.descriptor.multiple_of,
-                    strength=strength,
-                    dtype=backbone.dtype,
-                    keep=hint.shape[0] == 1 and count > 1,
-                )
-
-            def progress(done: int, _own: int, before: int = before, total: int = total) -> None:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                bar.update_absolute(before + done, total)
-
+            smaller = _smaller(self._settings)
             try:
-                result[index] = to_image(upscale(backbone, picture, settings, progress=progress, features=features))[0]
-                break
+                return self._upscale(index)
             except Exception as error:
                 comfy.model_management.raise_non_oom(error)
-                smaller = _smaller(settings)
                 if smaller is None:
                     raise
             # Out of the except block, where the error no longer holds the tensors that did not fit.
             log.warning(
                 "picture %d of %d: out of memory with %s: trying again with %s",
                 index + 1,
-                count,
-                _words(settings),
+                self._image.shape[0],
+                _words(self._settings),
                 _words(smaller),
             )
-            settings, features = smaller, None  # what is kept of an adapter belongs to the larger tiles
+            self._settings, self._features = smaller, None  # the kept features are those of the larger tiles
             comfy.model_management.soft_empty_cache()
-        before += tiles
-    return result
+
+    def _upscale(self, index: int) -> torch.Tensor:
+        """The result [H', W', 3] of one picture with the present settings."""
+        size, condition = self._settings.target_size(*self._image.shape[1:3]), self._condition
+        if condition is not None and (self._features is None or not condition.shared):
+            self._features = condition.features(index, size, self._backbone)
+        total = self._done + (self._image.shape[0] - index) * self._steps()
+
+        def progress(done: int, _own: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._bar.update_absolute(self._done + done, total)
+
+        picture = to_pictures(self._image[index : index + 1])
+        upscaled = upscale(self._backbone, picture, self._settings, progress=progress, features=self._features)
+        return to_image(upscaled)[0]
+
+    def _steps(self) -> int:
+        return count_tiles(self._backbone, *self._image.shape[1:3], self._settings)
 
 
 def _check_finite(image: torch.Tensor) -> None:

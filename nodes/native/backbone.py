@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -15,6 +16,7 @@ from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.upscale.tile_choice import batch_for
 from ...icmsr_core.upscale.tiling import TilePlan
+from .core_objects import Conditioning, Model, Patcher, Vae
 from .description import ATTACHMENT, ModelDescription, describe
 from .generator_patches import wrong_vae
 from .vae_steps import decoder_steps, encoder_steps, is_tiny
@@ -26,7 +28,7 @@ class ComfyBackbone:
     Only one network is asked for at a time, so that a card that holds one of them is enough.
     """
 
-    def __init__(self, model, vae, conditioning=None, *, bare: bool = False) -> None:
+    def __init__(self, model: Model, vae: Vae, conditioning: Conditioning | None = None, *, bare: bool = False) -> None:
         """Checks that the parts belong together; loads nothing. Raises `IcmsrError` that says what to connect.
 
         With `bare` a MODEL without a generator will do: the base's own prior, a checkpoint of core's loaders included.
@@ -51,12 +53,13 @@ class ComfyBackbone:
         config = model.model.model_config.unet_config
         self._layers: list[int] = list(config["num_res_blocks"])
         self._widths = [config["model_channels"] * factor for factor in config["channel_mult"]]
-        self._active, self._reserved, self._running = None, 0.0, False
+        self._active: Patcher | None = None
+        self._reserved, self._running = 0.0, False
 
     def __enter__(self) -> ComfyBackbone:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._running:
             self._model.cleanup()
             self._running = False
@@ -87,7 +90,7 @@ class ComfyBackbone:
             latent.to(device, dtype),
             torch.full((latent.shape[0],), float(timestep), device=device),
             context=self._context.to(device, dtype).expand(latent.shape[0], -1, -1),
-            control=None if features is None else self._control(latent, features, device, dtype),
+            control=None if features is None else self._control(latent, features),
             transformer_options=self._options(timestep),
         )
         return _finite(output.float(), "the UNet", dtype)
@@ -136,7 +139,7 @@ class ComfyBackbone:
         cells = [self._descriptor.latent_channels, rows.stop - rows.start, columns.stop - columns.start]
         return batch_for(len(plan), lambda count: patcher.memory_required([count, *cells]) <= room)
 
-    def _load(self, patcher, memory: float) -> None:
+    def _load(self, patcher: Patcher, memory: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._active is patcher and memory <= self._reserved:
             return
@@ -147,7 +150,7 @@ class ComfyBackbone:
             patcher.pre_run()
             self._running = True
 
-    def _options(self, timestep: int) -> dict:
+    def _options(self, timestep: int) -> dict[str, Any]:
         """The MODEL's transformer options as a sampler would pass them: a fresh copy, networks write into it."""
         options = comfy.utils.deepcopy_list_dict(self._model.model_options["transformer_options"])
         for name, own in (("wrappers", self._model.wrappers), ("callbacks", self._model.callbacks)):
@@ -155,7 +158,7 @@ class ComfyBackbone:
         sigmas = self._model.get_model_object("model_sampling").sigmas
         return {**options, "cond_or_uncond": [0], "sigmas": sigmas[timestep : timestep + 1]}
 
-    def _control(self, latent: Tensor, features: Sequence[Tensor], device, dtype) -> dict[str, list]:
+    def _control(self, latent: Tensor, features: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
         """Core's form of a T2I-Adapter's residuals, one for each level: a stack that the UNet pops block by block."""
         got = [tuple(feature.shape[1:]) for feature in features]
         height, width = latent.shape[-2:]
@@ -166,15 +169,15 @@ class ComfyBackbone:
             )
         blocks: list[Tensor | None] = []
         for layers, feature in zip(self._layers, features):
-            blocks += [None] * layers + [feature.to(device, dtype)]
+            blocks += [None] * layers + [feature.to(self._model.load_device, self.dtype)]
         return {"input": blocks[::-1]}
 
 
-def _context(model, description: ModelDescription, conditioning) -> Tensor:
+def _context(model: Model, description: ModelDescription, conditioning: Conditioning | None) -> Tensor:
     """The constant context [1, tokens, width]; a CONDITIONING goes before the generator's own."""
     width = model.model.model_config.unet_config["context_dim"]
     if conditioning is not None:
-        context = conditioning[0][0]
+        context: Tensor | None = conditioning[0][0]
         if context is None or context.shape[-1] != width:
             got = "nothing" if context is None else f"{context.shape[-1]} values a token"
             raise IcmsrError(

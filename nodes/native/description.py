@@ -12,6 +12,7 @@ from ...icmsr_core.backbone.protocol import BackboneDescriptor
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.generator_file import Generator
 from ...icmsr_core.weights.generator_fit import check_prior
+from .core_objects import Model
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,12 @@ class ModelDescription:
     """Whether that generator changed the VAE, so that the two outputs belong together."""
 
 
-def describe(model) -> ModelDescription:
+def describe(model: Model) -> ModelDescription:
     """The description attached to `model`, or one read off a Stable Diffusion 1.5 or 2.1 MODEL of core's loaders.
 
     Raises `IcmsrError` for a MODEL of any other kind.
     """
-    attached = model.get_attachment(ATTACHMENT)
+    attached: ModelDescription | None = model.get_attachment(ATTACHMENT)
     if attached is not None:
         return attached
     config = model.model.model_config.unet_config

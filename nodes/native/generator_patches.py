@@ -13,6 +13,7 @@ from torch import Tensor
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.generator_file import REALISTIC, Generator, PartWeights
 from ...icmsr_core.weights.merging import fidelity_to_use, misfit, not_for_this_base
+from .core_objects import Model, Patcher, Vae
 from .description import ATTACHMENT, describe, with_generator
 from .keys import native_unet_keys, native_vae_key, vae_levels
 
@@ -22,11 +23,14 @@ log = logging.getLogger(__name__)
 class Patches(NamedTuple):
     """One set of weights as patches by native parameter name."""
 
-    whole: dict[str, tuple]
+    whole: dict[str, tuple[str, tuple[Tensor]]]
+    """Tensors replaced whole, in core's form ("diff", (tensor,))."""
     low_rank: dict[str, comfy.weight_adapter.WeightAdapterBase]
 
 
-def apply_generator(model, vae, generator: Generator, name: str, strength: float = 1.0, fidelity: float = 1.0):
+def apply_generator(
+    model: Model, vae: Vae, generator: Generator, name: str, strength: float = 1.0, fidelity: float = 1.0
+) -> tuple[Model, Vae]:
     """Copies of `model` and `vae` with `generator`, called `name`, laid over them; the originals stay as they are.
 
     ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`weights/merging.py`).
@@ -78,7 +82,7 @@ def wrong_vae(got: int, expected: int) -> IcmsrError:
     )
 
 
-def _warn_of_eight_bits(name: str, model, sets: tuple[Patches, Patches]) -> None:
+def _warn_of_eight_bits(name: str, model: Model, sets: tuple[Patches, Patches]) -> None:
     """Core rounds what it merges to the precision of the weights it keeps, and in 8 bits that is most of a LoRA."""
     state = model.model_state_dict()
     keys = {key for patches in sets for part in patches for key in part}
@@ -132,7 +136,7 @@ def _squeezed(tensor: Tensor) -> tuple[int, ...]:
     return tuple(length for length in tensor.shape if length != 1)
 
 
-def _add(patcher, faithful: Patches, realistic: Patches, strength: float, fidelity: float) -> None:
+def _add(patcher: Patcher, faithful: Patches, realistic: Patches, strength: float, fidelity: float) -> None:
     """Puts the patches under those that are there already, so that a user's LoRA survives a tensor replaced whole.
 
     Core's patches never know W, which may be loaded, patched or cast: each multiplies it by one number and adds to it.

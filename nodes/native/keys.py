@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.utils
 
@@ -45,6 +46,6 @@ def vae_levels(state: Mapping[str, object]) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def native_unet_keys(unet_config: Mapping) -> dict[str, str]:
+def native_unet_keys(unet_config: Mapping[str, Any]) -> dict[str, str]:
     """Native name of every UNet parameter, by its diffusers name; some of them no given network has."""
     return comfy.utils.unet_to_diffusers(dict(unet_config))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.base import BaseFolder
+from .core_objects import Model, Vae
 from .keys import native_unet_keys, native_vae_key
 
 CORE_WIDTH = 320
@@ -27,7 +28,7 @@ CORE_VAE_WIDTH = 128
 """First width of Stable Diffusion's VAE, for which core's memory estimates hold."""
 
 
-def load_unet(base: BaseFolder):
+def load_unet(base: BaseFolder) -> Model:
     """The MODEL (a ModelPatcher) of `base`, in the precision that core chooses for the device.
 
     Raises `IcmsrError` when the configuration is not of Stable Diffusion's layout or a tensor does not fit.
@@ -52,7 +53,7 @@ def load_unet(base: BaseFolder):
     return patcher
 
 
-def load_vae(base: BaseFolder):
+def load_vae(base: BaseFolder) -> Vae:
     """The VAE of `base`, in the precision that core chooses for the device.
 
     Raises `IcmsrError` when the configuration has no native counterpart or a tensor does not fit.
@@ -118,7 +119,7 @@ def _silent_attention(width: int) -> dict[str, Tensor]:
     return state
 
 
-def _model_config(base: BaseFolder):
+def _model_config(base: BaseFolder) -> Any:
     """Core's model configuration for the UNet of `base`."""
     info, vae_config = base.info, base.vae_config
 
@@ -144,11 +145,11 @@ def _model_config(base: BaseFolder):
             "timesteps": info.steps,
         }
 
-        def model_type(self, state_dict, prefix=""):
+        def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> Any:
             kinds = comfy.model_base.ModelType
             return kinds.V_PREDICTION if info.prediction == "v" else kinds.EPS
 
-        def inpaint_model(self):
+        def inpaint_model(self) -> bool:
             return False  # BASE takes every UNet with more than 4 input channels for one
 
     return Config(native)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.ops
 import comfy.taesd.taesd
 import torch
@@ -23,7 +25,7 @@ from ...icmsr_core.backbone.vae_steps import (
 from ...icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 
 
-def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...]:
+def encoder_steps(vae: Any, device: torch.device) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv where it has one: [N, 3, H, W] to the moments [N, 2C, h, w].
 
     A tiny one gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `UnknownLayer` for a VAE of
@@ -45,7 +47,7 @@ def encoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...
     return (*steps, *_own_conv(vae, "quant_conv"))
 
 
-def decoder_steps(vae: torch.nn.Module, device: torch.device) -> tuple[Step, ...]:
+def decoder_steps(vae: Any, device: torch.device) -> tuple[Step, ...]:
     """The decoder of `vae` with its post_quant_conv where it has one: [N, C, h, w] to [N, 3, H, W].
 
     The rest is as in `encoder_steps`.
@@ -73,7 +75,7 @@ def is_tiny(vae: torch.nn.Module) -> bool:
     return isinstance(vae, comfy.taesd.taesd.TAESD)
 
 
-def _half(vae: torch.nn.Module, name: str) -> torch.nn.Module:
+def _half(vae: Any, name: str) -> Any:
     half = getattr(vae, name, None)
     if not all(hasattr(half, part) for part in ("conv_in", "mid", "norm_out", "conv_out")):
         raise UnknownLayer(
@@ -83,12 +85,12 @@ def _half(vae: torch.nn.Module, name: str) -> torch.nn.Module:
     return half
 
 
-def _own_conv(vae: torch.nn.Module, name: str) -> list[Step]:
+def _own_conv(vae: Any, name: str) -> list[Step]:
     module = getattr(vae, name, None)
     return [] if module is None else [conv_step(module)]
 
 
-def _level(level: torch.nn.Module, device: torch.device) -> list[Step]:
+def _level(level: Any, device: torch.device) -> list[Step]:
     steps: list[Step] = []
     for index, block in enumerate(level.block):
         steps.append(_block(block, device))
@@ -97,11 +99,11 @@ def _level(level: torch.nn.Module, device: torch.device) -> list[Step]:
     return steps
 
 
-def _middle(middle: torch.nn.Module, device: torch.device) -> list[Step]:
+def _middle(middle: Any, device: torch.device) -> list[Step]:
     return [_block(middle.block_1, device), *_attention(middle.attn_1, device), _block(middle.block_2, device)]
 
 
-def _block(block: torch.nn.Module, device: torch.device) -> Residual:
+def _block(block: Any, device: torch.device) -> Residual:
     main: list[Step] = []
     for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
         main += [_norm(norm, device), Pointwise(F.silu), conv_step(conv)]
@@ -109,13 +111,13 @@ def _block(block: torch.nn.Module, device: torch.device) -> Residual:
     return Residual(tuple(main), block.nin_shortcut if widens else None)
 
 
-def _attention(block: torch.nn.Module, device: torch.device) -> list[Step]:
+def _attention(block: Any, device: torch.device) -> list[Step]:
     if isinstance(block, torch.nn.Identity):  # taken out, as in the embedded VAE
         return []
     return [Residual((_norm(block.norm, device), Attention(block.q, block.k, block.v, block.proj_out)))]
 
 
-def _head(half: torch.nn.Module, device: torch.device) -> list[Step]:
+def _head(half: Any, device: torch.device) -> list[Step]:
     return [_norm(half.norm_out, device), Pointwise(F.silu), conv_step(half.conv_out)]
 
 
