@@ -364,6 +364,25 @@ def test_core_s_own_nodes_take_the_control_net(outcome):
     assert outcome.report["modules"] == []
 
 
+def rooms(outcome: Outcome, moment: str) -> set[str]:
+    """The folders of icmsr_core, and its single modules, that the pack has loaded at `moment`."""
+    return {name.split(".")[1] for name in outcome.report[f"modules {moment}"] if name.startswith("icmsr_core.")}
+
+
+@pytest.mark.comfy
+def test_importing_the_pack_loads_no_module_that_needs_opencv(outcome):
+    assert {"upscale", "weights", "tiled_vae"} <= rooms(outcome, "at import")
+    opencv = {"icmsr_core.conditions", "icmsr_core.pictures.panels", "icmsr_core.pictures.files", "icmsr_core.measures"}
+    assert not opencv & set(outcome.report["modules at import"])
+
+
+@pytest.mark.comfy
+def test_inspect_manifold_loads_nothing_of_the_command_line_or_of_training(outcome):
+    loaded = rooms(outcome, "at the end")
+    assert "measures" in loaded  # Inspect Manifold ran
+    assert not {"cli", "runtime", "exchange", "train"} & loaded
+
+
 @pytest.mark.comfy
 def test_a_batch_is_looked_at_picture_by_picture(outcome):
     seen, alone = outcome.results["seen"], outcome.results["seen alone"]

@@ -21,7 +21,7 @@ job: Path = options.job
 inputs = load_file(job / "inputs.safetensors")
 wanted = json.loads((job / "wanted.json").read_text())
 results: dict[str, torch.Tensor] = {}
-report: dict = {"errors": {}, "loaded": {}}
+report: dict = {"errors": {}, "loaded": {}, "modules at import": comfy_process.loaded_modules(pack)}
 
 part = comfy_process.parts_of(pack)
 error_of = partial(comfy_process.note_error, report["errors"])
@@ -111,6 +111,7 @@ with torch.inference_mode():
         conditioning=prompt,
     )
 
+report["modules at the end"] = comfy_process.loaded_modules(pack)
 report["modules"] = [name for name in ("diffusers", "peft", "accelerate") if name in sys.modules]
 save_file({key: value.contiguous() for key, value in results.items()}, job / "results.safetensors")
 (job / "report.json").write_text(json.dumps(report, indent=1))

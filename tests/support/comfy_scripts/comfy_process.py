@@ -35,6 +35,13 @@ def parts_of(pack: ModuleType) -> Callable[[str], ModuleType]:
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
+def loaded_modules(pack: ModuleType) -> list[str]:
+    """Names of the pack's modules that are loaded now, such as nodes.upscale."""
+    return sorted(
+        name.removeprefix(f"{pack.__name__}.") for name in sys.modules if name.startswith(f"{pack.__name__}.")
+    )
+
+
 def load_base(part: Callable[[str], ModuleType], folder: Path):
     """MODEL and VAE of a base folder, described as ICMSR_LoadEmbedded describes its own."""
     description, native_models = part("nodes.native.description"), part("nodes.native.models")
