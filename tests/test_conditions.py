@@ -48,7 +48,7 @@ def cv2_colormap(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     ("height", "width", "grid"),
     [(1, 1, (1, 1)), (63, 65, (1, 1)), (500, 333, (7, 5)), (128, 192, (2, 3)), (512, 512, (8, 8)), (1, 640, (1, 10))],
 )
-def test_random_pictures_against_cv2(height: int, width: int, grid: tuple[int, int]) -> None:
+def test_maps_of_random_pictures_are_those_of_cv2(height: int, width: int, grid: tuple[int, int]) -> None:
     picture = noise(height, width)
     image = to_tensor(picture)
     colours, edges = colormap(image), canny_edges(image)
@@ -59,7 +59,7 @@ def test_random_pictures_against_cv2(height: int, width: int, grid: tuple[int, i
     assert np.array_equal(edges[0, 0].numpy() * 255, cv2.Canny(picture, 100, 200))
 
 
-def test_photograph_against_cv2(photo: np.ndarray) -> None:
+def test_maps_of_a_photograph_are_those_of_cv2(photo: np.ndarray) -> None:
     image = to_tensor(photo)
     assert torch.equal(colormap(image), to_tensor(cv2_colormap(photo, 7, 5)))
     assert torch.equal(colormap(image, cells=(8, 8)), to_tensor(cv2_colormap(photo, 8, 8)))
@@ -94,7 +94,7 @@ def test_training_grid_is_8x8_of_any_crop() -> None:
 
 @pytest.mark.parametrize("cells", [(1, 1), (1, 3), (5, 2), (8, 8), (16, 16), (64, 64)])
 @pytest.mark.parametrize("size", [64, 96, 512])
-def test_any_grid_on_any_crop(size: int, cells: tuple[int, int]) -> None:
+def test_any_grid_fits_any_crop(size: int, cells: tuple[int, int]) -> None:
     picture = noise(size, size, seed=size)
     for sampling, how in (("cubic", cv2.INTER_CUBIC), ("area", cv2.INTER_AREA)):
         result = colormap(to_tensor(picture), cells, sampling)
@@ -351,7 +351,7 @@ def test_a_further_structure_is_one_function(own_registry: Iterator[None]) -> No
     assert torch.equal(result[:, 2:], colormap(image))
 
 
-def test_registry_errors(own_registry: Iterator[None]) -> None:
+def test_unknown_and_wrong_structures_are_refused(own_registry: Iterator[None]) -> None:
     image = torch.zeros(1, 3, 64, 64)
     with pytest.raises(IcmsrError, match=r"'depth'.*colormap, edges"):
         structure("depth")

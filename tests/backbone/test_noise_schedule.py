@@ -30,13 +30,13 @@ def test_alphas_are_those_of_diffusers(kind: type) -> None:
     torch.testing.assert_close(schedule.alphas_cumprod, theirs.double(), rtol=2e-5, atol=0)
 
 
-def test_other_betas_and_steps_against_diffusers() -> None:
+def test_alphas_of_other_betas_and_steps_are_those_of_diffusers() -> None:
     other = {**SD, "beta_start": 0.0015, "beta_end": 0.0195, "num_train_timesteps": 50}
     theirs = DDPMScheduler(**other).alphas_cumprod
     torch.testing.assert_close(NoiseSchedule(0.0015, 0.0195, 50).alphas_cumprod, theirs.double(), rtol=2e-5, atol=0)
 
 
-def test_alphas_against_numpy() -> None:
+def test_alphas_are_the_running_product_of_one_minus_the_betas() -> None:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-12)
 
@@ -49,7 +49,7 @@ def test_last_timestep_has_the_published_alpha() -> None:
 
 
 @pytest.mark.parametrize("t", [0, 1, 200, 999])
-def test_add_noise_against_diffusers(t: int) -> None:
+def test_noised_latents_are_those_of_diffusers(t: int) -> None:
     x0, eps = noise(2, 3, 4, 5, dtype=torch.float32), noise(2, 3, 4, 5, seed=1, dtype=torch.float32)
     theirs = DDPMScheduler(**SD).add_noise(x0, eps, torch.tensor([t, t]))
     torch.testing.assert_close(schedule.add_noise(x0, eps, t), theirs, rtol=0, atol=2e-6)
@@ -57,7 +57,7 @@ def test_add_noise_against_diffusers(t: int) -> None:
 
 @pytest.mark.parametrize(("prediction", "theirs"), [("eps", "epsilon"), ("v", "v_prediction")])
 @pytest.mark.parametrize("t", [1, 250, 999])
-def test_clean_estimate_against_ddim(prediction: str, theirs: str, t: int) -> None:
+def test_clean_estimates_are_those_of_ddim(prediction: str, theirs: str, t: int) -> None:
     z, output = noise(1, 4, 6, 5, dtype=torch.float32), noise(1, 4, 6, 5, seed=1, dtype=torch.float32)
     scheduler = DDIMScheduler(**SD, prediction_type=theirs, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(1000)
@@ -67,7 +67,7 @@ def test_clean_estimate_against_ddim(prediction: str, theirs: str, t: int) -> No
 
 
 @pytest.mark.parametrize("t", [0, 500, 999])
-def test_velocity_against_diffusers(t: int) -> None:
+def test_velocity_is_that_of_diffusers(t: int) -> None:
     x0, eps = noise(2, 3, 2, 2, dtype=torch.float32), noise(2, 3, 2, 2, seed=1, dtype=torch.float32)
     theirs = DDPMScheduler(**SD).get_velocity(x0, eps, torch.tensor([t, t]))
     z = schedule.add_noise(x0.double(), eps.double(), t)
@@ -138,7 +138,7 @@ def test_a_schedule_first_used_in_inference_mode_still_trains() -> None:
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
-def test_timesteps_outside_the_schedule(t: int) -> None:
+def test_timesteps_outside_the_schedule_are_refused(t: int) -> None:
     z = noise(1, 1, 1, 1)
     for call in (
         lambda: schedule.check_timestep(t),
@@ -151,12 +151,12 @@ def test_timesteps_outside_the_schedule(t: int) -> None:
 
 
 @pytest.mark.parametrize("betas", [(0, 0.1), (0.2, 0.1), (0.1, 1.0), (-0.1, 0.1), (float("nan"), 0.1)])
-def test_betas_out_of_order(betas: tuple[float, float]) -> None:
+def test_betas_out_of_order_are_refused(betas: tuple[float, float]) -> None:
     with pytest.raises(IcmsrError, match="betas must satisfy"):
         NoiseSchedule(*betas)
 
 
-def test_a_schedule_without_steps() -> None:
+def test_a_schedule_without_steps_is_refused() -> None:
     with pytest.raises(IcmsrError, match="at least 1 step, got 0"):
         NoiseSchedule(steps=0)
 

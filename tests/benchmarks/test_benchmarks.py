@@ -40,7 +40,9 @@ def table(text: str) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
-def test_inference(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inference_prints_a_line_for_each_procedure_and_compares_their_times(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs.json"
     options = ["--width", str(NARROW), "--sizes", "64", "--runs", "2", "--warmup", "0", "--threads", "1"]
     assert load("inference").main([*options, "--clock", "cpu", "--json", str(out)]) == 0
@@ -71,7 +73,9 @@ def test_inference(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert more[2] == pytest.approx(1)
 
 
-def test_inference_with_a_tiny_vae(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inference_counts_the_operations_of_a_tiny_vae(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs.json"
     options = ["--models", "sd21", "--width", str(NARROW), "--sizes", "64", "--runs", "1", "--threads", "1"]
     assert load("inference").main([*options, "--warmup", "0", "--tiny", "--json", str(out)]) == 0
@@ -121,14 +125,16 @@ def test_a_line_that_fails_does_not_end_the_run(
         ("scaling", ["--aspect", "-1"], "--aspect must be above 0"),
     ],
 )
-def test_wrong_usage(load, script: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_end_with_2_and_name_the_value(
+    load, script: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         load(script).main(options)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_scaling(load, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_prints_time_and_memory_for_each_size(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert load("scaling").main(["--megapixels", "0.01", "0.02", "--aspect", "2", "--threads", "1"]) == 0
     first, second = table(capsys.readouterr().out)
     assert (first["px"], second["px"]) == ("144 x 72", "204 x 104")
@@ -137,7 +143,9 @@ def test_scaling(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert float(first["peak MB"]) > 50
 
 
-def test_fidelity(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fidelity_measures_bicubic_and_every_fidelity_and_plots_them(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     random = np.random.default_rng(0)
     for name in ("a", "b", "c"):
         for folder, side in (("lr", 16), ("hr", 64)):
@@ -154,7 +162,7 @@ def test_fidelity(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cv2.imread(str(plot)).shape[1] > 600
 
 
-def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tile_memory_grows_with_tile_and_batch(load, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tiles", "128", "256", "--batches", "1", "2", "--parts", "unet", "decoder", "--threads", "1"]
     assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
     rows = table(capsys.readouterr().out)
@@ -174,7 +182,9 @@ def test_tile_memory(load, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.comfy
-def test_nodes(load, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nodes_compares_the_node_with_the_library_on_the_same_result(
+    load, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # By path: under its own name it would stand in the way of the pack's nodes.
     spec = importlib.util.spec_from_file_location("nodes_benchmark", ROOT / "benchmarks" / "nodes.py")
     script = importlib.util.module_from_spec(spec)
@@ -212,7 +222,7 @@ def test_operations_are_counted(load) -> None:
     assert not unet._forward_pre_hooks
 
 
-def test_counting_takes_attention_not_apart(load) -> None:
+def test_counting_leaves_attention_in_one_piece(load) -> None:
     """In inference mode the counter would turn it into matrix products and hold their matrix of scores, 64 MiB here."""
     measurement, q = load("_measurement"), torch.randn(1, 1, 4096, 8)
     counter = measurement.FlopCounterMode(display=False, custom_mapping=measurement._uncounted())
@@ -239,7 +249,7 @@ def fail(by_signal: bool) -> None:
     raise ValueError("no\nsuch thing")
 
 
-def test_measuring_processes(load) -> None:
+def test_a_child_process_measures_its_own_peak_and_its_failure_is_told_in_one_line(load) -> None:
     measurement = load("_measurement")
     small, large, small_again = (measurement.in_child(hold, size) for size in (1, 201, 1))
     assert large - small == pytest.approx(200 * 2**20, rel=0.1)
@@ -250,7 +260,7 @@ def test_measuring_processes(load) -> None:
         measurement.in_child(fail, True)
 
 
-def test_processor_time_leaves_waiting_out(load) -> None:
+def test_processor_time_does_not_count_waiting(load) -> None:
     measurement = load("_measurement")
     watches = [measurement.Stopwatch(CPU, clock) for clock in measurement.CLOCKS]
     before = [watch.now() for watch in watches]
@@ -260,7 +270,7 @@ def test_processor_time_leaves_waiting_out(load) -> None:
     assert processor < 0.2
 
 
-def test_published_shapes(load) -> None:
+def test_the_reference_s_networks_have_as_many_parameters_as_the_published_ones(load) -> None:
     """Parameters of SD2.1's UNet and VAE, from the configurations alone."""
     networks = load("_sd_networks")
     from accelerate import init_empty_weights
@@ -275,7 +285,7 @@ def test_published_shapes(load) -> None:
     assert sum(map(len, networks.unet_targets(unet).values())) == 258
 
 
-def test_reference_does_what_osediff_does(load) -> None:
+def test_the_reference_does_what_osediff_does(load) -> None:
     networks = load("_sd_networks")
     settings = networks.ReferenceSettings(latent_tile=8, latent_overlap=2, encoder_tile=64, decoder_tile=8)
     torch.manual_seed(0)
@@ -299,7 +309,7 @@ def test_reference_does_what_osediff_does(load) -> None:
     assert reference.notes == () or reference.text_encoder is None
 
 
-def test_reference_tiles_and_window(load) -> None:
+def test_the_reference_s_tiles_overlap_under_a_gaussian_window(load) -> None:
     networks = load("_sd_networks")
     assert networks.tile_starts(256, 96, 32) == [0, 64, 128, 160]
     assert networks.tile_starts(96, 96, 32) == [0]
@@ -312,7 +322,7 @@ def test_reference_tiles_and_window(load) -> None:
 
 
 @pytest.mark.parametrize("name", ["inference", "scaling", "tile_memory"])
-def test_help(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_flags_and_ends_with_0(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         load(name).main(["--help"])
     assert stopped.value.code == 0

@@ -156,7 +156,7 @@ def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two
 
 
 @pytest.mark.parametrize(("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7))])
-def test_upscale_sizes(tmp_path, model, flags, size):
+def test_scale_or_size_decides_the_size_of_the_result(tmp_path, model, flags, size):
     source, target = picture(tmp_path / "in.png"), tmp_path / "out.webp"
     assert main(["upscale", str(source), str(target), *model, *flags]) == 0
     assert Image.open(target).size == size
@@ -173,7 +173,7 @@ def test_alpha_and_grey_survive(tmp_path, model):
     assert Image.open(tmp_path / "grey_out.png").mode == "L"
 
 
-def test_folder_goes_on_past_bad_files(tmp_path, model, capsys):
+def test_a_folder_goes_on_past_bad_files_and_ends_with_1(tmp_path, model, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     picture(folder / "good.png")
@@ -209,7 +209,7 @@ def test_the_bar_counts_every_picture_that_is_done(tmp_path, model, monkeypatch,
     assert (bars[0].unit, bars[0].n, bars[0].total) == ("picture", 4, 4)
 
 
-def test_wrong_usage(tmp_path, model, capsys):
+def test_wrong_flags_end_with_2_and_name_the_value(tmp_path, model, capsys):
     source = picture(tmp_path / "in.png")
     run = ["upscale", source, tmp_path / "out.png", *model]
     fails(capsys, [*run, "--tile", "500"], 2, "multiple of 64", "500", "try 512")
@@ -225,7 +225,7 @@ def test_wrong_usage(tmp_path, model, capsys):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_missing_things(tmp_path, model, capsys):
+def test_missing_files_end_with_1_and_one_line_that_names_them(tmp_path, model, capsys):
     source = picture(tmp_path / "in.png")
     fails(capsys, ["upscale", tmp_path / "none.png", tmp_path / "out.png", *model], 1, "none.png", "no such file")
     fails(capsys, ["upscale", source, tmp_path / "out.gif", *model], 1, "out.gif", ".png")
@@ -245,7 +245,7 @@ def test_the_output_is_checked_before_the_model_is_loaded(tmp_path, capsys, monk
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission(tmp_path, model, capsys):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, model, capsys):
     source = picture(tmp_path / "in.png")
     locked = tmp_path / "locked"
     locked.mkdir()
@@ -253,7 +253,7 @@ def test_folder_without_permission(tmp_path, model, capsys):
     fails(capsys, ["upscale", source, locked / "out.png", *model], 1, "locked", "cannot write")
 
 
-def test_damaged_and_foreign_weights(tmp_path, base, generator, capsys):
+def test_damaged_and_foreign_weights_are_named_and_nothing_is_written(tmp_path, base, generator, capsys):
     source = picture(tmp_path / "in.png")
     bad = tmp_path / "bad.safetensors"
 
@@ -285,7 +285,7 @@ def test_damaged_and_foreign_weights(tmp_path, base, generator, capsys):
     )
 
 
-def test_conditions(tmp_path):
+def test_conditions_writes_colormap_edges_and_both_as_the_hint(tmp_path):
     source = picture(tmp_path / "in.png", 128, 64)
     assert main(["conditions", str(source), "--out", str(tmp_path / "c")]) == 0
     colors, edges, hint = (read_picture(tmp_path / "c" / f"in_{name}.png") for name in ("colormap", "edges", "hint"))
@@ -295,7 +295,7 @@ def test_conditions(tmp_path):
     assert np.array_equal(hint.rgb, colors.rgb)
 
 
-def test_evaluate_and_inspect(tmp_path, base, generator, two_sets, capsys):
+def test_evaluate_prints_and_saves_measures_and_inspect_describes_files(tmp_path, base, generator, two_sets, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         picture(tmp_path / name / "p.png", 64, 64)
@@ -318,7 +318,7 @@ def test_evaluate_and_inspect(tmp_path, base, generator, two_sets, capsys):
     fails(capsys, ["inspect", tmp_path / "none.safetensors"], 1, "no such file")
 
 
-def test_demo(tmp_path, capsys):
+def test_demo_upscales_the_bundled_photograph_and_gains_detail(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr().out
     width, height = Image.open(demo_picture()).size

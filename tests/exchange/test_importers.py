@@ -504,7 +504,7 @@ def kohya_tensors(base: Path, alpha: float = 1.0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_kohya_file(base, tmp_path):
+def test_a_kohya_file_scales_each_lora_by_its_own_alpha(base, tmp_path):
     tensors = kohya_tensors(base)
     save_file(tensors, tmp_path / "kohya.safetensors")
     import_checkpoint("lora", tmp_path / "kohya.safetensors", tmp_path / "l.safetensors", ImportSettings(base=base))
@@ -589,7 +589,7 @@ def test_a_damaged_lora_is_refused_by_name(base, tmp_path, damage, message):
     assert not (tmp_path / "l.safetensors").exists()
 
 
-def test_a_truncated_lora_another_family_and_no_family(base, tmp_path, capsys):
+def test_a_truncated_lora_another_family_and_a_missing_family_are_refused(base, tmp_path, capsys):
     source, dest = tmp_path / "kohya.safetensors", tmp_path / "l.safetensors"
     save_file(kohya_tensors(base), source)
     with pytest.raises(IcmsrError, match="give --family"):

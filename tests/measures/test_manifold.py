@@ -164,7 +164,7 @@ def view(values):
     return View((200, 800), names, full, dict.fromkeys(MEASURES, 3.0), picture(0))
 
 
-def test_differences_are_paired():
+def test_differences_between_arms_are_paired_by_picture():
     """Pictures differ by far more than the arms do: an unpaired error would drown the difference."""
     some = view({"none": [[1.0, 5.0, 9.0], [2.0, 4.0, 6.0]], "icm": [[0.5, 4.6, 8.4], [2.0, 4.0, 6.0]]})
     row = summary(some)["icm"]["latent_mse"][0]
@@ -257,7 +257,7 @@ def test_crops_are_the_middles(files):
     assert np.array_equal(crops[1].permute(1, 2, 0).numpy(), whole)
 
 
-def test_cells_of_a_larger_crop(files):
+def test_maps_have_the_cells_of_the_configuration(files):
     """The adapter's file says 2 cells and is taken at its word; the maps have those of the configuration."""
     chosen, base = config(files, cells=4), training_base("")
     check_view(chosen, base)

@@ -144,7 +144,7 @@ def test_piq_measures_are_piqs_on_rgb_in_the_unit_range(name: str) -> None:
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 
-def test_registry() -> None:
+def test_each_measure_says_whether_it_needs_a_truth_and_which_way_is_better() -> None:
     assert [name for name, entry in METRICS.items() if not entry.needs_truth] == [
         "niqe",
         "musiq",
@@ -183,7 +183,7 @@ def test_a_missing_package_is_said_before_anything_is_read(
         evaluate_folders(tmp_path / "missing", tmp_path / "missing", metrics=["psnr", name])
 
 
-def test_pyiqa_agrees() -> None:
+def test_psnr_and_ssim_are_those_of_pyiqa_and_its_networks_run() -> None:
     pyiqa = pytest.importorskip("pyiqa")
     truth = noise(1, 64, 48)
     result = (0.6 * truth + 0.4 * noise(2, 64, 48)).astype(np.uint8)
@@ -248,7 +248,7 @@ def test_defaults_need_no_optional_package(tmp_path: Path, monkeypatch: pytest.M
     assert evaluate_folders(tmp_path / "sr", tmp_path / "hr").means == pytest.approx({"psnr": 80, "ssim": 1, "hf": 1})
 
 
-def test_table_is_aligned() -> None:
+def test_the_table_of_results_is_aligned() -> None:
     rows = {"short": {"psnr": 7.5, "hf": 0.25}, "a longer name": {"psnr": 123.45678, "hf": math.nan}}
     table = Evaluation(rows=rows, means={"psnr": 65.5, "hf": 0.25}).table()
     assert table.splitlines() == [
@@ -266,7 +266,7 @@ def refused(*folders: Path, **options: object) -> str:
     return str(caught.value)
 
 
-def test_folders_that_do_not_match(tmp_path: Path) -> None:
+def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
     sr, hr, lq = tmp_path / "sr", tmp_path / "hr", tmp_path / "lq"
     for folder, names in ((sr, "abc"), (hr, "bcd"), (lq, "ab")):
         for name in names:

@@ -63,13 +63,13 @@ def check_everything(outcome: Outcome, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_backbones_agree(outcome, family):
+def test_comfyui_and_diffusers_agree_on_latent_unet_output_and_picture(outcome, family):
     check_everything(outcome, family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_backbones_agree_at_the_published_size(comfyui, comfy_python, tmp_path, family):
+def test_comfyui_and_diffusers_agree_at_the_published_size(comfyui, comfy_python, tmp_path, family):
     """10 GB of memory, 8 GB of disk, some minutes. Core takes a diffusers folder at this size only."""
     check_everything(run_job(tmp_path, comfy_python, comfyui, [family], full=True), family)
     shutil.rmtree(tmp_path)

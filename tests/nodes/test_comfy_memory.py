@@ -74,7 +74,7 @@ def test_extra_model_paths_keep_their_say(batches):
     }
 
 
-def test_memory_comes_back(checkpoint):
+def test_memory_is_released_with_the_graph_s_outputs(checkpoint):
     """Nothing holds the networks once the graph's outputs are gone, and the process is about as small as before."""
     release = checkpoint.report["release"]
     print(release)

@@ -184,7 +184,7 @@ def test_every_room_has_a_file() -> None:
     assert rooms >= {(floor, room) for floor, named in enumerate(FLOORS) for room in named}
 
 
-def test_walls() -> None:
+def test_every_import_points_down_and_the_library_is_quiet() -> None:
     assert [line for name, source in FILES.items() for line in violations(name, source)] == []
 
 
@@ -277,7 +277,7 @@ def test_core_is_importable_without_diffusers() -> None:
         ("train/bad.py", "import folder_paths"),
     ],
 )
-def test_the_rules_bite(name: str, line: str) -> None:
+def test_each_rule_finds_what_it_forbids(name: str, line: str) -> None:
     found = violations(name, line)
     assert found
     assert all(entry.startswith(f"{name}:") for entry in found)
@@ -301,11 +301,11 @@ def test_the_rules_bite(name: str, line: str) -> None:
         ("icmsr_core/upscale/good.py", "from .tiling import x\nimport sys\nsys.stderr.write('x')"),
     ],
 )
-def test_the_rules_allow_what_they_should(name: str, line: str) -> None:
+def test_no_rule_forbids_what_is_allowed(name: str, line: str) -> None:
     assert violations(name, line) == []
 
 
-def test_the_closure_bites() -> None:
+def test_imports_are_followed_through_other_modules_unless_they_are_lazy() -> None:
     files = {
         "nodes/a.py": "from ..icmsr_core.b import x",
         "icmsr_core/__init__.py": "",

@@ -95,7 +95,7 @@ def test_dependencies_leave_the_user_s_versions_alone():
         assert "==" not in line and "<" not in line, line  # noqa: PT018
 
 
-def test_registry_entry():
+def test_name_version_and_licence_are_what_the_registry_asks_for():
     entry = project()["project"]
     assert re.fullmatch(r"[a-z][a-z0-9._-]{1,99}", entry["name"])
     assert "comfyui" not in entry["name"].lower()
@@ -165,7 +165,7 @@ def test_no_rule_forbids_what_is_allowed(rule):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_are_complete(path):
+def test_every_workflow_has_a_picture_known_nodes_and_a_note(path):
     """A picture beside each (jpg is the only kind that is shown), known nodes, a note that explains."""
     from PIL import Image
 
@@ -186,7 +186,7 @@ def test_there_is_a_workflow():
     assert WORKFLOWS
 
 
-def test_archive_holds_the_pack_and_nothing_else():
+def test_the_archive_holds_the_pack_and_nothing_else():
     lines = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if line and not line.startswith("#")]
     assert {"/tests/", "/train/", "/benchmarks/", "/docs/", "/.github/", "__pycache__/", "*.py[cod]"} <= set(lines)
     # A name without a leading slash would be left out at every depth: web/docs would go with docs.
@@ -195,6 +195,6 @@ def test_archive_holds_the_pack_and_nothing_else():
     assert not shipped & {line.strip("/") for line in lines}
 
 
-def test_no_symbolic_links():
+def test_the_pack_has_no_symbolic_links():
     for folder in ("nodes", "icmsr_core", "web", "locales", "example_workflows"):
         assert not [path for path in (ROOT / folder).rglob("*") if path.is_symlink()]

@@ -143,7 +143,9 @@ def test_enlarged_crop_starts_inside_a_pixel() -> None:
     assert np.array_equal(crop, picture.repeat(4, 0).repeat(4, 1)[1:6, 3:8])
 
 
-def test_script(tmp_path: Path, folders: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_writes_the_sheet_and_names_what_is_missing(
+    tmp_path: Path, folders: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = importlib.util.spec_from_file_location("contact_sheet_script", ROOT / "benchmarks" / "contact_sheet.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -119,7 +119,7 @@ def tiff_file(
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("extension", [".png", ".tif", ".tiff", ".PNG"])
-def test_lossless_round_trip(tmp_path: Path, extension: str, channels: int, bits: int) -> None:
+def test_lossless_formats_give_every_sample_back(tmp_path: Path, extension: str, channels: int, bits: int) -> None:
     samples = noise(channels, bits)
     path = tmp_path / f"picture{extension}"
     write_picture(path, picture_of(samples))
@@ -153,7 +153,7 @@ def test_16_bit_grey_is_what_pillow_reads(tmp_path: Path, extension: str) -> Non
 
 @pytest.mark.parametrize("extension", [".png", ".tif"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_16_bit_files_of_opencv(tmp_path: Path, extension: str, channels: int) -> None:
+def test_16_bit_files_that_opencv_wrote_are_read_exactly(tmp_path: Path, extension: str, channels: int) -> None:
     samples = noise(channels, 16)
     assert cv2.imwrite(
         str(tmp_path / f"a{extension}"), samples[..., [2, 1, 0, 3][:channels]] if channels > 1 else samples[..., 0]
@@ -177,7 +177,7 @@ def test_16_bit_files_of_opencv(tmp_path: Path, extension: str, channels: int) -
         for mode in modes
     ],
 )
-def test_modes_of_pillow(tmp_path: Path, mode: str, extension: str) -> None:
+def test_every_mode_of_pillow_is_read_as_pillow_converts_it(tmp_path: Path, mode: str, extension: str) -> None:
     rgba = Image.fromarray(noise(4))
     image = (
         rgba.convert("RGB").quantize(16)
@@ -214,7 +214,7 @@ def test_color_key_becomes_alpha(tmp_path: Path, mode: str) -> None:
     np.testing.assert_array_equal((picture.rgb * 255).round(), np.asarray(image.convert("RGB")))
 
 
-def test_palette_with_graded_transparency(tmp_path: Path) -> None:
+def test_a_palette_with_graded_transparency_becomes_alpha(tmp_path: Path) -> None:
     image = Image.fromarray(noise(3)).quantize(8)
     table = np.array([0, 40, 80, 120, 160, 200, 240, 255], np.uint8)
     image.save(tmp_path / "a.png", transparency=table.tobytes())
@@ -223,7 +223,7 @@ def test_palette_with_graded_transparency(tmp_path: Path) -> None:
     np.testing.assert_array_equal((picture.rgb * 255).round(), np.asarray(image.convert("RGB")))
 
 
-def test_color_key_of_two_bit_grey(tmp_path: Path) -> None:
+def test_a_color_key_of_two_bit_grey_becomes_alpha(tmp_path: Path) -> None:
     rows = bytes([0, 0b00_01_10_11])
     (tmp_path / "a.png").write_bytes(png_file(4, 1, 2, 0, rows, png_chunk(b"tRNS", struct.pack(">H", 2))))
     picture = read_picture(tmp_path / "a.png")
@@ -231,7 +231,7 @@ def test_color_key_of_two_bit_grey(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_color_key_of_16_bits(tmp_path: Path, channels: int) -> None:
+def test_a_color_key_of_16_bits_becomes_alpha(tmp_path: Path, channels: int) -> None:
     samples = noise(channels, 16)
     samples[3, 5] = samples[0, 0]
     samples[4, 5] = samples[0, 0] ^ 1  # differs in the lowest bit of the 16 only
@@ -244,7 +244,7 @@ def test_color_key_of_16_bits(tmp_path: Path, channels: int) -> None:
     assert ((picture.alpha == 0) | (picture.alpha == 1)).all()
 
 
-def test_grey_and_alpha_of_16_bits_in_a_foreign_png(tmp_path: Path) -> None:
+def test_grey_and_alpha_of_16_bits_are_read_from_a_foreign_png(tmp_path: Path) -> None:
     samples = noise(2, 16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     (tmp_path / "a.png").write_bytes(png_file(WIDTH, HEIGHT, 16, 4, rows))
@@ -255,7 +255,7 @@ def test_grey_and_alpha_of_16_bits_in_a_foreign_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(("channels", "photometric", "tags"), [(1, 1, {}), (3, 2, {}), (4, 2, {"t338": 2})])
-def test_tiff_of_16_bits_in_both_byte_orders(
+def test_16_bit_tiff_is_read_in_both_byte_orders(
     tmp_path: Path, order: str, channels: int, photometric: int, tags: dict[str, int]
 ) -> None:
     samples = noise(channels, 16)
@@ -263,13 +263,13 @@ def test_tiff_of_16_bits_in_both_byte_orders(
     np.testing.assert_array_equal(samples_of(read_picture(tmp_path / "a.tif")), samples)
 
 
-def test_tiff_of_16_bits_where_zero_is_white(tmp_path: Path) -> None:
+def test_16_bit_tiff_is_turned_round_where_zero_is_white(tmp_path: Path) -> None:
     samples = noise(1, 16)
     (tmp_path / "a.tif").write_bytes(tiff_file(samples, 0))
     np.testing.assert_array_equal(samples_of(read_picture(tmp_path / "a.tif")), 65535 - samples)
 
 
-def test_tiff_with_premultiplied_and_with_meaningless_fourth_channel(tmp_path: Path) -> None:
+def test_tiff_s_fourth_channel_is_divided_out_or_dropped_as_the_file_says(tmp_path: Path) -> None:
     straight = noise(4, 16)
     straight[..., 3] |= 0x4000  # enough alpha for the division to be precise
     stored = straight.copy()
@@ -338,7 +338,7 @@ def test_jpeg_lays_alpha_on_white_and_says_so(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("extension", WRITE_EXTENSIONS)
-def test_one_pixel(tmp_path: Path, extension: str) -> None:
+def test_a_picture_of_one_pixel_comes_back(tmp_path: Path, extension: str) -> None:
     for bits in (8, 16):
         write_picture(tmp_path / f"a{extension}", Picture(np.full((1, 1, 3), 0.5, np.float32), bits=bits))
         back = read_picture(tmp_path / f"a{extension}")
@@ -393,7 +393,7 @@ def test_orientation_is_applied_and_reset(tmp_path: Path, extension: str, orient
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "channels"), [("tif", 3), ("tif", 1), ("png", 3), ("png", 1)])
-def test_orientation_of_16_bits(tmp_path: Path, kind: str, channels: int, orientation: int) -> None:
+def test_orientation_is_applied_to_16_bits(tmp_path: Path, kind: str, channels: int, orientation: int) -> None:
     samples = noise(channels, 16)
     if kind == "tif":
         data = tiff_file(samples, 2 if channels == 3 else 1, t274=orientation)
@@ -448,7 +448,7 @@ def described(path: Path, **options: object) -> None:
         *itertools.product([".png", ".jpg", ".webp", ".tif"], [".png", ".tif"], [16]),
     ],
 )
-def test_metadata_travel(tmp_path: Path, source: str, target: str, bits: int) -> None:
+def test_metadata_go_along_and_the_size_in_them_is_dropped(tmp_path: Path, source: str, target: str, bits: int) -> None:
     described(tmp_path / f"a{source}")
     picture = read_picture(tmp_path / f"a{source}")
     larger = np.repeat(np.repeat(picture.rgb, 2, axis=0), 2, axis=1)
@@ -602,7 +602,7 @@ def assert_refused(path: Path, *words: str, **options: int) -> None:
         assert word in message
 
 
-def test_files_that_are_no_pictures(tmp_path: Path) -> None:
+def test_files_that_are_not_pictures_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "missing.png", "no such file")
     (tmp_path / "empty.png").touch()
     assert_refused(tmp_path / "empty.png", "empty")
@@ -621,7 +621,7 @@ def test_the_content_counts_and_not_the_extension(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read and write everything")
-def test_no_permission(tmp_path: Path) -> None:
+def test_files_without_permission_are_refused(tmp_path: Path) -> None:
     write_picture(tmp_path / "a.png", picture_of(noise(3)))
     (tmp_path / "a.png").chmod(0)
     assert_refused(tmp_path / "a.png", "cannot be read")
@@ -646,7 +646,7 @@ KINDS = [(".png", 8), (".png", 16), (".jpg", 8), (".webp", 8), (".tif", 8), (".t
 
 @pytest.mark.parametrize(("extension", "bits"), KINDS)
 @pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.95])
-def test_files_cut_short(tmp_path: Path, extension: str, bits: int, kept: float) -> None:
+def test_files_cut_short_are_refused(tmp_path: Path, extension: str, bits: int, kept: float) -> None:
     data = encoded(extension, bits)
     path = tmp_path / f"cut{extension}"
     path.write_bytes(data[: int(len(data) * kept)])
@@ -694,18 +694,20 @@ def test_damage_of_any_kind_ends_in_one_line_or_a_whole_picture(
         (noise(2, 16).reshape(HEIGHT, -1, 1).repeat(2, axis=1), 1, {"t339": 3}),  # float16
     ],
 )
-def test_samples_without_a_range(tmp_path: Path, samples: np.ndarray, photometric: int, tags: dict[str, int]) -> None:
+def test_samples_without_a_known_range_are_refused(
+    tmp_path: Path, samples: np.ndarray, photometric: int, tags: dict[str, int]
+) -> None:
     (tmp_path / "a.tif").write_bytes(tiff_file(samples, photometric, **tags))
     assert_refused(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
-def test_modes_without_a_range(tmp_path: Path, mode: str) -> None:
+def test_modes_without_a_known_range_are_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / "a.tif")
     assert_refused(tmp_path / "a.tif", "8 or 16 bits")
 
 
-def test_colors_that_the_two_decoders_read_differently(tmp_path: Path) -> None:
+def test_colors_that_the_two_decoders_read_differently_are_refused(tmp_path: Path) -> None:
     samples = noise(3, 16)
     (tmp_path / "a.tif").write_bytes(tiff_file(samples, 2, planar=True))
     message = refusal(tmp_path / "a.tif")
@@ -715,7 +717,7 @@ def test_colors_that_the_two_decoders_read_differently(tmp_path: Path) -> None:
         assert "cannot be trusted" in message
 
 
-def test_pictures_that_are_too_large(tmp_path: Path) -> None:
+def test_pictures_that_are_too_large_are_refused(tmp_path: Path) -> None:
     # 300 megapixels are beyond Pillow's own limit. The header is enough: nothing is unpacked.
     (tmp_path / "large.png").write_bytes(png_file(20000, 15000, 8, 2, b""))
     before = Image.MAX_IMAGE_PIXELS
@@ -747,7 +749,7 @@ def test_pillows_lower_limit_does_not_bind(
         ("folder.png", ["is a folder"]),
     ],
 )
-def test_outputs_that_cannot_be(tmp_path: Path, name: str, words: list[str]) -> None:
+def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path, name: str, words: list[str]) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IcmsrError) as caught:
         write_picture(tmp_path / name, picture_of(noise(3)))
@@ -853,7 +855,7 @@ def test_the_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("extension", WRITE_EXTENSIONS)
-def test_names_outside_ascii(tmp_path: Path, extension: str, bits: int) -> None:
+def test_file_names_may_hold_any_character(tmp_path: Path, extension: str, bits: int) -> None:
     folder = tmp_path / "Ordner für Bilder 写真"
     folder.mkdir()
     path = folder / f"Übergröße 鳥 🦜{extension}"
@@ -862,7 +864,7 @@ def test_names_outside_ascii(tmp_path: Path, extension: str, bits: int) -> None:
     assert find_pictures(folder) == [path]
 
 
-def test_find_pictures(tmp_path: Path) -> None:
+def test_a_folder_s_pictures_are_found_by_extension_in_order(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "c.JpEg", "d.webp", "e.tif", "f.TIFF", "g.bmp", ".hidden.png", "notes.txt", "png"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -878,7 +880,7 @@ def test_find_pictures(tmp_path: Path) -> None:
         find_pictures(tmp_path / "a.jpg")
 
 
-def test_tensors() -> None:
+def test_arrays_become_nchw_tensors_and_back() -> None:
     picture = picture_of(noise(4))
     rgb, alpha = to_tensor(picture.rgb), to_tensor(picture.alpha)
     assert (rgb.shape, alpha.shape) == ((1, 3, HEIGHT, WIDTH), (1, 1, HEIGHT, WIDTH))

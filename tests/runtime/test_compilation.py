@@ -86,7 +86,7 @@ def test_without_a_compiler_the_error_comes_before_the_model(tmp_path, monkeypat
     assert error.count("\n") == 1
 
 
-def test_other_devices(monkeypatch) -> None:
+def test_devices_that_cannot_compile_are_refused(monkeypatch) -> None:
     with pytest.raises(IcmsrError, match="the device is mps: run without"):
         compilation.check_compiler(torch.device("mps"))
     monkeypatch.setattr("icmsr_core.runtime.compilation.find_spec", lambda _: None)

@@ -98,7 +98,7 @@ def calls_of(unet: UNet2DConditionModel, ending: str, run_it: Callable[[], objec
         (sd_unet, 77),
     ],
 )
-def test_same_result(make: Callable[[], UNet2DConditionModel], tokens: int) -> None:
+def test_a_fixed_step_gives_the_same_result(make: Callable[[], UNet2DConditionModel], tokens: int) -> None:
     unet = make()
     context, sample = context_for(unet, tokens), sample_for(unet)
 
@@ -118,7 +118,7 @@ def test_same_result(make: Callable[[], UNet2DConditionModel], tokens: int) -> N
 
 
 @pytest.mark.parametrize(("tokens", "queries"), [(1, 0), (77, 6)])
-def test_work_is_left_out(tokens: int, queries: int) -> None:
+def test_a_fixed_step_does_less_work(tokens: int, queries: int) -> None:
     unet = small_unet(tokens)
     context, sample = context_for(unet, tokens), sample_for(unet)
     names = ("time_emb_proj", "attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0", "norm2", "attn1.to_q")
@@ -177,7 +177,7 @@ def test_a_context_that_was_written_into_is_another() -> None:
     assert torch.equal(run(unet, sample, context), run(reference, sample, context))
 
 
-def test_weights_may_change() -> None:
+def test_weights_may_change_after_the_step_is_fixed() -> None:
     unet, reference = small_unet(1), small_unet(1)
     context, sample = context_for(unet, 1), sample_for(unet)
     fix_step(unet, STEP, context)
@@ -244,7 +244,7 @@ def test_gradients_reach_the_weights() -> None:
     assert float(parameter.grad.abs().max()) > 0
 
 
-def test_fixed_again_at_another_step() -> None:
+def test_a_step_may_be_fixed_again_at_another_timestep() -> None:
     unet, reference = small_unet(3), small_unet(3)
     sample = sample_for(unet)
     for timestep, seed in ((STEP, 1), (20, 2)):
@@ -256,7 +256,7 @@ def test_fixed_again_at_another_step() -> None:
     release_step(unet)
 
 
-def test_refusals() -> None:
+def test_contexts_of_other_shapes_and_labelled_networks_are_refused() -> None:
     unet = small_unet(1)
     for shape in ((32,), (2, 1, 32), (1, 1, 33), (4, 33)):
         with pytest.raises(IcmsrError, match=r"context must be .* got \["):

@@ -70,7 +70,7 @@ def test_auto_is_a_function_of_device_family_and_hardware() -> None:
     assert choose_dtype("mps", "nano", False) == full
 
 
-def test_what_the_machine_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_computed_where_the_hardware_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for found, native in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)

@@ -166,7 +166,7 @@ def test_a_foreign_file_is_never_overwritten(base: BaseFolder, tmp_path) -> None
 # --- the constant prompt ---------------------------------------------------------------------------------------------
 
 
-def test_the_constant_prompt_is_the_empty_one(base: BaseFolder, tmp_path, monkeypatch) -> None:
+def test_the_constant_prompt_is_the_base_s_own_or_the_empty_text(base: BaseFolder, tmp_path, monkeypatch) -> None:
     cache = tmp_path / "empty.safetensors"
     result = constant_prompt(base, cache)
     torch.testing.assert_close(result, expected(base, [[START, END]])[0], rtol=0, atol=1e-5)
@@ -178,7 +178,7 @@ def test_the_constant_prompt_is_the_empty_one(base: BaseFolder, tmp_path, monkey
     assert torch.equal(own, torch.full((3, WIDTH), 0.5))
 
 
-def test_nano_has_its_own(monkeypatch) -> None:
+def test_nano_s_prompt_is_its_own_constant(monkeypatch) -> None:
     forbid_transformers(monkeypatch)
     nano = open_base(embedded_base())
     assert torch.equal(constant_prompt(nano), nano.prompt_embedding())
@@ -192,14 +192,14 @@ def test_nano_takes_no_text() -> None:
         embed_prompts(open_base(embedded_base()), ["a cat"], None, "cpu")
 
 
-def test_without_transformers(base: BaseFolder, monkeypatch) -> None:
+def test_without_transformers_the_error_says_how_to_install_it(base: BaseFolder, monkeypatch) -> None:
     forbid_transformers(monkeypatch)
     with pytest.raises(IcmsrError, match="pip install transformers, or icm-sr"):
         embed_prompts(base, PROMPTS, None, "cpu")
 
 
 @pytest.mark.parametrize("prompts", [[], "a cat", ["a", None]])
-def test_what_is_no_list_of_prompts(base: BaseFolder, prompts) -> None:
+def test_prompts_must_be_a_list_of_texts(base: BaseFolder, prompts) -> None:
     with pytest.raises(IcmsrError, match="prompts must be one or more texts"):
         embed_prompts(base, prompts, None, "cpu")
     with pytest.raises(IcmsrError, match="batch must be 1 or more prompts, got 0"):
@@ -215,13 +215,13 @@ def test_what_is_no_list_of_prompts(base: BaseFolder, prompts) -> None:
         ("tokenizer/merges.txt", r"tokenizer: merges\.txt is missing"),
     ],
 )
-def test_missing_files(base: BaseFolder, missing: str, text: str) -> None:
+def test_missing_files_of_the_text_encoder_are_named(base: BaseFolder, missing: str, text: str) -> None:
     (base.path / missing).unlink()
     with pytest.raises(IcmsrError, match=text):
         embed_prompts(base, PROMPTS, None, "cpu")
 
 
-def test_files_that_do_not_belong_together(base: BaseFolder) -> None:
+def test_files_that_do_not_belong_together_are_refused(base: BaseFolder) -> None:
     other = replace(base, unet_config={**base.unet_config, "cross_attention_dim": 768})
     with pytest.raises(IcmsrError, match=f"embeds text with width {WIDTH}, the UNet of .* takes 768"):
         embed_prompts(other, PROMPTS, None, "cpu")
@@ -233,7 +233,7 @@ def test_files_that_do_not_belong_together(base: BaseFolder) -> None:
 
 
 @pytest.mark.parametrize("damage", ["lacking", "narrow", "text", "short"])
-def test_damaged_weights(base: BaseFolder, damage: str) -> None:
+def test_damaged_weights_of_the_text_encoder_are_refused(base: BaseFolder, damage: str) -> None:
     """transformers itself fills what is missing with random values."""
     path = base.path / "text_encoder/model.safetensors"
     state = load_file(path)
@@ -250,7 +250,7 @@ def test_damaged_weights(base: BaseFolder, damage: str) -> None:
         embed_prompts(base, PROMPTS, None, "cpu")
 
 
-def test_weights_that_are_not_finite(base: BaseFolder, tmp_path) -> None:
+def test_weights_that_are_not_finite_are_refused(base: BaseFolder, tmp_path) -> None:
     path, cache = base.path / "text_encoder/model.safetensors", tmp_path / "prompts.safetensors"
     state = load_file(path)
     state["text_model.final_layer_norm.bias"][0] = float("nan")

@@ -403,7 +403,7 @@ def test_bounded_has_no_seams_beside_its_statistics(backbone, axis: int) -> None
 
 
 @torch.inference_mode()
-def test_windows_see_around_themselves() -> None:
+def test_the_more_a_window_sees_around_itself_the_nearer_it_is_to_the_whole() -> None:
     """Windows whose context reaches everywhere are the whole; with less context they are near it, with none far."""
     backbone = backbone_of(random_vae(3, True, True))
     latent = torch.randn(1, 4, 20, 22, generator=torch.Generator().manual_seed(2))

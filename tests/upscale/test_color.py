@@ -51,7 +51,7 @@ def test_wavelet_in_float64_is_exact() -> None:
 
 @pytest.mark.parametrize("mode", COLOR_FIXES)
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 5, 3), (1, 3, 64, 48)])
-def test_equal_pictures_stay(mode: str, shape: tuple[int, ...]) -> None:
+def test_equal_pictures_stay_as_they_are(mode: str, shape: tuple[int, ...]) -> None:
     image = picture(*shape)
     assert torch.allclose(apply_color_fix(mode, image, image.clone()), image, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_result_may_be_written_over(mode: str, height: int) -> None:
         apply_color_fix(mode, result, reference, out=result.half())
 
 
-def test_apply_chooses() -> None:
+def test_the_name_chooses_the_correction() -> None:
     result, reference = picture(1, 3, 20, 20, seed=1), picture(1, 3, 20, 20, seed=2)
     assert torch.equal(apply_color_fix("wavelet", result, reference), wavelet_color_fix(result, reference))
     assert torch.equal(apply_color_fix("adain", result, reference), adain_color_fix(result, reference))

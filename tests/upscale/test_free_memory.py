@@ -45,13 +45,13 @@ def test_the_tightest_group_counts_and_its_file_cache_is_free(tmp_path):
     assert free_system_memory(root) == 0
 
 
-def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
+def test_a_container_may_see_its_own_group_as_the_root(tmp_path):
     root = system(tmp_path, 50 * GIB, "0::/docker/3f2a\n")
     group(root / "sys/fs/cgroup", memory__max=f"{4 * GIB}", memory__current=f"{GIB}", memory__stat="inactive_file 0")
     assert free_system_memory(root) == 3 * GIB
 
 
-def test_the_first_version_of_groups(tmp_path):
+def test_limits_of_the_first_version_of_groups_count_too(tmp_path):
     root = system(tmp_path, 50 * GIB, "5:cpu,cpuacct:/x\n4:memory:/jobs/1\n0::/\n")
     group(
         root / "sys/fs/cgroup/memory/jobs/1",
@@ -74,7 +74,7 @@ def test_nothing_is_known_where_the_system_does_not_say(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
-def test_this_machine():
+def test_the_free_memory_of_this_machine_is_below_its_total():
     free = free_memory(torch.device("cpu"))
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     assert free is not None

@@ -114,7 +114,7 @@ def test_any_size_through_the_real_networks(nano: Backbone, size: tuple[int, int
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), target=st.tuples(st.integers(1, 90), st.integers(1, 90)))
 @settings(deadline=None, max_examples=25)
-def test_exact_target_sizes(height: int, width: int, target: tuple[int, int]) -> None:
+def test_the_result_has_exactly_the_size_asked_for(height: int, width: int, target: tuple[int, int]) -> None:
     image = picture(height, width)
     result = upscale(Toy(), image, plain(size=target, tile=64, overlap=32))
     assert result.shape == (1, 3, target[1], target[0]), "size is width x height"
@@ -165,7 +165,7 @@ def test_input_is_left_alone_and_its_memory_layout_does_not_matter(nano: Backbon
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), multiple=st.sampled_from([1, 8, 16, 64]))
 @settings(deadline=None, max_examples=60)
-def test_padding_only_adds(height: int, width: int, multiple: int) -> None:
+def test_padding_adds_reflected_pixels_and_changes_none(height: int, width: int, multiple: int) -> None:
     image = picture(height, width)
     padded = pad_to_multiple(image, multiple)
     assert padded.shape[-2] == math.ceil(height / multiple) * multiple
@@ -514,13 +514,13 @@ def test_limits_of_the_settings_are_allowed() -> None:
         (torch.full((1, 3, 8, 8), float("inf")), "finite pictures in .* got NaN or infinite"),
     ],
 )
-def test_unusable_inputs(image: torch.Tensor, text: str) -> None:
+def test_unusable_inputs_are_refused_before_anything_runs(image: torch.Tensor, text: str) -> None:
     toy = Toy()
     with pytest.raises(IcmsrError, match=text):
         upscale(toy, image)
     assert toy.seen == [], "nothing ran"
 
 
-def test_a_precision_that_a_family_cannot_run_in(nano: DiffusersBackbone) -> None:
+def test_a_precision_that_a_family_cannot_run_in_is_refused(nano: DiffusersBackbone) -> None:
     with pytest.raises(IcmsrError, match=r"family nano runs in fp32, .*got float64"):
         DiffusersBackbone(nano.unet, nano.vae, nano.descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float64)

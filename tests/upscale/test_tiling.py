@@ -136,7 +136,7 @@ def test_ramp_is_a_raised_cosine() -> None:
     torch.testing.assert_close(right.window(5)[:20].double(), torch.sin(torch.pi / 2 * phase) ** 2, rtol=0, atol=1e-7)
 
 
-def test_a_plan_known_by_hand() -> None:
+def test_1080_pixels_in_tiles_of_512_make_three_of_448() -> None:
     """1080 px in tiles of at most 512 with 128 of overlap: three, of 448 px each."""
     spans = plan_axis(1088 // 8, 512 // 8, 128 // 8, 2)
     assert [(span.start, span.stop) for span in spans] == [(0, 56), (40, 96), (80, 136)]
@@ -257,12 +257,12 @@ def test_blending_is_done_in_float32() -> None:
         ((32, 4, 2, 4), "overlap 2 leaves a tile of 4 no step in multiples of 4"),
     ],
 )
-def test_impossible_plans(arguments: tuple[int, ...], text: str) -> None:
+def test_impossible_plans_are_refused(arguments: tuple[int, ...], text: str) -> None:
     with pytest.raises(IcmsrError, match=text):
         plan_axis(*arguments)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 17), (2, 3, 16, 16), (1, 3, 2, 2)])
-def test_a_source_of_another_size_than_the_plan(shape: tuple[int, ...]) -> None:
+def test_a_source_of_another_size_than_the_plan_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(IcmsrError, match=r"1 picture of 16 x 16 samples, got \("):
         run_tiles(torch.zeros(shape), plan_tiles(2, 2, 2, 0), identity, source_scale=8, result_scale=8)

@@ -152,14 +152,14 @@ def test_an_unknown_family_says_what_it_found(linked: Path, changes: dict) -> No
         ({"num_train_timesteps": 0}, "at least 1 step, got 0"),
     ],
 )
-def test_schedules_that_are_not_stable_diffusion_s(linked: Path, changes: dict, text: str) -> None:
+def test_schedules_that_are_not_stable_diffusion_s_are_refused(linked: Path, changes: dict, text: str) -> None:
     plain = as_published(linked)
     reschedule(plain, **changes)
     with pytest.raises(IcmsrError, match=text):
         open_base(plain)
 
 
-def test_a_folder_that_describes_itself_in_no_way(linked: Path) -> None:
+def test_a_folder_without_any_description_is_refused(linked: Path) -> None:
     plain = as_published(linked)
     (plain / "scheduler/scheduler_config.json").unlink()
     with pytest.raises(IcmsrError, match=r"icmsr_base\.json is missing .*scheduler/scheduler_config\.json instead"):
@@ -216,7 +216,7 @@ def test_full_precision_is_preferred_to_its_fp16_variant(own: Path, narrow: dict
     assert open_base(own).unet_weights_path().name == "diffusion_pytorch_model.safetensors"
 
 
-def test_the_old_names_of_the_vae_s_attention(tmp_path) -> None:
+def test_the_old_names_of_the_vae_s_attention_are_known(tmp_path) -> None:
     old, new = (
         write_sd_folder(tmp_path / str(names), "sd15", 10, old_attention_names=names) for names in (True, False)
     )
@@ -299,7 +299,7 @@ def test_missing_weights_name_every_form(own: Path) -> None:
         open_base(own)
 
 
-def test_an_index_that_names_an_absent_shard(own: Path) -> None:
+def test_an_index_that_names_an_absent_shard_is_refused(own: Path) -> None:
     (own / f"{UNET}-00002-of-00003.safetensors").unlink()
     with pytest.raises(IcmsrError, match=r"index\.json: names diffusion_pytorch_model-00002-of-00003\.safetensors, w"):
         open_base(own)
@@ -317,13 +317,13 @@ def test_an_index_that_names_an_absent_shard(own: Path) -> None:
         '{"weight_map": {"a": "b.bin"}}',
     ],
 )
-def test_a_damaged_index(own: Path, content: str) -> None:
+def test_a_damaged_index_is_refused(own: Path, content: str) -> None:
     (own / f"{UNET}.safetensors.index.json").write_text(content)
     with pytest.raises(IcmsrError, match=r"index\.json: (its weight_map must name|expected a JSON object)"):
         open_base(own)
 
 
-def test_a_damaged_shard(own: Path) -> None:
+def test_a_damaged_shard_is_refused_by_name(own: Path) -> None:
     path = own / f"{UNET}-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     for load in (build_networks, lambda base: base.unet_state()):
@@ -340,7 +340,7 @@ def test_a_damaged_shard(own: Path) -> None:
         (lambda config: {**config, "layers_per_block": 1}, "Unexpected key"),
     ],
 )
-def test_weights_of_another_network(own: Path, change, text: str) -> None:
+def test_weights_of_another_network_are_refused(own: Path, change, text: str) -> None:
     config = json.loads((own / "unet/config.json").read_text())
     write_json(own / "unet/config.json", change(config))
     with pytest.raises(IcmsrError, match=f"own/unet: the weights do not fit the configuration: .*{text}"):

@@ -61,12 +61,12 @@ def test_detail_is_gained_over_bicubic(results) -> None:
         assert ssim_y(ours, truth) > ssim_y(plain, truth) + 0.01, name
 
 
-def test_no_tint(results) -> None:
+def test_the_result_has_no_tint(results) -> None:
     for name, (result, bicubic, _) in results.items():
         assert ((result - bicubic).mean((2, 3)).abs() * 255).max() < 0.5, name
 
 
-def test_no_grid(results) -> None:
+def test_the_result_shows_no_grid_of_the_input_s_pixels(results) -> None:
     """Along the lattice of the input's pixels, energy of the gradients varies little more than bicubic's does."""
 
     def spread(picture: torch.Tensor) -> float:

@@ -80,7 +80,7 @@ def test_float32_round_trip_is_bitwise(tmp_path, generator: Generator) -> None:
     assert all(torch.equal(old[key], new[key]) for key in old)
 
 
-def test_default_is_float16(tmp_path, generator: Generator) -> None:
+def test_files_are_written_in_float16_unless_told_otherwise(tmp_path, generator: Generator) -> None:
     path = tmp_path / "generator.safetensors"
     save_generator(path, generator)
     old, new = flat(generator), flat(load_generator(path))
@@ -92,7 +92,7 @@ def test_default_is_float16(tmp_path, generator: Generator) -> None:
     assert path.stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
 
 
-def test_layout_of_the_file(tmp_path, generator: Generator) -> None:
+def test_the_file_keeps_its_tensor_names_and_its_description(tmp_path, generator: Generator) -> None:
     """The contract with other readers: names of tensors and the description in the metadata."""
     path = tmp_path / "generator.safetensors"
     save_generator(path, generator)
@@ -209,7 +209,7 @@ def test_inspection_tells_both_sets(tmp_path, two_sets: Generator, generator: Ge
     assert not [name for name in rows if "realistic" in name or name == "fidelity"]
 
 
-def test_generators_without_lora_or_embedding(tmp_path) -> None:
+def test_a_generator_may_have_neither_lora_nor_embedding(tmp_path) -> None:
     path = tmp_path / "generator.safetensors"
     weights = PartWeights(tensors={"a": torch.ones(2)})
     save_generator(path, Generator(GeneratorInfo("nano", 0, "eps"), weights, PartWeights()))
@@ -351,7 +351,7 @@ def test_fidelity_zero_is_the_faithful_file_bit_for_bit(tmp_path, two_sets: Gene
 
 
 @pytest.mark.parametrize("fidelity", [-0.05, 2.05, float("nan"), float("inf")])
-def test_fidelity_out_of_range(base: Path, two_sets: Generator, fidelity: float) -> None:
+def test_a_fidelity_out_of_range_is_refused(base: Path, two_sets: Generator, fidelity: float) -> None:
     with pytest.raises(IcmsrError, match=f"fidelity must be a number from 0 to 2, got {fidelity}"):
         load_backbone(base, two_sets, fidelity=fidelity)
     with pytest.raises(IcmsrError, match="fidelity must be a number"):
@@ -369,12 +369,12 @@ def test_fidelity_needs_two_sets(base: Path, generator: Generator, fidelity: flo
             load_backbone(base, held, fidelity=fidelity)
 
 
-def test_an_unknown_part_of_the_second_set(generator: Generator) -> None:
+def test_an_unknown_part_of_the_second_set_is_refused(generator: Generator) -> None:
     with pytest.raises(IcmsrError, match="the realistic set has the parts unet and vae, got text"):
         replace(generator, realistic={"text": PartWeights()})
 
 
-def test_lora_on_a_tensor_that_is_also_replaced(generator: Generator) -> None:
+def test_lora_is_added_to_a_tensor_that_is_also_replaced(generator: Generator) -> None:
     state = {"a.weight": torch.zeros(2, 3)}
     pair = LoraPair(torch.ones(1, 3), torch.ones(2, 1))
     weights = PartWeights({"a": pair}, {"a.weight": torch.full((2, 3), 5.0)})
@@ -479,7 +479,9 @@ LORA = "unet.mid_block.resnets.0.conv1"
         ({"tensors": lambda held: held.update(prompt_embedding=torch.ones(1, 1, 32))}, r"width\], got \(1, 1"),
     ],
 )
-def test_damaged_contents(tmp_path, generator: Generator, change: dict[str, Any], text: str) -> None:
+def test_damaged_contents_are_refused_by_name(
+    tmp_path, generator: Generator, change: dict[str, Any], text: str
+) -> None:
     path = tmp_path / "some name.safetensors"
     save_generator(path, generator)
     load_generator(path)
@@ -528,7 +530,9 @@ SECOND = "realistic.unet.mid_block.resnets.0.conv1"
         ),
     ],
 )
-def test_damaged_second_sets(tmp_path, two_sets: Generator, change: dict[str, Any], text: str) -> None:
+def test_damaged_second_sets_are_refused_by_name(
+    tmp_path, two_sets: Generator, change: dict[str, Any], text: str
+) -> None:
     path = tmp_path / "some name.safetensors"
     save_generator(path, two_sets)
     load_generator(path)
@@ -537,7 +541,7 @@ def test_damaged_second_sets(tmp_path, two_sets: Generator, change: dict[str, An
         load_generator(path)
 
 
-def test_files_that_are_not_safetensors(tmp_path, generator: Generator) -> None:
+def test_files_that_are_not_safetensors_are_refused(tmp_path, generator: Generator) -> None:
     path = tmp_path / "generator.safetensors"
     save_generator(path, generator)
     whole = path.read_bytes()
@@ -626,7 +630,9 @@ def test_values_that_leave_float16_are_not_written(tmp_path, generator: Generato
         ({}, dict.fromkeys("abcdef", (1,)), r"a \[1\].*d \[1\] \(no such parameter\) and 2 more"),
     ],
 )
-def test_weights_that_do_not_fit_the_base(base: Path, generator: Generator, lora: Any, tensors: Any, text: str) -> None:
+def test_weights_that_do_not_fit_the_base_are_refused(
+    base: Path, generator: Generator, lora: Any, tensors: Any, text: str
+) -> None:
     weights = PartWeights(
         {name: LoraPair(torch.ones(down), torch.ones(up)) for name, (down, up) in lora.items()},
         {name: torch.ones(shape) for name, shape in tensors.items()},
@@ -637,7 +643,7 @@ def test_weights_that_do_not_fit_the_base(base: Path, generator: Generator, lora
         load_backbone(base, replace(generator, realistic={"unet": weights}), fidelity=0.0)
 
 
-def test_generators_of_another_base(tmp_path, base: Path, generator: Generator, caplog) -> None:
+def test_generators_of_another_base_are_refused(tmp_path, base: Path, generator: Generator, caplog) -> None:
     other = write_base(tmp_path / "other", TINY, family="sd21", seed=5)
     with pytest.raises(IcmsrError, match="family 'nano', the base 'random' is 'sd21': choose files of one family"):
         load_backbone(other, generator)
@@ -734,13 +740,13 @@ def test_the_bare_prior_loads_without_a_generator(own_base: Path) -> None:
         "vae/diffusion_pytorch_model.safetensors",
     ],
 )
-def test_missing_files_of_a_base(own_base: Path, missing: str) -> None:
+def test_missing_files_of_a_base_are_named(own_base: Path, missing: str) -> None:
     (own_base / missing).unlink()
     with pytest.raises(IcmsrError, match=f"not a base folder of ICM-SR, {missing} is missing"):
         open_base(own_base)
 
 
-def test_no_base_folder(tmp_path) -> None:
+def test_what_is_not_a_base_is_refused(tmp_path) -> None:
     with pytest.raises(IcmsrError, match="nothing: no such file or folder"):
         open_base(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
@@ -763,13 +769,13 @@ def test_no_base_folder(tmp_path) -> None:
         ("unet/config.json", '{"block_out_channels": [32]}', r"unet/config\.json: cross_attention_dim missing"),
     ],
 )
-def test_damaged_descriptions_of_a_base(own_base: Path, file: str, content: str | bytes, text: str) -> None:
+def test_damaged_descriptions_of_a_base_are_refused(own_base: Path, file: str, content: str | bytes, text: str) -> None:
     (own_base / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(IcmsrError, match=text):
         open_base(own_base)
 
 
-def test_weights_that_do_not_fit_their_configuration(own_base: Path) -> None:
+def test_weights_that_do_not_fit_their_configuration_are_refused(own_base: Path) -> None:
     path = own_base / "vae/diffusion_pytorch_model.safetensors"
     state = load_file(path)
     save_file({key: value for key, value in state.items() if key != "decoder.conv_in.bias"}, path)
@@ -780,7 +786,7 @@ def test_weights_that_do_not_fit_their_configuration(own_base: Path) -> None:
         load_backbone(own_base)
 
 
-def test_a_prompt_file_without_the_embedding(own_base: Path) -> None:
+def test_a_prompt_file_without_the_embedding_is_refused(own_base: Path) -> None:
     for content in ({"other": torch.ones(1, 32)}, {"prompt_embedding": torch.ones(32)}):
         save_file(content, own_base / "prompt_embedding.safetensors")
         with pytest.raises(IcmsrError, match=r"must hold the tensor prompt_embedding \[tokens, width\]"):

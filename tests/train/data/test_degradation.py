@@ -37,7 +37,9 @@ def is_8bit(picture: np.ndarray) -> bool:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @settings(max_examples=25, deadline=None)
 @given(height=st.integers(1, 24), width=st.integers(1, 24), scale=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9999))
-def test_any_size_and_seed(preset: str, height: int, width: int, scale: int, seed: int) -> None:
+def test_a_picture_of_any_size_becomes_8_bit_samples_that_the_seed_decides(
+    preset: str, height: int, width: int, scale: int, seed: int
+) -> None:
     config = dataclasses.replace(PRESETS[preset], scale=scale)
     image = np.random.default_rng(seed).random((height * scale, width * scale, 3), dtype=np.float32)
     before = image.copy()
@@ -228,7 +230,7 @@ def test_nothing_but_shrinking_is_an_exact_resize(photo: np.ndarray) -> None:
     assert seen == {0, 1, 2}
 
 
-def test_second_stage_probability() -> None:
+def test_the_second_stage_happens_with_its_probability() -> None:
     image = np.full((32, 32, 3), 0.5, dtype=np.float32)
     loud = dataclasses.replace(QUIET, noise_prob=1.0, gaussian_prob=1.0, gaussian_sigma=(20.0, 20.0))
 
@@ -470,7 +472,7 @@ def test_config_errors_name_the_field(changes: dict[str, object], word: str) -> 
         np.zeros((32, 32, 3), np.uint8),
     ],
 )
-def test_picture_errors(image: np.ndarray) -> None:
+def test_pictures_of_other_shapes_and_types_are_refused(image: np.ndarray) -> None:
     with pytest.raises(IcmsrError, match="image"):
         degrade(image, PRESETS["light"], np.random.default_rng(0))
 

@@ -12,7 +12,7 @@ from icmsr_core.train.data.synthetic import KINDS, synthetic_picture
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
 @pytest.mark.parametrize("size", [16, 97, 128])
-def test_shape_type_and_content(kind: str | None, size: int) -> None:
+def test_pictures_are_8_bit_rgb_of_the_size_asked_for_and_not_flat(kind: str | None, size: int) -> None:
     for seed in range(4):
         picture = synthetic_picture(size, np.random.default_rng(seed), kind)
         assert picture.shape == (size, size, 3)
@@ -22,7 +22,7 @@ def test_shape_type_and_content(kind: str | None, size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
-def test_the_seed_decides(kind: str | None) -> None:
+def test_the_seed_decides_the_picture(kind: str | None) -> None:
     pictures = [synthetic_picture(64, np.random.default_rng(seed), kind) for seed in range(6)]
     again = [synthetic_picture(64, np.random.default_rng(seed), kind) for seed in range(6)]
     assert all(np.array_equal(first, second) for first, second in zip(pictures, again))
@@ -82,7 +82,7 @@ def spectral_slope(picture: np.ndarray) -> float:
     return -float(np.polyfit(np.log(np.sqrt(edges[1:] * edges[:-1])), np.log(rings), 1)[0])
 
 
-def test_the_slope_meter_itself() -> None:
+def test_the_slope_of_a_known_spectrum_is_measured() -> None:
     for slope in (1.0, 2.0, 3.0):
         field = synthetic._noise(256, slope, np.random.default_rng(0))
         assert field.std() == pytest.approx(1, abs=1e-3)

@@ -71,7 +71,7 @@ def awkward(folder: Path) -> str:
 # What a sample is
 
 
-def test_what_a_sample_holds(tmp_path):
+def test_a_sample_holds_both_pictures_its_number_and_its_caption(tmp_path):
     pairs = TrainingPairs(DataConfig((photographs(tmp_path / "a"),), synthetic=0.4, crop=32), 3)
     batch = batches(pairs)[1]
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {

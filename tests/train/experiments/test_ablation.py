@@ -225,7 +225,7 @@ def test_each_condition_has_an_adapter_of_its_own_from_the_same_data(made):
     assert used == [str(Path("run", "adapters", "image", "adapter.safetensors"))]
 
 
-def test_pairs_need_partners(tmp_path):
+def test_pairs_without_a_partner_are_refused(tmp_path):
     for part, names in (("lr", "ab"), ("hr", "a")):
         (tmp_path / part).mkdir()
         for name in names:
@@ -256,7 +256,7 @@ def test_the_crop_shown_is_richer_than_four_in_five():
         ({"metrics": "['sharpness']"}, ["sharpness", "psnr"]),
     ],
 )
-def test_wrong_configurations(place, tmp_path, more, words, monkeypatch, capsys):
+def test_wrong_configurations_end_with_1_and_name_the_value(place, tmp_path, more, words, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("ablation_script", ROOT / "train" / "ablation.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", list(sys.path))

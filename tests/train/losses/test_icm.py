@@ -128,7 +128,7 @@ def test_where_teacher_and_auxiliary_agree_there_is_no_gradient():
     assert torch.equal(diagnostics(teacher, teacher, eps)["rho"], torch.zeros(5, dtype=torch.float64))
 
 
-def test_diagnostics_against_numpy():
+def test_diagnostics_are_those_of_numpy():
     teacher, auxiliary, eps = (normal(*SHAPE, seed=seed) for seed in range(3))
     found = diagnostics(teacher, auxiliary, eps)
     for n in range(SHAPE[0]):
@@ -195,7 +195,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert auxiliary_loss(auxiliary, eps).item() == pytest.approx(F.mse_loss(wide[1], wide[2]).item(), rel=1e-6)
 
 
-def test_uniform_timesteps():
+def test_uniform_timesteps_are_drawn_equally_often():
     law = TimestepConfig()
     u = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = timesteps(u, 1000, law)
@@ -210,7 +210,7 @@ def test_uniform_timesteps():
     )
 
 
-def test_cubic_timesteps():
+def test_cubic_timesteps_follow_their_law():
     """t = (1 - u^3) T: P(t < x T) = 1 - (1 - x)^(1/3), mean 3/4."""
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     share = timesteps(u, 1000, all_timesteps("cubic")).double() / 1000
@@ -242,24 +242,24 @@ def test_timesteps_stay_in_range_at_the_ends(law, low, high, steps):
         ((0.0, 1.0, "square"), "uniform, cubic, got 'square'"),
     ],
 )
-def test_wrong_timestep_ranges(values, words):
+def test_wrong_timestep_ranges_are_refused(values, words):
     with pytest.raises(IcmsrError, match=words):
         TimestepConfig(*values)
 
 
-def test_guidance():
+def test_guidance_moves_from_the_unconditional_prediction_through_the_conditional_one():
     c, u = normal(*SHAPE), normal(*SHAPE, seed=1)
     assert torch.allclose(guided(c, u, 1.0), c, rtol=1e-12)
     assert torch.equal(guided(c, u, 0.0), u)
     assert torch.allclose(guided(c, u, 7.5), 7.5 * c - 6.5 * u, rtol=1e-9)
 
 
-def test_saturation():
+def test_saturation_is_the_share_of_samples_outside_the_range():
     image = torch.tensor([[-1.5, -1.0, 0.0, 1.0], [1.001, 2.0, 0.5, -0.5]]).reshape(1, 2, 2, 2)
     assert saturation(image).item() == pytest.approx(3 / 8)
 
 
-def test_variety():
+def test_variety_is_the_spread_of_the_outputs_over_that_of_the_truths():
     truth = normal(6, 3, 8, 8, dtype=torch.float32)
     middle = truth.mean(dim=0, keepdim=True)
     assert variety(truth, truth).item() == pytest.approx(1, rel=1e-6)

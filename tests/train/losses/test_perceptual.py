@@ -284,7 +284,7 @@ def run_script(monkeypatch, *arguments: object) -> int:
     return ended.value.code
 
 
-def test_the_script_converts(vgg, converted, tmp_path, monkeypatch, capsys):
+def test_the_script_converts_what_is_published_when_it_is_trusted(vgg, converted, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "out.safetensors"
     files = ["--vgg", vgg, "--heads", HEADS, "--out", out]
     assert run_script(monkeypatch, *files) == 1
@@ -308,7 +308,7 @@ VAES = {
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_decoder_of_any_depth(name):
+def test_a_decoder_of_any_depth_has_features_and_a_gradient(name):
     vae = VAES[name]()
     perceptual = DecoderPerceptual(vae)
     truth = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -324,7 +324,7 @@ def test_decoder_of_any_depth(name):
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-def test_decoder_of_nano(nano):
+def test_the_decoder_of_nano_gives_picture_and_features_in_one_pass(nano):
     truth = latent_of(nano, picture(64, 2))
     perceptual = DecoderPerceptual(nano)
     image, features = perceptual.decode(truth)
@@ -455,7 +455,7 @@ def test_a_half_precision_decoder_takes_float32_latents():
     assert all(entry.requires_grad for entry in features)
 
 
-def test_decoder_errors(nano):
+def test_wrong_levels_trained_decoders_and_other_shapes_are_refused(nano):
     with pytest.raises(IcmsrError, match=r"1 to 4 for this VAE.*got 5"):
         DecoderPerceptual(nano, 5)
     vae = small_vae()
@@ -477,7 +477,7 @@ def test_decoder_errors(nano):
 # Configuration
 
 
-def test_make_perceptual(nano, converted):
+def test_the_configuration_chooses_the_perceptual_loss(nano, converted):
     assert make_perceptual(PerceptualConfig("none"), nano, CPU) is None
     decoder = make_perceptual(PerceptualConfig(levels=2), nano, CPU)
     assert isinstance(decoder, DecoderPerceptual)
@@ -496,7 +496,7 @@ def test_make_perceptual(nano, converted):
         ({"kind": "lpips", "weights": "/no/such/file"}, r"'/no/such/file' \(no such file\).*kind=decoder"),
     ],
 )
-def test_configuration_errors(values, message):
+def test_wrong_configurations_name_the_value(values, message):
     with pytest.raises(IcmsrError, match=message):
         PerceptualConfig(**values)
 
@@ -509,7 +509,7 @@ class Config:
     """The term."""
 
 
-def test_configuration_from_flags(converted):
+def test_flags_choose_the_perceptual_loss(converted):
     config = parse_config(Config, ["--perceptual.kind=lpips", f"--perceptual.weights={converted}"])
     assert config.perceptual == PerceptualConfig("lpips", str(converted))
     with pytest.raises(IcmsrError, match="kind=decoder"):

@@ -160,7 +160,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, how):
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"PK\x03\x04 half a zip"])
-def test_a_damaged_pickle(tmp_path, content):
+def test_a_damaged_pickle_is_refused(tmp_path, content):
     folder = public_folder(tmp_path / "public", {})
     (folder / PICKLE).write_bytes(content)
     with pytest.raises(IcmsrError, match=PICKLE):
@@ -171,7 +171,7 @@ def test_a_damaged_pickle(tmp_path, content):
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["file", "folder"])
-def test_an_adapter_that_does_not_fit(saved, form):
+def test_an_adapter_that_does_not_fit_is_refused(saved, form):
     path = saved[form]
     with pytest.raises(IcmsrError, match="takes 4 channels, the condition has 3"):
         check_adapter(path, 3, 8, WIDTHS)
@@ -188,7 +188,7 @@ def test_an_adapter_that_does_not_fit(saved, form):
             check_adapter(path, 4, 8, WIDTHS, other)
 
 
-def test_what_is_no_adapter(saved, tmp_path):
+def test_files_that_are_not_adapters_are_refused(saved, tmp_path):
     single, folder, _ = saved
     with pytest.raises(IcmsrError, match="no such adapter file or folder"):
         check_adapter(tmp_path / "none", 4, 8, WIDTHS)
@@ -210,7 +210,7 @@ def test_what_is_no_adapter(saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"in_channels": 4, "sample_size": 64}', "[]"])
-def test_a_folder_of_another_kind(saved, content):
+def test_a_folder_of_another_kind_is_refused(saved, content):
     (saved[1] / CONFIG).write_text(content)  # a UNet's configuration, say, has in_channels too
     with pytest.raises(IcmsrError, match=r"config\.json.*T2I-Adapter"):
         check_adapter(saved[1], 4, 8, WIDTHS)
@@ -220,7 +220,7 @@ def test_a_folder_of_another_kind(saved, content):
 @pytest.mark.parametrize(
     ("damage", "words"), [("nan", "NaN"), ("missing", "damaged"), ("shape", "damaged"), ("surplus", "damaged")]
 )
-def test_damaged_weights(saved, form, damage, words):
+def test_damaged_weights_are_refused_by_name(saved, form, damage, words):
     path = saved[form]
     file = path / WEIGHTS if path.is_dir() else path
     with safe_open(str(file), framework="pt") as opened:

@@ -61,7 +61,7 @@ def saved_adapter(folder: Path, name: str, channels: int, structure: object = No
         ("edges+colormap+segmentation", ("edges", "colormap", "segmentation"), [1, 3, 3]),
     ],
 )
-def test_kinds(kind, names, widths):
+def test_each_kind_names_its_structures_and_channels(kind, names, widths):
     config = ConditionConfig(kind=kind)
     assert config.names == names
     assert config.widths == widths
@@ -141,7 +141,7 @@ def test_the_structure_of_the_truth_or_of_the_input():
 # Features.
 
 
-def test_features_of_one_adapter(tmp_path):
+def test_one_adapter_s_features_are_its_own_times_its_weight(tmp_path):
     config = ConditionConfig(adapters=(saved_adapter(tmp_path, "both", 4, ConditionConfig().describe()),))
     features = StructureFeatures.load(config, 8, WIDTHS)
     maps = config.maps(pictures())
@@ -170,7 +170,7 @@ def test_features_of_several_adapters_are_the_weighted_sum(tmp_path, weights):
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_an_adapter_of_another_factor_without_description(tmp_path):
+def test_an_adapter_of_another_factor_needs_no_description(tmp_path):
     torch.manual_seed(0)
     adapter, path = make_adapter(3, 4, WIDTHS), tmp_path / "foreign.safetensors"
     save_file(adapter.state_dict(), path)
@@ -208,12 +208,12 @@ def test_features_follow_the_precision_of_the_base(tmp_path):
         ({"kind": "text", "adapters": ("a",)}, r"text takes no adapters, got \['a'\]"),
     ],
 )
-def test_wrong_conditions(values, words):
+def test_wrong_conditions_name_the_value(values, words):
     with pytest.raises(IcmsrError, match=words):
         ConditionConfig(**values)
 
 
-def test_wrong_adapters(tmp_path):
+def test_adapters_that_do_not_fit_the_condition_are_refused(tmp_path):
     trained_for = ConditionConfig().describe()
     both, colour = saved_adapter(tmp_path, "both", 4, trained_for), saved_adapter(tmp_path, "colour", 3)
     cases = [

@@ -183,7 +183,7 @@ def test_checkpointing_saves_memory_and_holds_in_mixed_precision():
     assert kept[True] < kept[False] / 2
 
 
-def test_checkpointing_of_a_vae_encoder():
+def test_checkpointing_a_vae_encoder_changes_no_gradient():
     torch.manual_seed(0)
     vae, found = make_vae(TINY), []
     picture = normal(1, 3, 32, 32)
@@ -369,7 +369,7 @@ def test_no_sequence_of_switches_changes_what_is_trainable(sequence):
         (lambda: Roles(tiny_unet(), {"generator": 4}, ["no_such_module"]), "generator.*no_such_module"),
     ],
 )
-def test_wrong_roles(build: Callable[[], Roles], words):
+def test_roles_that_cannot_be_are_refused(build: Callable[[], Roles], words):
     with pytest.raises(IcmsrError, match=words):
         build()
 
@@ -401,7 +401,7 @@ def test_trap_features_are_consumed():
 # 7. What is trained in Stable Diffusion.
 
 
-def test_counts_in_stable_diffusion():
+def test_lora_of_stable_diffusion_has_the_published_number_of_parameters():
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config("sd21"))
         vae = AutoencoderKL.from_config(vae_config())

@@ -306,7 +306,7 @@ def test_committed_configurations_are_valid(config, monkeypatch):
         (["--loop.batch=0"], 1, ["batch must be at least 1, got 0"]),
     ],
 )
-def test_wrong_configurations(tmp_path, base, flags, code, words, monkeypatch, capsys):
+def test_wrong_flags_end_with_their_code_and_name_the_value(tmp_path, base, flags, code, words, monkeypatch, capsys):
     # In this process, because starting Python anew takes seconds.
     spec = importlib.util.spec_from_file_location("distill_script", ROOT / "train" / "distill.py")
     distill_script = importlib.util.module_from_spec(spec)

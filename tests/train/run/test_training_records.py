@@ -42,7 +42,7 @@ def write_lines(run: Path, positions: range, saved: int = 0, tensorboard: bool =
             log.write(images, values_at(images))
 
 
-def test_lines_come_back(tmp_path: Path) -> None:
+def test_logged_lines_are_read_back(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "new" / "run") as log:
         log.write(8, {"loss/l2": 1 / 3, "count": 2, "tensor": torch.tensor(0.1), "tiny": 1.23456789e-12})
         log.write(8, {"eval/psnr": 25.5})
@@ -249,7 +249,7 @@ def test_bins_sort_as_numbers_and_other_keys_are_left_alone() -> None:
     assert labels == ["20–100", "100–200", "collapse"]
 
 
-def test_health_groups_players() -> None:
+def test_the_health_plot_groups_its_lines_by_player() -> None:
     figure = health_figure(made_up_rows())
     assert figure is not None
     assert titles(figure) == ["grad", "saturation", "skipped", "learning rate"]
@@ -297,7 +297,7 @@ def test_series_leaves_rows_without_the_key_out() -> None:
     assert math.isnan(values[1])
 
 
-def test_smoothing_against_the_plain_mean() -> None:
+def test_smoothing_is_the_plain_mean_of_the_neighbours() -> None:
     values = np.random.default_rng(0).normal(size=200)
     values[50:53] = np.nan
     expected = [np.nanmean(values[max(0, i - 5) : i + 6]) for i in range(200)]
@@ -313,7 +313,7 @@ def test_counts_are_whole_numbers() -> None:
     assert not is_count(np.array([0.0, np.nan]))
 
 
-def test_plots_of_a_run(tmp_path: Path) -> None:
+def test_a_run_s_plots_are_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         for row in made_up_rows(5):
             log.write(int(row["images"] or 0), {key: value for key, value in row.items() if key != "images"})

@@ -205,7 +205,7 @@ def test_the_autoencoder_term_needs_a_decoder_that_trains():
         config(LossWeights(icm=0, perceptual=0, autoencoder=1), weights="whole")
 
 
-def test_local_spectrum_against_scipy_in_float64():
+def test_the_local_spectrum_is_that_of_scipy_in_float64():
     torch.manual_seed(0)
     pictures = [torch.rand(1, 3, 32, 40) * 2 - 1 for _ in range(2)]
     amplitudes = []

@@ -228,7 +228,7 @@ def test_draws_depend_on_the_sample_alone():
     assert float(draw_uniform(0, torch.arange(2000), "t").mean()) == pytest.approx(0.5, abs=0.02)
 
 
-def test_reconstruction_losses_against_numpy():
+def test_reconstruction_losses_are_those_of_numpy():
     random = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 3, 12, 10, generator=random, dtype=torch.float64) for _ in range(2))
     x, y = a.numpy(), b.numpy()
@@ -275,7 +275,7 @@ def test_averaged_puts_the_live_weights_back():
 @pytest.mark.parametrize(
     ("schedule", "middle", "end"), [("cosine", 0.05, 0), ("linear", 0.05, 0), ("constant", 0.1, 0.1)]
 )
-def test_learning_rate_schedule(schedule, middle, end):
+def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, middle, end):
     config = LoopConfig(images=1000, batch=10, warmup_images=100, learning_rate=0.1, schedule=schedule)
     rates = [learning_rate(config, images, 10) for images in range(0, 1001, 10)]
     assert rates[:11] == sorted(rates[:11])
