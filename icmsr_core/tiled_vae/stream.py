@@ -9,7 +9,6 @@ needs to know the whole map first: `tiled_vae_modes`.
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,10 +23,11 @@ from ..backbone.vae_steps import Attention, Conv, Down, Norm, Pointwise, Residua
 from .held_map import HeldMap
 
 STRIPE_BYTES = {"cpu": 4 * 2**20}
-"""Of a stripe of a map, by the kind of device; elsewhere the tile's area alone decides. It is still in the cache when
-the next step reads it, and what is larger than 32 MiB glibc gets from the system for every map anew."""
+"""Most bytes of a stripe of a map, by the kind of device. A CPU still has that much in its cache when the next step
+reads it; and glibc would ask the system for each map above 32 MiB. On a device that is not listed, stripes
+keep the height that the tile's area gives them (`Flow.nominal`)."""
 FEWEST_ROWS = 4
-"""Of a stripe that is cut for its bytes: every convolution copies two more."""
+"""Least height of a stripe that is cut for its bytes: every convolution copies two rows more."""
 
 
 class Flow(NamedTuple):
@@ -90,11 +90,13 @@ class Stream(ABC):
 
     def _sized(self, flow: Flow, growth: float) -> Iterator[Tensor]:
         """The stripes of `flow` regrouped before something that makes maps of `growth` times their size of them."""
-        limit = STRIPE_BYTES.get(self.half.device.type, math.inf) / max(1.0, growth)
+        limit = STRIPE_BYTES.get(self.half.device.type)
 
         def rows(chunk: Tensor) -> int:
+            if limit is None:
+                return flow.nominal
             row = chunk.numel() // chunk.shape[self.axis] * chunk.element_size()
-            return int(min(flow.nominal, max(FEWEST_ROWS, limit // row)))
+            return int(min(flow.nominal, max(FEWEST_ROWS, limit / max(1.0, growth) // row)))
 
         return _regrouped(flow.chunks, self.axis, rows)
 
