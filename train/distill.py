@@ -14,8 +14,10 @@ import torch
 
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.networks.conditioning import ConditionConfig
-from icmsr_core.train.run.launch import parse_config, plan, run_script, settings_of, start_processes
-from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.run.launch import parse_config, plan, run_script, settings_of
+from icmsr_core.train.run.loop import train
+from icmsr_core.train.run.loop_config import LoopConfig
+from icmsr_core.train.run.processes import start_processes
 from icmsr_core.train.tasks.building import build_generator_task, check_generator, check_run, training_base
 from icmsr_core.train.tasks.generator import GeneratorConfig
 
@@ -46,7 +48,7 @@ def main() -> None:
     """Everything that can be wrong in the configuration is found before a weight is read."""
     config = parse_config(Config)
     settings, run, seed = settings_of(config), Path(config.run), config.loop.seed
-    accelerator, device = start_processes(config.device)
+    processes = start_processes(config.device)
     base = training_base(config.base)
     check_run(base, config.data, config.loop.precision, config.generator.networks.base_dtype)
     check_generator(base, config.generator, config.condition)
@@ -54,13 +56,13 @@ def main() -> None:
     parts = (base, config.generator, config.condition, pairs.captions, seed, settings)
     if config.dry_run:
         stage = ("distillation", config.loop, lambda: build_generator_task(*parts, weights=False))
-        if accelerator.is_main_process:
-            print(plan(settings, [stage], pairs, accelerator.num_processes))
+        if processes.main:
+            print(plan(settings, [stage], pairs, processes.count))
         return
     torch.manual_seed(seed)
-    task = build_generator_task(*parts, device=device, prompt_cache=run / "prompts.safetensors")
-    logging.info("base %s, %d photographs, %s", base.info.name, len(pairs.photographs), device)
-    for path in train(task, pairs, config.loop, run, settings, accelerator, device):
+    task = build_generator_task(*parts, device=processes.device, prompt_cache=run / "prompts.safetensors")
+    logging.info("base %s, %d photographs, %s", base.info.name, len(pairs.photographs), processes.device)
+    for path in train(task, pairs, config.loop, run, settings, processes):
         logging.info("wrote %s", path)
 
 

@@ -23,8 +23,10 @@ from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
 from icmsr_core.train.data.pairs import DataConfig, Samples, TrainingPairs
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
-from icmsr_core.train.run.launch import Stage, parse_config, plan, run_script, settings_of, start_processes
-from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.run.launch import Stage, parse_config, plan, run_script, settings_of
+from icmsr_core.train.run.loop import train
+from icmsr_core.train.run.loop_config import LoopConfig
+from icmsr_core.train.run.processes import start_processes
 from icmsr_core.train.tasks.autoencoder import AutoencoderLosses, AutoencoderTask, normalise_latent
 from icmsr_core.train.tasks.building import exchange_decoder
 from icmsr_core.train.tasks.prior import PriorTask
@@ -83,7 +85,8 @@ def main() -> None:
     if config.autoencoder_only and config.start:
         raise IcmsrError("autoencoder_only trains a new autoencoder, start keeps a base's: leave one of them out")
     start = open_base(Path(config.start)) if config.start else None
-    accelerator, device = start_processes(config.device)
+    processes = start_processes(config.device)
+    device = processes.device
     pairs = TrainingPairs(config.data, config.autoencoder.seed if start is None else seed, degraded=False)
     context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width)
     info = BaseInfo(config.name, config.family, licence=config.licence)
@@ -99,8 +102,8 @@ def main() -> None:
         stages: list[Stage] = [] if config.autoencoder_only else [("prior", config.prior, prior)]
         if start is None:
             stages.insert(0, ("autoencoder", config.autoencoder, autoencoder))
-        if accelerator.is_main_process:
-            print(plan(settings, stages, pairs, accelerator.num_processes))
+        if processes.main:
+            print(plan(settings, stages, pairs, processes.count))
         return
     torch.manual_seed(config.autoencoder.seed if start is None else seed)
     unet, vae = (network.to(device) for network in _networks(config, start))
@@ -113,17 +116,17 @@ def main() -> None:
     if start is None:
         task = AutoencoderTask(vae, config.autoencoder_losses)
         # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
-        train(task, pairs, config.autoencoder, run / "autoencoder", settings, accelerator, device, keep_average=True)
+        train(task, pairs, config.autoencoder, run / "autoencoder", settings, processes, keep_average=True)
     if start is None or config.normalise_latent:
         _normalise(vae, pairs, device)
     if config.autoencoder_only:
-        if accelerator.is_main_process:
+        if processes.main:
             save_base(run / "autoencoder" / "base", unet, vae, context, info)
             logging.info("wrote %s", run / "autoencoder" / "base")
         return
     samples, held_out = _samples(config, pairs, vae)
     prior_task = PriorTask(unet, vae, context, schedule, info, seed, held_out)
-    for path in train(prior_task, samples, config.prior, run / "prior", settings, accelerator, device):
+    for path in train(prior_task, samples, config.prior, run / "prior", settings, processes):
         logging.info("wrote %s", path)
 
 

@@ -23,9 +23,10 @@ from ...weights.generator_file import holds_two_sets
 from ...whole_file import replace_file
 from ..data.pairs import DataConfig, TrainingPairs
 from ..networks.conditioning import ConditionConfig, StructureConfig
-from ..run.launch import start_processes
 from ..run.logs import METRICS_FILE, read_metrics
-from ..run.loop import LoopConfig, train
+from ..run.loop import train
+from ..run.loop_config import LoopConfig
+from ..run.processes import start_processes
 from ..tasks.adapter import AdapterConfig
 from ..tasks.building import build_adapter_task, build_generator_task, check_generator, check_run, training_base
 from ..tasks.generator import GeneratorConfig
@@ -158,17 +159,17 @@ def train_adapter(config: AblationConfig, arm: str) -> str:
         wanted = AdapterConfig(**{part.name: getattr(structure, part.name) for part in fields(StructureConfig)})
         settings = _settings(config, config.adapter, adapter=wanted)
         pairs = TrainingPairs(config.data, config.adapter.seed, degraded=False)
-        accelerator, device = start_processes(config.device)
+        processes = start_processes(config.device)
         torch.manual_seed(config.adapter.seed)
         task = build_adapter_task(
             training_base(config.base),
             wanted,
             config.adapter.seed,
             settings,
-            device=device,
+            device=processes.device,
         )
         folder = config.folder("adapters", arm)
-        train(task, pairs, config.adapter, folder, settings, accelerator, device)
+        train(task, pairs, config.adapter, folder, settings, processes)
     return arm
 
 
@@ -254,7 +255,7 @@ def _train(
     check_generator(base, generator, condition)
     pairs = TrainingPairs(config.data, loop.seed)
     settings = _settings(config, loop, condition=condition, generator=generator)
-    accelerator, device = start_processes(config.device)
+    processes = start_processes(config.device)
     torch.manual_seed(loop.seed)  # the auxiliary's first weights
     task = build_generator_task(
         base,
@@ -263,9 +264,9 @@ def _train(
         pairs.captions,
         loop.seed,
         settings,
-        device=device,
+        device=processes.device,
     )
-    train(task, pairs, loop, folder, settings, accelerator, device)
+    train(task, pairs, loop, folder, settings, processes)
 
 
 def _without_icm(generator: GeneratorConfig) -> GeneratorConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,16 +12,14 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.utils import logging as diffusers_logging
 from torch.utils.data import default_collate
 
 from ...errors import IcmsrError
-from ...runtime.device import pick_device
 from ..data.pairs import Samples
 from ..tasks.task import Task
-from .loop import Interrupted, LoopConfig
+from .loop import Interrupted
+from .loop_config import LoopConfig
 from .memory import estimate_memory
 
 Config = TypeVar("Config")
@@ -46,20 +43,6 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
 def settings_of(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain values, for JSON, without ``dry_run``."""
     return {key: value for key, value in asdict(config).items() if key != "dry_run"}
-
-
-def start_processes(device: str) -> tuple[Accelerator, torch.device]:
-    """The processes of this run and this one's device; `device` counts for a run of one process."""
-    # Each player's turn leaves the others' parameters out, hence find_unused_parameters.
-    together = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    picked = torch.device("cpu") if several else pick_device(device)
-    cpu = device == "cpu" or (not several and picked.type == "cpu")
-    # The loop has its own autocast; one of accelerate's configuration would lie around it, without a scaler.
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[together])
-    if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.ERROR)
-    return accelerator, accelerator.device if several else picked
 
 
 Stage = tuple[str, LoopConfig, Callable[[], Task]]

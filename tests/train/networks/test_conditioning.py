@@ -17,7 +17,9 @@ from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureConfig, StructureFeatures, picture_of
-from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.run.loop import train
+from icmsr_core.train.run.loop_config import LoopConfig
+from icmsr_core.train.run.processes import Processes
 from icmsr_core.train.tasks.building import build_generator_task
 from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights
 from icmsr_core.upscale.sizes import resize
@@ -261,7 +263,7 @@ def test_a_new_structure_trains_without_a_change_to_the_loop(tmp_path, monkeypat
     inner = task.features.forward
     monkeypatch.setattr(task.features, "forward", lambda maps: seen.append(maps) or inner(maps))
     loop = LoopConfig(images=4, batch=2, precision="fp32", workers=0, log_every=2, save_every=4, tensorboard=False)
-    written = train(task, pairs, loop, tmp_path / "run", {}, Accelerator(cpu=True), torch.device("cpu"))
+    written = train(task, pairs, loop, tmp_path / "run", {}, Processes(Accelerator(cpu=True), torch.device("cpu")))
     assert all(path.is_file() for path in written)
     assert len(seen) == 4, "two players, two steps"
     truth = torch.stack([pairs[number]["sharp"] for number in (0, 1)]).float() / 255

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.run.logs import read_metrics
-from icmsr_core.train.run.loop import LoopConfig, train
+from icmsr_core.train.run.loop import train
+from icmsr_core.train.run.loop_config import LoopConfig
+from icmsr_core.train.run.processes import Processes
 from icmsr_core.train.tasks.task import Batch, Player, Task
 
 
@@ -69,7 +71,7 @@ def run(task: Points, folder: Path, **options: object) -> list[Path]:
     }
     config = LoopConfig(**values)
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
-    return train(task, pairs, config, folder, {"loop": values}, Accelerator(cpu=True), torch.device("cpu"))
+    return train(task, pairs, config, folder, {"loop": values}, Processes(Accelerator(cpu=True), torch.device("cpu")))
 
 
 def test_each_player_takes_its_turns(tmp_path):

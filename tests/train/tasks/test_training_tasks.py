@@ -21,8 +21,9 @@ from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
-from icmsr_core.train.run.checkpoint import Averages
-from icmsr_core.train.run.loop import LoopConfig, autocast, averaged, decisive, learning_rate
+from icmsr_core.train.run.loop import autocast, compared_settings
+from icmsr_core.train.run.loop_config import LoopConfig, learning_rate
+from icmsr_core.train.run.state import RunState
 from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
 from icmsr_core.train.tasks.task import Player, shareable
 from icmsr_core.upscale.color import wavelet_color_fix
@@ -254,22 +255,26 @@ def test_the_loss_sees_the_colour_correction_of_inference():
         assert torch.equal(with_low_frequencies(result, reference), corrected), "float32 whatever the networks run in"
 
 
-def test_averaged_puts_the_live_weights_back():
+def test_averaged_puts_the_live_weights_back_even_after_an_error():
     layer = nn.Linear(2, 2)
     live = layer.weight.detach().clone()
     players = [Player("a", {"weight": layer.weight}), Player("b", {"bias": layer.bias}, averaged=False)]
-    averages = Averages(a={"weight": torch.zeros(2, 2)})
+    state = RunState(players, LoopConfig(), 8, "")
+    assert list(state.averages) == ["a"]
+    state.averages["a"]["weight"].zero_()
     seen = []
 
     def interrupted_export() -> None:
-        with averaged(players, averages):
+        with state.averaged():
             seen.append(layer.weight.detach().clone())
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
         interrupted_export()
-    assert torch.equal(seen[0], averages["a"]["weight"])
+    assert torch.equal(seen[0], torch.zeros(2, 2))
     assert torch.equal(layer.weight, live)
+    state.use_averages()
+    assert torch.equal(layer.weight, torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +323,11 @@ def test_only_what_changes_the_weights_marks_a_run():
         "prior": {"workers": 1, "save_every": 4, "seed": 2},
         "loop": {"workers": 1, "save_every": 4, "seed": 2},
     }
-    assert decisive(settings) == {"data": {"crop": 32, "workers": 3}, "prior": {"seed": 2}, "loop": {"seed": 2}}
+    assert compared_settings(settings) == {
+        "data": {"crop": 32, "workers": 3},
+        "prior": {"seed": 2},
+        "loop": {"seed": 2},
+    }
 
 
 @pytest.mark.parametrize(

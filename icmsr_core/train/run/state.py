@@ -1,0 +1,191 @@
+"""The state of a run: what it needs to go on as if it had never stopped, in memory and in ``state.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import IcmsrError
+from ...weights.generator_file import read_tensors, write_tensors
+from ..tasks.task import Player
+from .loop_config import LoopConfig, learning_rate
+
+FORMAT = "icmsr-training-state"
+
+
+@dataclass
+class Position:
+    """Where a run is."""
+
+    images: int = 0
+    """Training images seen."""
+    skipped: int = 0
+    """Optimiser steps skipped because their gradient was not finite."""
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    """By player: skipped steps since its last good one."""
+
+
+class RunState:
+    """Weights, running averages, optimisers and position of a run.
+
+    The live weights train; `averaged` puts the running averages in their place, for what is exported and shown.
+    """
+
+    def __init__(self, players: Sequence[Player], config: LoopConfig, step: int, mark: str) -> None:
+        """`step` is the effective batch in images; `mark` (a `fingerprint`) is what `load` compares."""
+        self.players, self.config, self.step, self.mark = players, config, step, mark
+        self.position = Position()
+        self.averages = self._copies()
+        self.optimizers = {
+            player.name: torch.optim.AdamW(
+                player.parameters.values(),
+                lr=config.learning_rate,
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+                foreach=True,
+            )
+            for player in players
+        }
+
+    def rate(self, player: Player) -> float:
+        """The learning rate of `player` at this position."""
+        return player.learning_rate * learning_rate(self.config, self.position.images, self.step)
+
+    def descend(self, player: Player) -> Tensor | None:
+        """One optimiser step of `player` along its gradients, which are clipped and then cleared.
+
+        Returns the norm of the gradient; None if it is not finite: the step is then skipped and counted. Raises
+        `IcmsrError` at the last of `LoopConfig.patience` skipped steps in a row.
+        """
+        optimizer, position, name = self.optimizers[player.name], self.position, player.name
+        norm = nn.utils.clip_grad_norm_(player.parameters.values(), self.config.clip)
+        good = bool(norm.isfinite())
+        if good:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate(player)
+            optimizer.step()
+            position.in_a_row[name] = 0
+        else:
+            position.skipped += 1
+            position.in_a_row[name] = position.in_a_row.get(name, 0) + 1
+        optimizer.zero_grad(set_to_none=True)
+        if position.in_a_row[name] >= self.config.patience:
+            raise IcmsrError(
+                f"{self.config.patience} optimiser steps of {name} in a row had a non-finite gradient, "
+                f"the last at {position.images} images: lower learning_rate, or use precision fp32"
+            )
+        return norm if good else None
+
+    def update_average(self, player: Player) -> None:
+        """Moves the running average of `player`, if it has one, towards its weights: by 1 / n in the first steps, which
+        makes a plain mean, later with the half-life of `LoopConfig.average_images`."""
+        if player.averaged:
+            decay = 0.5 ** (self.step / self.config.average_images)
+            weight = max(1 - decay, 1 / (1 + self.position.images / self.step))
+            for name, parameter in player.parameters.items():
+                self.averages[player.name][name].lerp_(parameter.detach(), weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The running averages in place of the live weights, inside the block."""
+        live = self._copies()
+        self.use_averages()
+        try:
+            yield
+        finally:
+            self._fill(live)
+
+    def use_averages(self) -> None:
+        """Replaces the live weights by the running averages, for good."""
+        self._fill(self.averages)
+
+    def save(self, path: Path) -> None:
+        """Writes the state atomically: the file at `path` is always a whole one."""
+        tensors: dict[str, Tensor] = {}
+        for player in self.players:
+            for name, parameter in player.parameters.items():
+                tensors[f"weight/{player.name}/{name}"] = parameter.detach()
+                if player.averaged:
+                    tensors[f"average/{player.name}/{name}"] = self.averages[player.name][name]
+                for key, value in self.optimizers[player.name].state.get(parameter, {}).items():
+                    tensors[f"{key}/{player.name}/{name}"] = torch.as_tensor(value)
+        meta = {"format": FORMAT, "position": json.dumps(vars(self.position)), "fingerprint": self.mark}
+        write_tensors(path, {key: value.cpu() for key, value in tensors.items()}, meta)
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises `IcmsrError` when the file is damaged, and when it was written under other settings that shape the
+        weights: going on would mix two runs.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise IcmsrError(f"{path}: not a training state")
+        if metadata["fingerprint"] != self.mark:
+            raise IcmsrError(
+                f"{path.parents[2]}: this run was started with another configuration "
+                f"({_differences(metadata['fingerprint'], self.mark)}): choose another run folder, or put those values "
+                "back"
+            )
+        try:
+            for player in self.players:
+                self._restore(player, tensors)
+        except KeyError as error:
+            raise IcmsrError(
+                f"{path}: the tensor {error} is missing: remove this checkpoint to go on from the one before"
+            ) from error
+        if tensors:
+            raise IcmsrError(f"{path}: tensors of no parameter: {sorted(tensors)[:4]}")
+        self.position = Position(**json.loads(metadata["position"]))
+
+    @torch.no_grad()
+    def _restore(self, player: Player, tensors: dict[str, Tensor]) -> None:
+        """Fills `player` from `tensors`, and takes out of them what is used."""
+        for name, parameter in player.parameters.items():
+            parameter.copy_(tensors.pop(f"weight/{player.name}/{name}"))
+            if player.averaged:
+                self.averages[player.name][name].copy_(tensors.pop(f"average/{player.name}/{name}"))
+            own = {key: f"{key}/{player.name}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            if own["step"] in tensors:
+                self.optimizers[player.name].state[parameter] = {
+                    key: tensors.pop(full).to("cpu" if key == "step" else parameter.device) for key, full in own.items()
+                }
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the live weights of the players that have an average."""
+        return {
+            player.name: {name: parameter.detach().clone() for name, parameter in player.parameters.items()}
+            for player in self.players
+            if player.averaged
+        }
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for player in self.players:
+            for name, value in weights.get(player.name, {}).items():
+                player.parameters[name].copy_(value)
+
+
+def fingerprint(values: Mapping[str, object]) -> str:
+    """Settings as text, for telling two runs apart; the order of the keys does not matter."""
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _differences(old_mark: str, new_mark: str) -> str:
+    """The first three settings in which two fingerprints differ, in words."""
+    old, new = (_flatten(json.loads(text)) for text in (old_mark, new_mark))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:3])
+
+
+def _flatten(values: Mapping[str, object], above: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
