@@ -12,7 +12,7 @@ from _measurement import CLOCKS
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.device import pick_device
-from icmsr_core.upscale.one_step import UpscaleSettings
+from icmsr_core.upscale.settings import UpscaleSettings
 
 SCALE = 4
 """The result's size over the input's: what the models are made for."""

@@ -27,11 +27,12 @@ def main() -> None:
 
     use_threads(options.threads)
     one_step = part("icmsr_core.upscale.one_step")
+    settings_module = part("icmsr_core.upscale.settings")
     backbones = part("nodes.native.backbone")
     model, vae = core.NODE_CLASS_MAPPINGS["ICMSR_LoadEmbedded"].execute().result
     node = core.NODE_CLASS_MAPPINGS["ICMSR_Upscale"]
     tiles = {"tile": options.tile, "overlap": options.overlap}
-    settings = one_step.UpscaleSettings(scale=SCALE, **tiles)
+    settings = settings_module.UpscaleSettings(scale=SCALE, **tiles)
     image = torch.rand(1, options.size // SCALE, options.size // SCALE, 3, generator=torch.Generator().manual_seed(0))
 
     def by_node() -> torch.Tensor:

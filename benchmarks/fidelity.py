@@ -22,8 +22,9 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import silence_diffusers
 from icmsr_core.train.experiments.ablation_pictures import measure, pairs_of
 from icmsr_core.weights.embedded import embedded_base, embedded_generator
+from icmsr_core.weights.fidelity import check_fidelity
 from icmsr_core.weights.generator_file import holds_two_sets
-from icmsr_core.weights.merging import check_fidelity, fidelity_to_use
+from icmsr_core.weights.merging import fidelity_to_use
 
 METRICS = {
     "psnr": "PSNR-Y",

@@ -26,8 +26,8 @@ from _measurement import DTYPES, STAGES, ChildFailed, Measurement, in_child, mea
 from torch import Tensor
 
 from icmsr_core.backbone.protocol import Backbone
-from icmsr_core.tiled_vae.tiled import VAE_MODES
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import VAE_MODES, UpscaleSettings
 
 LIMITS = (64, 16384)
 MODELS = ("sd21", "nano")

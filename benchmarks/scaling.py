@@ -20,8 +20,8 @@ import torch
 from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
 from _measurement import DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
 
-from icmsr_core.tiled_vae.tiled import VAE_MODES
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import VAE_MODES, UpscaleSettings
 
 MEGAPIXELS = (0.25, 1, 4, 16, 64)
 COLUMNS = ("megapixels", "px", "s", "s per megapixel", "against the first", "peak MB", "pictures MB", "beside them MB")

@@ -26,7 +26,8 @@ from icmsr_core.backbone.protocol import Backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
-from icmsr_core.upscale.one_step import UpscaleSettings, make_plan, upscale
+from icmsr_core.upscale.one_step import make_plan, upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
 from icmsr_core.upscale.tiling import Span, TilePlan
 from icmsr_core.weights.embedded import embedded_generator

@@ -23,7 +23,7 @@ from _measurement import CLOCKS, DTYPES, ChildFailed, Peak, Stopwatch, in_child,
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.device import pick_device
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
-from icmsr_core.upscale.one_step import TILE_MULTIPLE
+from icmsr_core.upscale.settings import TILE_MULTIPLE
 
 COLUMNS = ("model, precision", "part", "tile", "batch", "s per megapixel", "MB", "bytes per cell", "bytes per pixel")
 PARTS = ("unet", "encoder", "decoder")

@@ -24,7 +24,7 @@ from _measurement import CLOCKS, ChildFailed, Peak, Stopwatch, in_child, use_thr
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
 from icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
-from icmsr_core.upscale.one_step import UpscaleSettings
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
 
 MODES = ("untiled", "exact", "bounded")

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 
 from ..icmsr_core.weights.base import open_base
 from ..icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
+from ..icmsr_core.weights.fidelity import MAX_FIDELITY
 from ..icmsr_core.weights.generator_file import load_generator
-from ..icmsr_core.weights.merging import MAX_FIDELITY
 from .category import CATEGORY
 from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
 from .native.core_objects import Model, Vae

@@ -11,17 +11,8 @@ import torch
 from comfy_api.latest import io
 
 from ..icmsr_core.errors import IcmsrError
-from ..icmsr_core.tiled_vae.tiled import VAE_MODES
-from ..icmsr_core.upscale.color import COLOR_FIXES
-from ..icmsr_core.upscale.one_step import (
-    MAX_SCALE,
-    MIN_SCALE,
-    TILE_MULTIPLE,
-    UpscaleSettings,
-    count_tiles,
-    make_plan,
-    upscale,
-)
+from ..icmsr_core.upscale.one_step import count_tiles, make_plan, upscale
+from ..icmsr_core.upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..icmsr_core.upscale.sizes import padded_size
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
@@ -56,7 +47,7 @@ class Upscale(io.ComfyNode):
                 io.Image.Input("image", tooltip="Pictures of any size. A batch runs one after another."),
                 io.Float.Input(
                     "scale",
-                    default=4.0,
+                    default=UpscaleSettings.scale,
                     min=MIN_SCALE,
                     max=MAX_SCALE,
                     step=0.25,
@@ -64,7 +55,7 @@ class Upscale(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tile",
-                    default=512,
+                    default=UpscaleSettings.tile,
                     min=0,
                     max=4096,
                     step=TILE_MULTIPLE,
@@ -75,7 +66,7 @@ class Upscale(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "overlap",
-                    default=128,
+                    default=UpscaleSettings.overlap,
                     min=0,
                     max=2048,
                     step=16,
@@ -84,7 +75,7 @@ class Upscale(io.ComfyNode):
                 io.Combo.Input(
                     "color_fix",
                     options=list(COLOR_FIXES),
-                    default="wavelet",
+                    default=UpscaleSettings.color_fix,
                     tooltip=(
                         "Colours after the image: wavelet takes its low frequencies, adain its mean and contrast, none "
                         "leaves the model's."
@@ -92,7 +83,7 @@ class Upscale(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tile_batch",
-                    default=1,
+                    default=UpscaleSettings.batch,
                     min=0,
                     max=64,
                     tooltip=(
@@ -120,7 +111,7 @@ class Upscale(io.ComfyNode):
                 io.Combo.Input(
                     "vae_mode",
                     options=list(VAE_MODES),
-                    default="auto",
+                    default=UpscaleSettings.vae,
                     optional=True,
                     tooltip=(
                         "exact: as if the VAE saw the whole picture at once. bounded: its memory is set by the tile, "
@@ -138,16 +129,16 @@ class Upscale(io.ComfyNode):
         model: Model,
         vae: Vae,
         image: torch.Tensor,
-        scale: float = 4.0,
-        tile: int = 512,
-        overlap: int = 128,
-        color_fix: str = "wavelet",
-        tile_batch: int = 1,
+        scale: float = UpscaleSettings.scale,
+        tile: int = UpscaleSettings.tile,
+        overlap: int = UpscaleSettings.overlap,
+        color_fix: str = UpscaleSettings.color_fix,
+        tile_batch: int = UpscaleSettings.batch,
         control_net: object = None,
         hint: torch.Tensor | None = None,
         strength: float = 1.0,
         conditioning: Conditioning | None = None,
-        vae_mode: str = "auto",
+        vae_mode: str = UpscaleSettings.vae,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
             scale=scale, tile=tile, overlap=overlap, batch=tile_batch or 1, color_fix=color_fix, vae=vae_mode

@@ -9,24 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
-
-Prediction = Literal["eps", "v", "residual"]
-"""What a network's output means: the noise, the velocity, or (as in PiSA-SR) ``z - x0``."""
-
-PREDICTIONS: tuple[str, ...] = get_args(Prediction)
-
-
-def check_prediction(value: str) -> Prediction:
-    """`value` as a `Prediction`; raises `IcmsrError` for any other text."""
-    if value not in PREDICTIONS:
-        raise IcmsrError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {value!r}")
-    return value  # type: ignore[return-value]
+from .prediction import PREDICTIONS, Prediction
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .noise_schedule import NoiseSchedule, Prediction
+from .noise_schedule import NoiseSchedule
+from .prediction import Prediction
 from .vae_steps import VaeHalf, VaePart
 
 

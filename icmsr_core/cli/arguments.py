@@ -1,4 +1,7 @@
-"""The grammar of the command `icmsr`: what its commands take, and how their texts become values."""
+"""The grammar of the command `icmsr`: what its commands take, and how their texts become values.
+
+Needs no torch, so that help and wrong usage answer at once.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import argparse
 from pathlib import Path
 
 from .. import __version__
-from ..backbone.noise_schedule import PREDICTIONS
-from ..exchange.exporters import EXPORT_FORMATS
-from ..exchange.importers import IMPORT_KINDS
-from ..tiled_vae.tiled import VAE_MODES
-from ..upscale.one_step import UpscaleSettings
-from ..weights.merging import check_fidelity
+from ..backbone.prediction import PREDICTIONS
+from ..exchange.kinds import EXPORT_FORMATS, IMPORT_KINDS
+from ..upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
+from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -37,7 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("input", type=Path, help="a picture, or a folder of them")
     upscale.add_argument("output", type=Path, help="the file to write, or a folder")
     size = upscale.add_mutually_exclusive_group()
-    size.add_argument("--scale", type=float, default=4.0, help="1 to 8 (default 4)")
+    size.add_argument(
+        "--scale",
+        type=float,
+        default=UpscaleSettings.scale,
+        help=f"{MIN_SCALE:g} to {MAX_SCALE:g} (default {UpscaleSettings.scale:g})",
+    )
     size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
     upscale.add_argument("--model", default="nano", metavar="nano|PATH", help="generator file (default: the embedded)")
     upscale.add_argument(
@@ -57,25 +63,32 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument(
         "--tile",
         type=parse_auto,
-        default=512,
+        default=UpscaleSettings.tile,
         metavar="N|auto",
-        help="tile in output pixels, a multiple of 64; 0: whole; auto: 512, or less where memory is "
-        "short (and then bounded instead of auto for --vae-mode)",
+        help=f"tile in pixels of the result, a multiple of {TILE_MULTIPLE} (default {UpscaleSettings.tile}); 0: the "
+        f"whole picture at once; auto: {UpscaleSettings.tile}, or less where memory is short (--vae-mode auto may then "
+        "become bounded)",
     )
-    upscale.add_argument("--overlap", type=int, default=128, help="overlap of tiles in output pixels")
+    upscale.add_argument(
+        "--overlap",
+        type=int,
+        default=UpscaleSettings.overlap,
+        help=f"overlap of tiles in pixels of the result (default {UpscaleSettings.overlap})",
+    )
     upscale.add_argument(
         "--batch",
         type=parse_auto,
-        default=1,
+        default=UpscaleSettings.batch,
         metavar="N|auto",
-        help="tiles that run together; auto: 1 on the CPU, elsewhere as many as fit, up to 8",
+        help=f"tiles that run together (default {UpscaleSettings.batch}); auto: 1 on the CPU, elsewhere as many as "
+        "fit into memory, up to 8",
     )
     upscale.add_argument(
         "--vae-mode",
         default=UpscaleSettings.vae,
         choices=VAE_MODES,
-        help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto: exact up to "
-        "the area of 2048x2048",
+        help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto (default): exact up to the "
+        "area of 2048x2048",
     )
     upscale.add_argument(
         "--fidelity",
@@ -90,7 +103,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
         "with a text encoder (a whole folder or a hub id), and transformers (extra text)",
     )
-    upscale.add_argument("--color-fix", default="wavelet", choices=("wavelet", "adain", "none"))
+    upscale.add_argument(
+        "--color-fix",
+        default=UpscaleSettings.color_fix,
+        choices=COLOR_FIXES,
+        help=f"colour correction against the input (default {UpscaleSettings.color_fix})",
+    )
     upscale.add_argument(
         "--compile",
         action="store_true",

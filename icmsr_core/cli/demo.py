@@ -10,7 +10,8 @@ from pathlib import Path
 from ..backbone.protocol import Backbone
 from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
 from ..pictures.panels import side_by_side
-from ..upscale.one_step import Progress, UpscaleSettings
+from ..upscale.one_step import Progress
+from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..weights.embedded import demo_picture
 from .picture_jobs import check_writable, upscale_picture

@@ -1,12 +1,14 @@
 """The command `icmsr`: demo, upscale, conditions, evaluate, inspect, import, export.
 
 Exit codes: 0 done; 1 something failed, said in one line on stderr; 2 wrong usage; 130 interrupted.
+
+What a command needs (torch, diffusers, OpenCV, tqdm) is imported by the command, inside its function: help, version and
+wrong usage answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,18 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..errors import IcmsrError
-from ..upscale.one_step import Progress, UpscaleSettings
+from ..upscale.settings import UpscaleSettings
 from ..weights.embedded import embedded_generator
-from ..weights.generator_file import holds_two_sets
-from ..weights.merging import fidelity_to_use
 from .arguments import make_parser
 
 if TYPE_CHECKING:
     from ..runtime.diffusers_backbone import DiffusersBackbone
     from ..runtime.precision import DtypeChoice
+    from ..upscale.one_step import Progress
 
 
 def run() -> None:
@@ -59,6 +58,8 @@ def main(arguments: list[str]) -> int:
 
 def run_demo_command(options: argparse.Namespace) -> int:
     """``icmsr demo``."""
+    from tqdm import tqdm
+
     from .demo import run_demo
 
     loaded: list[DiffusersBackbone] = []
@@ -81,8 +82,6 @@ def run_demo_command(options: argparse.Namespace) -> int:
 
 def run_upscale(options: argparse.Namespace) -> int:
     """``icmsr upscale``."""
-    from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
-
     tile_too, batch_too = options.tile is None, options.batch is None
     try:
         settings = UpscaleSettings(
@@ -91,11 +90,18 @@ def run_upscale(options: argparse.Namespace) -> int:
             overlap=options.overlap,
             color_fix=options.color_fix,
             tile=UpscaleSettings.tile if tile_too else options.tile,
-            batch=1 if batch_too else options.batch,
+            batch=UpscaleSettings.batch if batch_too else options.batch,
             vae=options.vae_mode,
         )
     except IcmsrError as error:
         options.parser.error(str(error))
+
+    from tqdm import tqdm
+
+    from ..weights.generator_file import holds_two_sets
+    from ..weights.merging import fidelity_to_use
+    from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
+
     if options.fidelity is not None:
         path = generator_path(options.model)
         fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
@@ -164,6 +170,10 @@ def run_conditions(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """``icmsr evaluate``."""
+    import json
+
+    from tqdm import tqdm
+
     from ..measures.evaluation import evaluate_folders
 
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]

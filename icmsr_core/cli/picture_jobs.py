@@ -26,7 +26,8 @@ from ..pictures.files import (
     write_picture,
 )
 from ..upscale.free_memory import free_memory
-from ..upscale.one_step import Progress, UpscaleSettings, upscale
+from ..upscale.one_step import Progress, upscale
+from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..upscale.tile_choice import TILES, fit_to_memory
 

@@ -20,11 +20,9 @@ from ..errors import IcmsrError
 from ..weights.generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_tensors
 from ..weights.merging import fidelity_of
 from .importers import check_result_file
+from .kinds import EXPORT_FORMATS
 from .layouts import kohya_name
 from .lora_files import DIFFUSERS_CONFIG, DIFFUSERS_FILE
-
-EXPORT_FORMATS = ("diffusers", "comfyui")
-"""What `export_generator` writes."""
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbone.noise_schedule import NoiseSchedule, check_prediction
+from ..backbone.noise_schedule import NoiseSchedule
+from ..backbone.prediction import check_prediction
 from ..errors import IcmsrError
 from ..runtime.prompts import check_prompts, embed_prompts
 from ..weights.base import BaseFolder, open_base
 from ..weights.generator_file import PARTS, REALISTIC, Generator, GeneratorInfo, LoraPair, PartWeights, save_generator
 from ..weights.merging import misfit, not_for_this_base
+from .kinds import IMPORT_KINDS, LORA_KIND
 from .layouts import Layout, Shapes, published_layout
 from .lora_files import read_lora
 from .one_step_checkpoints import PICKLED_KINDS, read_pickled
 
-LORA_KIND = "lora"
-IMPORT_KINDS = (*PICKLED_KINDS, LORA_KIND)
-"""What `import_checkpoint` reads."""
 LORA_NOTES = (
     "A LoRA file says neither its timestep nor what the UNet's output means: both are what the import was told (999 "
     "and eps by default)."

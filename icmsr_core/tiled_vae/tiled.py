@@ -23,7 +23,6 @@ from .estimate import estimate_whole
 from .modes import BoundedStream, Estimate, ExactStream, count_norms
 from .stream import STRIPE_BYTES, Flow
 
-VAE_MODES = ("auto", "exact", "bounded")
 LARGEST_EXACT = 2048 * 2048
 """Pixels up to which `auto` is exact: at 4096 x 4096 the middle's attention alone would cost as much as the rest."""
 WINDOW, CONTEXT = 64, 16
@@ -54,7 +53,7 @@ def plan_stripes(height: int, width: int, tile: int) -> Stripes:
 
 
 def is_exact(mode: str, height: int, width: int) -> bool:
-    """Whether `mode` (of `VAE_MODES`) is exact for a picture of `height` x `width` pixels."""
+    """Whether the VAE mode `mode` (auto, exact or bounded) is exact for a picture of `height` x `width` pixels."""
     return mode == "exact" or (mode == "auto" and height * width <= LARGEST_EXACT)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
+from .settings import COLOR_FIXES
 
-COLOR_FIXES = ("wavelet", "adain", "none")
 STRIPE_ROWS = 512
 """Rows at a time: the blur's 31 rows above and below them then cost an eighth more."""
 

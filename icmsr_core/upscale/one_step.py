@@ -8,7 +8,6 @@ encoder gives the posterior's mode, so the result depends on nothing but picture
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,68 +15,17 @@ from torch import Tensor
 
 from ..backbone.protocol import Backbone
 from ..errors import IcmsrError
-from ..tiled_vae.tiled import VAE_MODES, decode_tiled, encode_tiled, is_exact, plan_stripes
-from .color import COLOR_FIXES, apply_color_fix
+from ..tiled_vae.tiled import decode_tiled, encode_tiled, is_exact, plan_stripes
+from .color import apply_color_fix
+from .settings import UpscaleSettings
 from .sizes import pad_to_multiple, padded_size, resize
 from .tiling import Box, TilePlan, plan_tiles, run_tiles
-
-TILE_MULTIPLE = 64
-"""Tiles are multiples of this many pixels in every family, so that a workflow carries over between them."""
-MIN_SCALE, MAX_SCALE = 1.0, 8.0
 
 
 class TileFeatures(Protocol):
     """Gives a T2I-Adapter's residuals for the tiles at `boxes` (latent cells), one tensor per UNet level."""
 
     def __call__(self, boxes: Sequence[Box]) -> Sequence[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class UpscaleSettings:
-    """How a picture is upscaled. Checked when made, before anything is loaded."""
-
-    scale: float = 4.0
-    """Size of the result over size of the input, 1 to 8; ignored when `size` is given."""
-    size: tuple[int, int] | None = None
-    """Exact (width, height) of the result in pixels."""
-    tile: int = 512
-    """Largest tile of the UNet in pixels of the result, a multiple of 64, and the area of the VAE's stripes; 0 for the
-    whole picture at once."""
-    overlap: int = 128
-    """Least overlap of neighbouring tiles in pixels of the result, at most half of the tile."""
-    batch: int = 1
-    """Tiles that run through the UNet together."""
-    color_fix: str = "wavelet"
-    """Colour correction against the input: wavelet, adain or none."""
-    vae: str = "auto"
-    """exact (as if the VAE saw the whole picture at once), bounded (its memory is set by the tile), or auto: exact up
-    to the area of 2048 x 2048 pixels."""
-
-    def __post_init__(self) -> None:
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise IcmsrError(f"size must be width x height of at least 1x1, got {self.size}")
-        if not MIN_SCALE <= self.scale <= MAX_SCALE:
-            raise IcmsrError(f"scale must be between {MIN_SCALE:g} and {MAX_SCALE:g}, got {self.scale:g}")
-        if self.tile % TILE_MULTIPLE or self.tile < 0:
-            nearest = max(TILE_MULTIPLE, round(self.tile / TILE_MULTIPLE) * TILE_MULTIPLE)
-            raise IcmsrError(f"tile must be a multiple of {TILE_MULTIPLE}, got {self.tile}: try {nearest}")
-        if self.overlap < 0 or (self.tile and 2 * self.overlap > self.tile):
-            raise IcmsrError(
-                f"overlap must be between 0 and half of the tile ({self.tile // 2}), got {self.overlap}: "
-                f"try {self.tile // 4}"
-            )
-        if self.batch < 1:
-            raise IcmsrError(f"batch must be at least 1, got {self.batch}")
-        if self.color_fix not in COLOR_FIXES:
-            raise IcmsrError(f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}")
-        if self.vae not in VAE_MODES:
-            raise IcmsrError(f"vae must be one of {', '.join(VAE_MODES)}, got {self.vae!r}")
-
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the result for an input of `height` x `width`."""
-        if self.size is not None:
-            return self.size[1], self.size[0]
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
 Progress = Callable[[int, int], None]

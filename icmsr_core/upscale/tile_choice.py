@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from ..backbone.protocol import Backbone, BackboneDescriptor
 from ..tiled_vae.estimate import drawn_windows
 from ..tiled_vae.tiled import is_exact
-from .one_step import UpscaleSettings, make_plan
+from .one_step import make_plan
+from .settings import UpscaleSettings
 from .sizes import padded_size
 
 TILES = (512, 384, 256, 192, 128)

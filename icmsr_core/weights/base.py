@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.noise_schedule import NoiseSchedule, Prediction, check_prediction
+from ..backbone.noise_schedule import NoiseSchedule
+from ..backbone.prediction import Prediction, check_prediction
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
 from .generator_file import Generator, info_from_json, open_tensors, read_tensors

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..backbone.noise_schedule import Prediction, check_prediction
+from ..backbone.prediction import Prediction, check_prediction
 from ..errors import IcmsrError
 from ..whole_file import replacing
 from .file_kinds import known_kind, unreadable

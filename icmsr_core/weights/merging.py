@@ -17,16 +17,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ..errors import IcmsrError
+from .fidelity import check_fidelity
 from .generator_file import REALISTIC, Generator, PartWeights, first_names
-
-MAX_FIDELITY = 2.0
-
-
-def check_fidelity(fidelity: float) -> float:
-    """`fidelity` when it lies in 0..2; an `IcmsrError` otherwise."""
-    if not 0 <= fidelity <= MAX_FIDELITY:
-        raise IcmsrError(f"fidelity must be a number from 0 to {MAX_FIDELITY:g}, got {fidelity}: 1 is the trained one")
-    return fidelity
 
 
 def fidelity_to_use(name: str, two_sets: bool, fidelity: float | None, default: float = 1.0) -> float:

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmsr_core.backbone.noise_schedule import PREDICTIONS, NoiseSchedule, check_prediction
+from icmsr_core.backbone.noise_schedule import NoiseSchedule
+from icmsr_core.backbone.prediction import PREDICTIONS, check_prediction
 from icmsr_core.errors import IcmsrError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

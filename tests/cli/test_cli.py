@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from icmsr_core.cli import main as cli
 from icmsr_core.cli.main import main
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.train.networks.bases import NetworkConfig
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.embedded import demo_picture, embedded_base, embedded_generator
 from icmsr_core.weights.generator_file import load_generator, save_generator
@@ -31,6 +32,8 @@ from tests.support.model_files import write_base, write_generator
 from tests.support.places import ROOT
 
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(64, 64), vae_groups=4)
+
+LARGE_LIBRARIES = ("torch", "numpy", "cv2", "PIL", "diffusers", "safetensors", "tqdm")
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +198,12 @@ def test_a_folder_goes_on_past_bad_files_and_ends_with_1(tmp_path, model, capsys
 def test_the_bar_counts_every_picture_that_is_done(tmp_path, model, monkeypatch, capsys):
     bars = []
 
-    class Bar(cli.tqdm):
+    class Bar(tqdm.tqdm):
         def __init__(self, **options):
             super().__init__(**{**options, "disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
     (tmp_path / "in").mkdir()
     for index in range(3):
         picture(tmp_path / "in" / f"{index}.png")
@@ -378,6 +381,44 @@ def test_ctrl_c_leaves_no_half_file(tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["upscale", "--help"], 0),
+        (["fly"], 2),
+        (["upscale", "in.png", "out.png", "--tile", "500"], 2),
+        (["upscale", "in.png", "out.png", "--fidelity", "3"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_wrong_usage_load_no_large_library(arguments, code):
+    """So that they answer at once: torch alone takes seconds to import."""
+    script = (
+        "import sys\n"
+        "from icmsr_core.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    code = stop.code\n"
+        f"print([name for name in {LARGE_LIBRARIES!r} if name in sys.modules], file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_parser_is_built_without_large_libraries():
+    script = (
+        "import sys\nfrom icmsr_core.cli.arguments import make_parser\nmake_parser()\n"
+        f"print([name for name in {LARGE_LIBRARIES!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_module_and_script_are_one_command(tmp_path):

@@ -21,7 +21,7 @@ from icmsr_core.backbone.vae_steps import UnknownLayer, VaeHalf
 from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.picture_jobs import Job, plan_jobs, run_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
-from icmsr_core.upscale.one_step import UpscaleSettings
+from icmsr_core.upscale.settings import UpscaleSettings
 from tests.support.places import ROOT
 
 SETTINGS = UpscaleSettings(scale=2, color_fix="none")

@@ -20,7 +20,9 @@ from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.exporters import export_generator
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
+from icmsr_core.exchange.kinds import IMPORT_KINDS, LORA_KIND
 from icmsr_core.exchange.layouts import kohya_name, lora_keys, published_layout
+from icmsr_core.exchange.one_step_checkpoints import PICKLED_KINDS
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.weights.base import PROMPT_FILE, open_base
 from icmsr_core.weights.generator_file import load_generator, read_tensors, save_generator
@@ -150,6 +152,10 @@ def updated(state: dict, lora: dict, adapters: dict[str, int]) -> dict:
 
 
 # OSEDiff
+
+
+def test_every_kind_that_the_command_names_has_a_reader():
+    assert {*PICKLED_KINDS, LORA_KIND} == set(IMPORT_KINDS)
 
 
 def test_osediff_gives_the_latent_of_its_own_arithmetic(base, osediff, tmp_path):

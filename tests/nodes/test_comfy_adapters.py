@@ -17,7 +17,8 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.train.networks.adapters import save_adapter
 from icmsr_core.train.networks.bases import NetworkConfig
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
 from icmsr_core.weights.adapter_layouts import read_adapter
 from icmsr_core.weights.base import open_base, write_base_info

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.train.networks.bases import NetworkConfig
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
 from icmsr_core.weights.generator_file import PartWeights, load_generator, save_generator
 from tests.support.comfy_harness import run_script

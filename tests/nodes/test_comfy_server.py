@@ -18,7 +18,8 @@ from icmsr_core.measures import manifold
 from icmsr_core.pictures.files import from_tensor, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
 from icmsr_core.train.networks.adapters import load_adapter, save_adapter
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple, resize
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import embedded_adapter, embedded_base, embedded_generator

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.train.networks.bases import NetworkConfig
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.sd_families import SD_SCALING
 from tests.support.comfy_harness import run_script

@@ -12,7 +12,8 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime import compilation
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.train.networks.bases import NetworkConfig
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from tests.support.model_files import write_base, write_generator
 
 SMALL = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 32), vae_groups=4)

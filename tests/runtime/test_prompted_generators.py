@@ -14,7 +14,8 @@ from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
 from icmsr_core.pictures.files import Picture, read_picture, to_tensor, write_picture
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.prompts import embed_prompts
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import PROMPT_FILE, open_base
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from icmsr_core.weights.hub import find_base

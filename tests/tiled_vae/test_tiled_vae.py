@@ -50,7 +50,8 @@ from icmsr_core.tiled_vae.stream import FEWEST_ROWS, STRIPE_BYTES, Flow
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, is_exact, plan_stripes
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet
 from icmsr_core.upscale import color
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.embedded import embedded_generator
 from tests.support.script_process import ROOT
 

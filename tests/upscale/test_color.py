@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.upscale import color
-from icmsr_core.upscale.color import COLOR_FIXES, adain_color_fix, apply_color_fix, wavelet_color_fix
+from icmsr_core.upscale.color import adain_color_fix, apply_color_fix, wavelet_color_fix
+from icmsr_core.upscale.settings import COLOR_FIXES
 from tests.support.places import ROOT
 
 

@@ -19,7 +19,8 @@ from icmsr_core.backbone.vae_steps import Pointwise, VaeHalf
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.tiled_vae import tiled as tiled_vae
-from icmsr_core.upscale.one_step import UpscaleSettings, count_tiles, make_plan, upscale
+from icmsr_core.upscale.one_step import count_tiles, make_plan, upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple, resize
 from icmsr_core.upscale.tiling import Box
 from icmsr_core.weights.base import open_base

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmsr_core.backbone.protocol import BackboneDescriptor
-from icmsr_core.upscale.one_step import UpscaleSettings, make_plan
+from icmsr_core.upscale.one_step import make_plan
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.tile_choice import (
     MOST_TOGETHER,
     PICTURES,

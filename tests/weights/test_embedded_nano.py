@@ -10,7 +10,8 @@ from icmsr_core.pictures.files import from_tensor, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.train.data.degradation import degrade
 from icmsr_core.train.data.presets import PRESETS
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_generator
 from icmsr_core.weights.generator_file import load_generator

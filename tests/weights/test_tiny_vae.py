@@ -19,7 +19,8 @@ from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.tiny_vae_file import read_tiny_vae
 from tests.support.model_files import random_generator, write_base

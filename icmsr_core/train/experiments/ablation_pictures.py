@@ -13,7 +13,8 @@ from ...measures.evaluation import COLOR
 from ...measures.metrics import mean_color_difference, metric
 from ...pictures.files import Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
 from ...runtime.diffusers_backbone import load_backbone
-from ...upscale.one_step import UpscaleSettings, upscale
+from ...upscale.one_step import upscale
+from ...upscale.settings import UpscaleSettings
 from ...upscale.sizes import resize
 from ..data.degradation import degrade
 from ..data.presets import PRESETS

@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ...backbone.noise_schedule import NoiseSchedule, Prediction
+from ...backbone.noise_schedule import NoiseSchedule
+from ...backbone.prediction import Prediction
 from ...errors import IcmsrError
 from ...runtime.diffusers_backbone import merge_into
 from ...weights.generator_file import Generator, PartWeights

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backbone.noise_schedule import check_prediction
+from ...backbone.prediction import check_prediction
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder

@@ -23,7 +23,8 @@ from icmsr_core.train.run.launch import parse_config, run_script
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.tasks.adapter import AdapterConfig
 from icmsr_core.train.tasks.building import build_adapter_task, training_base
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.model_files import write_base

@@ -27,7 +27,8 @@ from icmsr_core.train.run.state import RunState
 from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
 from icmsr_core.train.tasks.task import Player, shareable
 from icmsr_core.upscale.color import wavelet_color_fix
-from icmsr_core.upscale.one_step import UpscaleSettings, upscale
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.model_files import write_base
