@@ -62,6 +62,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    answer: tuple[Any, str | None]
     try:
         answer = (function(*arguments), None)
     except Exception as error:
@@ -70,15 +71,15 @@ def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...
 
 
 class Stopwatch:
-    """Seconds on one of `CLOCKS`, after `device` has done what it was given."""
+    """Seconds on one of `CLOCKS`, once `device` has finished its work."""
 
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
-        self._device, self._clock = device, clock
+        self.device, self._clock = device, clock
 
     def now(self) -> float:
         """Seconds since some moment."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.process_time() / torch.get_num_threads() if self._clock == "cpu" else time.perf_counter()
 
 
@@ -88,10 +89,10 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, watch: Stopwatch, side: int = 0) -> float:
-    """Operations a second (2 per multiply-add) of a square matrix product: the best of five."""
-    side = side or (8192 if device.type == "cuda" else 1024)
-    one = torch.randn(side, side, device=device).to(dtype)
+def matmul_rate(dtype: torch.dtype, watch: Stopwatch) -> float:
+    """Operations a second (2 per multiply-add) of a square matrix product on the watch's device: the best of five."""
+    side = 8192 if watch.device.type == "cuda" else 1024
+    one = torch.randn(side, side, device=watch.device).to(dtype)
     best = float("inf")
     for _ in range(6):  # the first of them warms up
         started = watch.now()
@@ -222,20 +223,18 @@ class Measurement(NamedTuple):
 def measure(
     procedure: Callable[[], Tensor],
     unet: torch.nn.Module,
-    device: torch.device,
+    watch: Stopwatch,
     dtype: torch.dtype,
     *,
-    clock: str,
     runs: int,
     warmup: int,
     notes: Sequence[str] = (),
 ) -> Measurement:
-    """Runs `procedure`, loaded and ready, `warmup` times and then `runs` times.
+    """Runs `procedure`, loaded and ready on the watch's device in `dtype`, `warmup` times and then `runs` times.
 
-    The operations are counted in the first run, also where that is one of those whose time counts.
+    The operations are counted in the first run, also where its time counts. `notes` go into the result.
     """
-    watch, peak = Stopwatch(device, clock), Peak(device)
-    rate = matmul_rate(device, dtype, watch)
+    peak, rate = Peak(watch.device), matmul_rate(dtype, watch)
     peak.reset()
     first = run_in_stages(procedure, unet, watch, count=True)
     for _ in range(warmup - 1):

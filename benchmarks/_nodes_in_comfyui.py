@@ -1,4 +1,4 @@
-"""Times ICMSR_Upscale and the library in turns, in a ComfyUI process that `nodes.py` starts; JSON on the last line."""
+"""Times ICMSR_Upscale and the library in turns, in the ComfyUI process of `node_overhead.py`; JSON on the last line."""
 
 import argparse
 import json

@@ -9,9 +9,10 @@ beyond 1 is more of it. The plot needs the extra `train`, FSIM, DSS and SR-SIM t
 """
 
 import argparse
+import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +43,12 @@ SET = "pairs"
 def row_of(name: str, values: Mapping[str, float]) -> list[str]:
     """A line of the table."""
     return [name, *(f"{values[entry]:.2f}" if entry in ("psnr", "hf") else f"{values[entry]:.4f}" for entry in METRICS)]
+
+
+def mean_of(values: Iterable[float | None]) -> float:
+    """The mean over the pictures for which a measure is defined; NaN when there are none."""
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined else math.nan
 
 
 def draw(path: Path, points: Mapping[float, Mapping[str, float]], bicubic: Mapping[str, float]) -> None:
@@ -97,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def means(generator: Path | None, fidelity: float | None) -> dict[str, float]:
         print("bicubic" if generator is None else f"fidelity {fidelity:g}", file=sys.stderr, flush=True)
         rows = measure(options.base, generator, options.sets, list(METRICS), SET, None, fidelity)[SET].values()
-        return {name: statistics.fmean(row[name] for row in rows) for name in METRICS}
+        return {name: mean_of(row[name] for row in rows) for name in METRICS}
 
     try:
         bicubic = means(None, None)

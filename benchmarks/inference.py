@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
-from _measurement import DTYPES, STAGES, ChildFailed, Measurement, in_child, measure, use_threads
+from _measurement import DTYPES, STAGES, ChildFailed, Measurement, Stopwatch, in_child, measure, use_threads
 from torch import Tensor
 
 from icmsr_core.backbone.protocol import Backbone
@@ -83,9 +83,8 @@ def _measure(
     return measure(
         procedure,
         unet,
-        torch.device(case.device),
+        Stopwatch(torch.device(case.device), case.clock),
         DTYPES[case.dtype],
-        clock=case.clock,
         runs=case.runs,
         warmup=case.warmup,
         notes=notes,

@@ -34,7 +34,7 @@ NOISE, QUALITY = 15 / 255, 20
 def cut(picture: Any, left: int = 0, top: int = 0) -> Image:
     """At most SIDE x SIDE pixels of an 8-bit picture from a corner on, in whole multiples of SCALE."""
     colours = np.asarray(picture if picture.ndim == 3 else np.dstack([picture] * 3))[..., :3]
-    part = colours[top : top + SIDE, left : left + SIDE].astype(np.float32) / 255
+    part = colours[top : top + SIDE, left : left + SIDE].astype(np.float32) / np.float32(255)
     height, width = (length // SCALE * SCALE for length in part.shape[:2])
     return np.ascontiguousarray(part[:height, :width])
 
@@ -69,7 +69,7 @@ def heavy_jpeg(picture: Image, seed: int) -> Image:
     """Reduced and kept as a JPEG of QUALITY."""
     small = (reduced(picture)[..., ::-1] * 255).round().astype(np.uint8)
     data = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1].astype(np.float32) / 255
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1].astype(np.float32) / np.float32(255)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

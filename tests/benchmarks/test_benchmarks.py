@@ -162,6 +162,26 @@ def test_fidelity_measures_bicubic_and_every_fidelity_and_plots_them(
     assert cv2.imread(str(plot)).shape[1] > 600
 
 
+def test_fidelity_takes_the_mean_of_the_pictures_that_a_measure_is_defined_for(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flat picture has no high frequencies to compare with."""
+    random = np.random.default_rng(0)
+    for folder, side in (("lr", 16), ("hr", 64)):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "noise.png"), random.integers(0, 256, (side, side, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / folder / "flat.png"), np.full((side, side, 3), 90, np.uint8))
+    options = ["--pairs", str(tmp_path), "--threads", "1", "--fidelities", "0"]
+    assert load("fidelity").main(options) == 0
+    both = table(capsys.readouterr().out)
+    for folder in ("lr", "hr"):
+        (tmp_path / folder / "flat.png").unlink()
+    assert load("fidelity").main(options) == 0
+    alone = table(capsys.readouterr().out)
+    assert [row["high-frequency ratio"] for row in both] == [row["high-frequency ratio"] for row in alone]
+    assert [row["PSNR-Y"] for row in both] != [row["PSNR-Y"] for row in alone]
+
+
 def test_tile_memory_grows_with_tile_and_batch(load, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tiles", "128", "256", "--batches", "1", "2", "--parts", "unet", "decoder", "--threads", "1"]
     assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
@@ -182,14 +202,10 @@ def test_tile_memory_grows_with_tile_and_batch(load, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.comfy
-def test_nodes_compares_the_node_with_the_library_on_the_same_result(
+def test_node_overhead_compares_the_node_with_the_library_on_the_same_result(
     load, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # By path: under its own name it would stand in the way of the pack's nodes.
-    spec = importlib.util.spec_from_file_location("nodes_benchmark", ROOT / "benchmarks" / "nodes.py")
-    script = importlib.util.module_from_spec(spec)
-    load("_command_line")
-    spec.loader.exec_module(script)
+    script = load("node_overhead")
     assert script.main(["--size", "128", "--runs", "2", "--threads", "1", "--clock", "cpu"]) == 0
     said = capsys.readouterr().out
     (row,) = table(said)

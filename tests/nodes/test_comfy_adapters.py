@@ -155,7 +155,7 @@ def write_damaged(folder: Path) -> dict[str, tuple[Path, str]]:
         "truncated pickle": (folder / "truncated.pth", "truncated, damaged or not written by torch.save"),
         "code": (folder / "code.pth", "refused, and no code in it was run"),
         "no tensors": (folder / "no tensors.bin", "these are not: step, weights"),
-        "vae": (written("vae.safetensors", vae), "not a T2I-Adapter: its tensors are those of neither"),
+        "vae": (written("vae.safetensors", vae), "not a T2I-Adapter, full or light: found "),
         "lora": (written("lora.safetensors", lora), "not a T2I-Adapter"),
         "contradiction": (
             written("contradiction.safetensors", state, contradicted),

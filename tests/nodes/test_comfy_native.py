@@ -266,7 +266,7 @@ def test_the_bare_base_has_no_fidelity(outcome):
         ("hint of 3 channels", "hint has 3 channels, this control_net takes 4"),
         ("hint batch", "hint must hold 1 picture"),
         ("adapter of another family", "choose an adapter of its family"),
-        ("no adapter", "not a T2I-Adapter: its tensors are those of neither"),
+        ("no adapter", "not a T2I-Adapter, full or light: found "),
         ("a controlnet", "must be a T2I-Adapter"),
         ("tile", "try 128"),
         ("nan in the unet", "the UNet gave NaN"),

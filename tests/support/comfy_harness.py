@@ -1,7 +1,7 @@
 """A real ComfyUI for tests: finds it, prepares a Python environment for it, runs it as a server or as a script.
 
 The environment holds what ComfyUI and this pack ask for, without diffusers, peft and accelerate: the nodes must do
-without them. `benchmarks/nodes.py` reads this file by its path, so it imports nothing of the tests.
+without them. `benchmarks/node_overhead.py` reads this file by its path, so it imports nothing of the tests.
 """
 
 from __future__ import annotations

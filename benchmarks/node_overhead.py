@@ -1,6 +1,6 @@
 """What the ComfyUI node costs beside the library: ICMSR_Upscale against `upscale` on the same MODEL and VAE.
 
-    python benchmarks/nodes.py --size 2048 --runs 5
+    python benchmarks/node_overhead.py --size 2048 --runs 5
 
 Both run in one ComfyUI process on its CPU, in turns, nano in ComfyUI's own networks; the overhead is the median of the
 pairs' ratios. ComfyUI is found as the tests find it: $COMFYUI_PATH, the folder that holds the pack, or
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = run_in_comfyui(options)
     except (FileNotFoundError, subprocess.SubprocessError) as error:
-        print(f"nodes: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"node_overhead: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
     node, library = found["times"]["node"], found["times"]["library"]
     ratios = [one / other - 1 for one, other in zip(node, library)]
