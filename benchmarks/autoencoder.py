@@ -21,6 +21,7 @@ from icmsr_core.measures.metrics import dss, high_frequency_ratio, psnr_y
 from icmsr_core.pictures.files import find_pictures, from_tensor, read_picture, to_tensor
 from icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, silence_diffusers
+from icmsr_core.runtime.latents import posterior_mode
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import embedded_base
 
@@ -44,7 +45,7 @@ def row(name: str, paths: Sequence[Path]) -> list[str]:
     vae = build_networks(open_base(embedded_base() if name == "nano" else Path(name)))[1].eval()
 
     def again(image: torch.Tensor) -> torch.Tensor:
-        latent = vae.encode(unit_to_signed(image)).latent_dist.mode()
+        latent = posterior_mode(vae, unit_to_signed(image))
         return signed_to_unit(vae.decode(latent).sample).clamp(0, 1)
 
     found = []

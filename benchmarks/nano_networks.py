@@ -17,9 +17,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from icmsr_core.backbone.context import repeated_context
 from icmsr_core.measures.metrics import dss, fsim, high_frequency_ratio, psnr_y
 from icmsr_core.pictures.files import from_tensor
 from icmsr_core.pictures.ranges import bytes_to_signed, bytes_to_unit, signed_to_unit, unit_to_signed
+from icmsr_core.runtime.latents import posterior_mode
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
@@ -65,13 +67,12 @@ def measure(config: NetworkConfig, options: argparse.Namespace) -> tuple[int, li
     restores = options.task == "restoration"
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
-    context, t = torch.zeros(1, config.context_tokens, config.context_width), torch.tensor([200])
+    context, t = torch.zeros(config.context_tokens, config.context_width), torch.tensor([200])
 
     def run(sharp: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        latent = vae.encode(given if restores else sharp).latent_dist.mode()
+        latent = posterior_mode(vae, given if restores else sharp)
         if restores:
-            count = latent.shape[0]
-            latent = latent - unet(latent, t.expand(count), context.expand(count, -1, -1)).sample
+            latent = latent - unet(latent, t.expand(len(latent)), repeated_context(context, latent)).sample
         raw = vae.decode(latent).sample
         return raw, with_low_frequencies(raw, given) if restores else raw
 

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from ..backbone.context import repeated_context
 from ..backbone.protocol import BackboneDescriptor
 from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
@@ -25,6 +26,7 @@ from ..weights.tiny_vae_file import TinyVae, read_tiny_vae
 from .compilation import check_compiler, compiled
 from .diffusers_vae_steps import decoder_steps, encoder_steps
 from .fixed_step import fix_step
+from .latents import decode_latent, encode_picture
 from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
 from .prompts import embed_prompts
 
@@ -60,7 +62,7 @@ class DiffusersBackbone:
             "decoder": GuardedPart("the VAE's decoder", (vae.decoder, outer[1]), dtype),
             "unet": GuardedPart("the UNet", (unet,), dtype),
         }
-        self._context = prompt_embedding.to(device, dtype)[None]
+        self._context = prompt_embedding.to(device, dtype)
         self._compiled = compiled if compile_unet else None
         self._fix_step()
 
@@ -73,9 +75,7 @@ class DiffusersBackbone:
         """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
 
         def compute(dtype: torch.dtype) -> Tensor:
-            found = self.vae.encode(image.to(self.device, dtype))
-            latent = found.latents if isinstance(self.vae, AutoencoderTiny) else found.latent_dist.mode()
-            return latent.float() * self.vae.config.scaling_factor
+            return encode_picture(self.vae, image.to(self.device, dtype))
 
         return self._parts["encoder"].run(compute)
 
@@ -89,10 +89,11 @@ class DiffusersBackbone:
             # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
             # run unconditioned without a word.
             residuals = None if features is None else [entry.to(self.device, dtype) for entry in features]
+            given = latent.to(self.device, dtype)
             output = self.unet(
-                latent.to(self.device, dtype),
+                given,
                 timestep,  # a number: a tensor would have to be read back from the device
-                encoder_hidden_states=self._context.expand(latent.shape[0], -1, -1),
+                encoder_hidden_states=repeated_context(self._context, given),
                 down_intrablock_additional_residuals=residuals,
             )
             return output.sample.float()
@@ -103,7 +104,7 @@ class DiffusersBackbone:
         """See `Backbone`."""
 
         def compute(dtype: torch.dtype) -> Tensor:
-            return self.vae.decode(latent.to(self.device, dtype) / self.vae.config.scaling_factor).sample.float()
+            return decode_latent(self.vae, latent.to(self.device, dtype))
 
         return self._parts["decoder"].run(compute)
 

@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...icmsr_core.backbone.context import repeated_context
 from ...icmsr_core.backbone.protocol import BackboneDescriptor
 from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ...icmsr_core.errors import IcmsrError
@@ -86,10 +87,11 @@ class ComfyBackbone:
         patcher, network = self._model, self._model.model
         self._load(patcher, patcher.memory_required(list(latent.shape)))
         device, dtype = patcher.load_device, self.dtype
+        given = latent.to(device, dtype)
         output = network.diffusion_model(
-            latent.to(device, dtype),
+            given,
             torch.full((latent.shape[0],), float(timestep), device=device),
-            context=self._context.to(device, dtype).expand(latent.shape[0], -1, -1),
+            context=repeated_context(self._context, given),
             control=None if features is None else self._control(latent, features),
             transformer_options=self._options(timestep),
         )
@@ -174,7 +176,7 @@ class ComfyBackbone:
 
 
 def _context(model: Model, description: ModelDescription, conditioning: Conditioning | None) -> Tensor:
-    """The constant context [1, tokens, width]; a CONDITIONING goes before the generator's own."""
+    """The constant context [tokens, width]; a CONDITIONING goes before the generator's own."""
     width = model.model.model_config.unet_config["context_dim"]
     if conditioning is not None:
         context: Tensor | None = conditioning[0][0]
@@ -184,13 +186,13 @@ def _context(model: Model, description: ModelDescription, conditioning: Conditio
                 f"the conditioning holds {got}, this MODEL takes {width}: encode it with the text encoder of the same "
                 "checkpoint, or leave the input free"
             )
-        return context[:1]
+        return context[0]
     if description.prompt_embedding is None:
         raise IcmsrError(
             f"the generator {description.generator!r} holds no prompt embedding: connect a conditioning "
             "(an empty prompt through CLIP Text Encode)"
         )
-    return description.prompt_embedding[None]
+    return description.prompt_embedding
 
 
 def _room(device: torch.device) -> float:

@@ -89,8 +89,8 @@ def test_the_prompt_is_the_context_of_the_one_step(base, promptless, source):
 def test_a_prompt_replaces_the_generator_s_own_and_the_base_s(base, promptless):
     own = replace(load_generator(promptless), prompt_embedding=torch.randn(7, WIDTH))
     asked = embed_prompts(open_base(base), ["a cat"], None, "cpu")
-    assert torch.equal(load_backbone(base, own, prompt="a cat")._context, asked)
-    assert load_backbone(base, own)._context.shape == (1, 7, WIDTH)
+    assert torch.equal(load_backbone(base, own, prompt="a cat")._context[None], asked)
+    assert load_backbone(base, own)._context.shape == (7, WIDTH)
 
 
 def test_without_a_prompt_the_error_says_how_to_give_one(base, promptless, source, capsys, monkeypatch):
@@ -181,5 +181,5 @@ def test_the_hub_s_text_encoder_is_fetched_for_a_prompt_alone(tmp_path, monkeypa
     asked.clear()
     generator = replace(complete_generator(open_base(folder)), prompt_embedding=None)
     context = load_backbone("owner/name", generator, prompt="a cat")._context
-    assert torch.equal(context, embed_prompts(open_base(folder), ["a cat"], None, "cpu"))
+    assert torch.equal(context[None], embed_prompts(open_base(folder), ["a cat"], None, "cpu"))
     assert "text_encoder/config.json" in asked

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed
+from ...runtime.latents import encode_picture
 from ...weights.generator_file import open_tensors, write_tensors
 from .pairs import DataConfig, Samples, find_photographs
 from .sources import Pixels, read_photograph
@@ -154,7 +155,7 @@ class CachedLatents(Samples):
         latents: dict[str, Tensor] = {}
         for name, picture in tqdm(self._pictures(cache), unit="picture", desc="encoding", disable=None):
             pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(device)
-            latent = vae.encode(bytes_to_signed(pixels)).latent_dist.mode().float() * vae.config.scaling_factor
+            latent = encode_picture(vae, bytes_to_signed(pixels))
             latents[name] = latent[0].to("cpu", torch.float16).contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file, latents, {"description": description})

@@ -24,13 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ...backbone.context import repeated_context
 from ...backbone.noise_schedule import NoiseSchedule
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed, bytes_to_unit, unit_to_signed
 from ...runtime.diffusers_backbone import build_networks
+from ...runtime.latents import encode_picture
 from ...upscale.sizes import resize
 from ...weights.base import open_base
 from ...weights.embedded import embedded_base
@@ -163,8 +165,10 @@ def load_crops(config: CollapseConfig, data: DataConfig, file: Path) -> tuple[Cr
             sharp, low = (torch.stack([sample[name] for sample in samples]) for name in ("sharp", "low"))
             side = sharp.shape[-1]
             tensors |= {f"{part}/sharp": sharp, f"{part}/low": low}
-            truth = [_encode(vae, bytes_to_signed(some)) for some in sharp.split(64)]
-            given = [_encode(vae, unit_to_signed(resize(bytes_to_unit(some), side, side))) for some in low.split(64)]
+            enlarged = (unit_to_signed(resize(bytes_to_unit(some), side, side)) for some in low.split(64))
+            with torch.no_grad():
+                truth = [encode_picture(vae, bytes_to_signed(some)) for some in sharp.split(64)]
+                given = [encode_picture(vae, some) for some in enlarged]
             tensors |= {f"{part}/truth": torch.cat(truth), f"{part}/given": torch.cat(given)}
         write_tensors(file, tensors, {"format": "icmsr-crops"})
     found = read_tensors(file)[0]
@@ -173,12 +177,6 @@ def load_crops(config: CollapseConfig, data: DataConfig, file: Path) -> tuple[Cr
         for part in ("train", "held_out")
     )
     return train, held_out
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKL, picture: Tensor) -> Tensor:
-    latent: Tensor = vae.encode(picture).latent_dist.mode()
-    return latent.float() * float(vae.config.scaling_factor)
 
 
 class Bench:
@@ -282,7 +280,7 @@ class Bench:
         return self.schedule.add_noise(latent, eps, t), eps, t
 
     def _predict(self, network: nn.Module, noisy: Tensor, t: Tensor, seen: Sequence[Tensor] | None) -> Tensor:
-        return predict(network, noisy, t, self.context[None].expand(noisy.shape[0], -1, -1), seen)
+        return predict(network, noisy, t, repeated_context(self.context, noisy), seen)
 
     def _generate(self, generator: UNet2DConditionModel, given: Tensor) -> Tensor:
         t = torch.full((given.shape[0],), GENERATOR_TIMESTEP)

@@ -18,6 +18,7 @@ from ...backbone.noise_schedule import NoiseSchedule
 from ...backbone.prediction import Prediction
 from ...errors import IcmsrError
 from ...runtime.diffusers_backbone import merge_into
+from ...runtime.latents import decode_latent, encode_picture
 from ...weights.generator_file import Generator, PartWeights
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
@@ -86,7 +87,6 @@ class GeneratorNetworks(nn.Module):
         super().__init__()
         self.unet, self.vae = unet.requires_grad_(False), vae.requires_grad_(False)
         self.schedule, self.prior, self.config = schedule, prior, config
-        self.scaling = float(vae.config.scaling_factor)
         self.generator_unet, self.generator_vae, self.start = unet, vae, start
         whole = config.weights == "whole"
         if whole or start is not None:  # networks of its own, beside the teacher's
@@ -146,15 +146,15 @@ class GeneratorNetworks(nn.Module):
     def encode(self, picture: Tensor) -> Tensor:
         """The generator's latent of `picture` [N, 3, H, W]: the mode of its own encoder's posterior."""
         with self.vae_roles.use(self._generator):
-            return self._latent(self.generator_vae, picture)
+            return encode_picture(self.generator_vae, picture)
 
     @torch.no_grad()
     def encode_truth(self, picture: Tensor) -> Tensor:
         """The base's own latent of `picture`."""
         if self.vae is not self.generator_vae:
-            return self._latent(self.vae, picture)
+            return encode_picture(self.vae, picture)
         with self.vae_roles.use("teacher"):
-            return self._latent(self.vae, picture)
+            return encode_picture(self.vae, picture)
 
     def denoise(self, latent: Tensor, t: int, prediction: Prediction, context: Tensor) -> Tensor:
         """The generator's one step: the clean latent from `latent` at timestep `t`; `context` [N, tokens, width]."""
@@ -166,18 +166,13 @@ class GeneratorNetworks(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a scaled latent, in the generator's decoder."""
         with self.vae_roles.use("teacher"):  # the decoder carries no LoRA
-            picture: Tensor = self.generator_vae.decode(latent / self.scaling).sample
-        return picture.float()
+            return decode_latent(self.generator_vae, latent)
 
     def noise(self, role: Role, noisy: Tensor, t: Tensor, context: Tensor, features: Sequence[Tensor] | None) -> Tensor:
         """The noise that the teacher or the auxiliary sees in `noisy` at timesteps `t` [N], in eps form."""
         with self.unet_roles.use(role):
             output = predict(self.unet, noisy, t, context, features)
         return self.schedule.eps_from_output(self.prior, noisy, output, t)
-
-    def _latent(self, vae: AutoencoderKL, picture: Tensor) -> Tensor:
-        latent: Tensor = vae.encode(picture).latent_dist.mode()
-        return latent.float() * self.scaling
 
     def _train_whole(self) -> None:
         self.generator_unet.requires_grad_(True)

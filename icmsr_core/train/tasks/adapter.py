@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
 from torch import Tensor
 
+from ...backbone.context import repeated_context
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed, bytes_to_unit, unit_to_signed
+from ...runtime.latents import decode_latent, encode_picture
 from ...weights.base import BaseFolder
 from ..data.draws import TimestepConfig, all_timesteps, draw_noise, draw_noising, draw_uniform
 from ..losses.diagnostics import BinnedMeans
@@ -101,7 +103,7 @@ class AdapterTask(Task):
         latent, t, eps = self._latent(batch), batch["t"], batch["eps"]
         noisy = self.schedule.add_noise(latent, eps, t)
         features = [level.float() * batch["keep"].view(-1, 1, 1, 1) for level in self.adapter(batch["maps"])]
-        output = predict(self.unet, noisy, t, self._context(noisy), features)
+        output = predict(self.unet, noisy, t, repeated_context(self.context, noisy), features)
         target = eps if self.prediction == "eps" else self.schedule.v_from_x0(noisy, latent, t)
         assert self.meter is not None
         self.meter.add({"mse": (output.detach() - target).square().flatten(1).mean(1)}, t)
@@ -119,9 +121,9 @@ class AdapterTask(Task):
             t = torch.full((latent.shape[0],), int(level * self.schedule.steps), device=latent.device)
             noisy = self.schedule.add_noise(latent, eps, t)
             for given in (features, None):
-                output = predict(self.unet, noisy, t, self._context(noisy), given)
+                output = predict(self.unet, noisy, t, repeated_context(self.context, noisy), given)
                 clean = self.schedule.x0_from_output(self.prediction, noisy, output, t)
-                rows.append(self.vae.decode(clean / self.vae.config.scaling_factor).sample)
+                rows.append(decode_latent(self.vae, clean))
         return stack_rows(*rows)
 
     def export(self, folder: Path) -> list[Path]:
@@ -138,8 +140,4 @@ class AdapterTask(Task):
 
     @torch.no_grad()
     def _latent(self, batch: Batch) -> Tensor:
-        posterior = self.vae.encode(bytes_to_signed(batch["sharp"])).latent_dist
-        return posterior.mode().float() * self.vae.config.scaling_factor
-
-    def _context(self, noisy: Tensor) -> Tensor:
-        return self.context.to(noisy)[None].expand(noisy.shape[0], -1, -1)
+        return encode_picture(self.vae, bytes_to_signed(batch["sharp"]))

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ...pictures.ranges import bytes_to_signed
+from ...runtime.latents import encode_picture, posterior_mode
 from ..losses.reconstruction import charbonnier, gradient_l1
 from ..losses.spectra import fourier_l1
 from .task import Batch, Player, Task, stack_rows
@@ -50,7 +51,7 @@ class AutoencoderTask(Task):
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """See `Task`."""
         truth = bytes_to_signed(batch["sharp"])
-        latent = self.vae.encode(truth).latent_dist.mode().float()
+        latent = posterior_mode(self.vae, truth).float()
         result = self.vae.decode(latent).sample.float()
         pixel, gradient = charbonnier(result, truth), gradient_l1(result, truth)
         fourier = fourier_l1(result, truth)
@@ -70,7 +71,7 @@ class AutoencoderTask(Task):
     def grid(self, batch: Batch) -> Tensor:
         """Truth above, reconstruction (of the posterior's mode) below."""
         truth = bytes_to_signed(batch["sharp"])
-        result = self.vae.decode(self.vae.encode(truth).latent_dist.mode()).sample
+        result = self.vae.decode(posterior_mode(self.vae, truth)).sample
         return stack_rows(truth, result)
 
     def export(self, folder: Path) -> list[Path]:
@@ -88,7 +89,7 @@ def normalise_latent(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tens
     Returns the former means [C] and deviations [C], in units of the former scaling factor.
     """
     old = float(vae.config.scaling_factor)
-    latent = torch.cat([vae.encode(part).latent_dist.mode().float() for part in pictures.split(8)]) * old
+    latent = torch.cat([encode_picture(vae, part) for part in pictures.split(8)])
     mean, deviation = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
     quant, post = vae.quant_conv, vae.post_quant_conv
     channels = len(mean)

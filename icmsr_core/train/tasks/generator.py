@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...backbone.context import repeated_context
 from ...backbone.prediction import check_prediction
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
@@ -271,7 +272,8 @@ class GeneratorTask(Task):
 
     def _latent(self, batch: Batch) -> Tensor:
         latent = self.networks.encode(input_of(batch))
-        return self.networks.denoise(latent, self.config.timestep, self.prediction, self._constant(latent))
+        context = repeated_context(self.constant, latent)
+        return self.networks.denoise(latent, self.config.timestep, self.prediction, context)
 
     def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         truth, weights = bytes_to_signed(batch["sharp"]), self.config.losses.terms()
@@ -325,7 +327,7 @@ class GeneratorTask(Task):
         if self.condition.guidance != 1:
             # The auxiliary stays free of guidance: it tells the generator's own score, not a sharpened one.
             negative = self.negative if self.negative is not None else self.constant
-            plain = self.networks.noise("teacher", noisy, t, self._repeat(negative, latent), None)
+            plain = self.networks.noise("teacher", noisy, t, repeated_context(negative, latent), None)
             teacher = guided(teacher, plain, self.condition.guidance)
         assert self.meter is not None
         self.meter.add(diagnostics(teacher, auxiliary, eps), t)
@@ -343,13 +345,7 @@ class GeneratorTask(Task):
 
     def _text(self, batch: Batch, latent: Tensor) -> Tensor:
         """What teacher and auxiliary see in cross-attention: captions for text, else the constant."""
-        return batch["text"].to(latent.dtype) if "text" in batch else self._constant(latent)
-
-    def _constant(self, latent: Tensor) -> Tensor:
-        return self._repeat(self.constant, latent)
-
-    def _repeat(self, embedding: Tensor, latent: Tensor) -> Tensor:
-        return embedding.to(latent.dtype)[None].expand(latent.shape[0], -1, -1)
+        return batch["text"].to(latent.dtype) if "text" in batch else repeated_context(self.constant, latent)
 
     def _corrected(self, raw: Tensor, given: Tensor) -> Tensor:
         return with_low_frequencies(raw, given) if self.config.color_fix else raw

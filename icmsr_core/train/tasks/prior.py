@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+from ...backbone.context import repeated_context
 from ...backbone.noise_schedule import NoiseSchedule
 from ...pictures.ranges import bytes_to_signed
+from ...runtime.latents import decode_latent, encode_picture
 from ...weights.base import BaseInfo
 from ..data.draws import all_timesteps, draw_noising
 from ..losses.diagnostics import BinnedMeans
@@ -72,11 +74,11 @@ class PriorTask(Task):
         """Truth, then the clean estimate from three noise levels, row by row."""
         latent = self._latent(batch)
         eps = torch.randn(latent.shape, generator=torch.Generator(latent.device).manual_seed(0), device=latent.device)
-        rows = [self._decode(latent)]
+        rows = [decode_latent(self.vae, latent)]
         for level in (0.1, 0.3, 0.6):
             t = torch.full((latent.shape[0],), int(level * self.schedule.steps), device=latent.device)
             noisy = self.schedule.add_noise(latent, eps, t)
-            rows.append(self._decode(self.schedule.x0_from_output("eps", noisy, self._predict(noisy, t), t)))
+            rows.append(decode_latent(self.vae, self.schedule.x0_from_output("eps", noisy, self._predict(noisy, t), t)))
         return stack_rows(*rows)
 
     @torch.no_grad()
@@ -107,14 +109,7 @@ class PriorTask(Task):
     def _latent(self, batch: Batch) -> Tensor:
         if "latent" in batch:
             return batch["latent"]
-        return (
-            self.vae.encode(bytes_to_signed(batch["sharp"])).latent_dist.mode().float() * self.vae.config.scaling_factor
-        )
+        return encode_picture(self.vae, bytes_to_signed(batch["sharp"]))
 
     def _predict(self, noisy: Tensor, t: Tensor) -> Tensor:
-        context = self.context.to(noisy)[None].expand(noisy.shape[0], -1, -1)
-        return predict(self.unet, noisy, t, context, None)
-
-    def _decode(self, latent: Tensor) -> Tensor:
-        image: Tensor = self.vae.decode(latent / self.vae.config.scaling_factor).sample
-        return image
+        return predict(self.unet, noisy, t, repeated_context(self.context, noisy), None)
