@@ -29,6 +29,7 @@ from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.embedded import demo_picture, embedded_base, embedded_generator
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from tests.support.model_files import write_base, write_generator
+from tests.support.pictures import write_random_picture
 from tests.support.places import ROOT
 
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(64, 64), vae_groups=4)
@@ -56,13 +57,6 @@ def model(base, generator) -> list[str]:
     return ["--base", str(base), "--model", str(generator)]
 
 
-def picture(path: Path, width: int = 20, height: int = 12, mode: str = "RGB") -> Path:
-    random = np.random.default_rng(width * 1000 + height)
-    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8)).save(path)
-    return path
-
-
 def fails(capsys, arguments: list, code: int, *words: str) -> str:
     """`arguments` end with `code` and one line on stderr that holds `words`; returns that line."""
     arguments = [str(argument) for argument in arguments]
@@ -82,7 +76,7 @@ def fails(capsys, arguments: list, code: int, *words: str) -> str:
 
 
 def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generator):
-    source, target = picture(tmp_path / "in.png"), tmp_path / "new" / "out.png"
+    source, target = write_random_picture(tmp_path / "in.png"), tmp_path / "new" / "out.png"
     assert main(["upscale", str(source), str(target), *model, "--color-fix", "adain"]) == 0
     backbone = load_backbone(base, generator)
     expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings(color_fix="adain"))
@@ -92,7 +86,7 @@ def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generat
 
 
 def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
-    source, target = picture(tmp_path / "in.png", 40, 32), tmp_path / "out.png"
+    source, target = write_random_picture(tmp_path / "in.png", 40, 32), tmp_path / "out.png"
     run = ["upscale", str(source), str(target), *model, "--tile", "64", "--overlap", "16"]
     backbone, written = load_backbone(base, generator), {}
     for mode in ("auto", "exact", "bounded"):
@@ -106,7 +100,7 @@ def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
 
 
 def test_auto_tiles_follow_the_free_memory(tmp_path, model, monkeypatch, caplog):
-    source, target = picture(tmp_path / "in.png", 80, 48), tmp_path / "out.png"
+    source, target = write_random_picture(tmp_path / "in.png", 80, 48), tmp_path / "out.png"
 
     def upscaled(*flags: str) -> torch.Tensor:
         assert main(["upscale", str(source), str(target), *model, *flags]) == 0
@@ -123,7 +117,7 @@ def test_auto_tiles_follow_the_free_memory(tmp_path, model, monkeypatch, caplog)
 
 
 def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     run = ["upscale", str(source), str(tmp_path / "out.png"), "--base", str(base), "--model", str(two_sets)]
     written = {}
     for value in (None, "0", "0.5", "1"):
@@ -147,7 +141,7 @@ def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
 
 def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two_sets, capsys, monkeypatch):
     monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     run = ["upscale", source, tmp_path / "new" / "out.png"]
     single = "faithful and a realistic set of weights, this one holds a single set: leave fidelity out"
     fails(capsys, [*run, *model, "--fidelity", "0"], 1, "generator.safetensors", single, "got 0")
@@ -160,18 +154,18 @@ def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two
 
 @pytest.mark.parametrize(("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7))])
 def test_scale_or_size_decides_the_size_of_the_result(tmp_path, model, flags, size):
-    source, target = picture(tmp_path / "in.png"), tmp_path / "out.webp"
+    source, target = write_random_picture(tmp_path / "in.png"), tmp_path / "out.webp"
     assert main(["upscale", str(source), str(target), *model, *flags]) == 0
     assert Image.open(target).size == size
 
 
 def test_alpha_and_grey_survive(tmp_path, model):
-    source = picture(tmp_path / "in.png", mode="RGBA")
+    source = write_random_picture(tmp_path / "in.png", mode="RGBA")
     assert main(["upscale", str(source), str(tmp_path / "out.png"), *model]) == 0
     result = read_picture(tmp_path / "out.png")
     alpha = to_tensor(read_picture(source).alpha)
     assert np.abs(result.alpha - resize(alpha, 48, 80)[0, 0].numpy()).max() <= 0.5 / 255 + 1e-6
-    grey = picture(tmp_path / "grey.png", mode="L")
+    grey = write_random_picture(tmp_path / "grey.png", mode="L")
     assert main(["upscale", str(grey), str(tmp_path / "grey_out.png"), *model]) == 0
     assert Image.open(tmp_path / "grey_out.png").mode == "L"
 
@@ -179,12 +173,12 @@ def test_alpha_and_grey_survive(tmp_path, model):
 def test_a_folder_goes_on_past_bad_files_and_ends_with_1(tmp_path, model, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    picture(folder / "good.png")
-    picture(folder / "good.bmp")
-    picture(folder / "one.jpg", 1, 1)
+    write_random_picture(folder / "good.png")
+    write_random_picture(folder / "good.bmp")
+    write_random_picture(folder / "one.jpg", 1, 1)
     (folder / "text.png").write_text("not a picture")
     (folder / "empty.png").touch()
-    whole = picture(folder / "corrupt.png").read_bytes()
+    whole = write_random_picture(folder / "corrupt.png").read_bytes()
     (folder / "corrupt.png").write_bytes(whole[: len(whole) // 2])
     shutil.move(folder / "good.bmp", folder / "scan.bmp")
     assert main(["upscale", str(folder), str(out), *model]) == 1
@@ -206,14 +200,14 @@ def test_the_bar_counts_every_picture_that_is_done(tmp_path, model, monkeypatch,
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     (tmp_path / "in").mkdir()
     for index in range(3):
-        picture(tmp_path / "in" / f"{index}.png")
+        write_random_picture(tmp_path / "in" / f"{index}.png")
     (tmp_path / "in" / "bad.png").write_text("not a picture")
     assert main(["upscale", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 1
     assert (bars[0].unit, bars[0].n, bars[0].total) == ("picture", 4, 4)
 
 
 def test_wrong_flags_end_with_2_and_name_the_value(tmp_path, model, capsys):
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     run = ["upscale", source, tmp_path / "out.png", *model]
     fails(capsys, [*run, "--tile", "500"], 2, "multiple of 64", "500", "try 512")
     fails(capsys, [*run, "--overlap", "300"], 2, "overlap", "300")
@@ -229,7 +223,7 @@ def test_wrong_flags_end_with_2_and_name_the_value(tmp_path, model, capsys):
 
 
 def test_missing_files_end_with_1_and_one_line_that_names_them(tmp_path, model, capsys):
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     fails(capsys, ["upscale", tmp_path / "none.png", tmp_path / "out.png", *model], 1, "none.png", "no such file")
     fails(capsys, ["upscale", source, tmp_path / "out.gif", *model], 1, "out.gif", ".png")
     fails(capsys, ["upscale", source, source, *model], 1, "overwrite")
@@ -242,14 +236,14 @@ def test_missing_files_end_with_1_and_one_line_that_names_them(tmp_path, model, 
 
 def test_the_output_is_checked_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     fails(capsys, ["upscale", source, tmp_path / "in.png" / "out.png"], 1, "cannot write")
     fails(capsys, ["demo", "--out", source], 1, "cannot write")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, model, capsys):
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
@@ -257,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, model, capsys):
 
 
 def test_damaged_and_foreign_weights_are_named_and_nothing_is_written(tmp_path, base, generator, capsys):
-    source = picture(tmp_path / "in.png")
+    source = write_random_picture(tmp_path / "in.png")
     bad = tmp_path / "bad.safetensors"
 
     def run(*words: str) -> None:
@@ -289,7 +283,7 @@ def test_damaged_and_foreign_weights_are_named_and_nothing_is_written(tmp_path, 
 
 
 def test_conditions_writes_colormap_edges_and_both_as_the_hint(tmp_path):
-    source = picture(tmp_path / "in.png", 128, 64)
+    source = write_random_picture(tmp_path / "in.png", 128, 64)
     assert main(["conditions", str(source), "--out", str(tmp_path / "c")]) == 0
     colors, edges, hint = (read_picture(tmp_path / "c" / f"in_{name}.png") for name in ("colormap", "edges", "hint"))
     assert len(np.unique(colors.rgb.reshape(-1, 3), axis=0)) <= 2  # 64 px high, 128 wide: 1 x 2 cells
@@ -301,7 +295,7 @@ def test_conditions_writes_colormap_edges_and_both_as_the_hint(tmp_path):
 def test_evaluate_prints_and_saves_measures_and_inspect_describes_files(tmp_path, base, generator, two_sets, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        picture(tmp_path / name / "p.png", 64, 64)
+        write_random_picture(tmp_path / name / "p.png", 64, 64)
     arguments = ["evaluate", "--sr", str(tmp_path / "a"), "--hr", str(tmp_path / "b")]
     assert main([*arguments, "--metrics", "ssim,hf", "--json", str(tmp_path / "r.json")]) == 0
     assert "1.0000" in capsys.readouterr().out
@@ -349,7 +343,7 @@ def test_embedded_files_describe_themselves(capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_leaves_no_half_file(tmp_path):
-    picture(tmp_path / "in.png", 500, 500)
+    write_random_picture(tmp_path / "in.png", 500, 500)
     process = subprocess.Popen(
         [
             sys.executable,

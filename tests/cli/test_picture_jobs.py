@@ -22,6 +22,7 @@ from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.picture_jobs import Job, plan_jobs, run_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
 from icmsr_core.upscale.settings import UpscaleSettings
+from tests.support.pictures import write_random_picture
 from tests.support.places import ROOT
 
 SETTINGS = UpscaleSettings(scale=2, color_fix="none")
@@ -49,18 +50,11 @@ class Toy:
         raise UnknownLayer("no steps")
 
 
-def picture(path: Path, width: int = 20, height: int = 12, mode: str = "RGB") -> Path:
-    random = np.random.default_rng(width * 1000 + height)
-    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8)).save(path)
-    return path
-
-
 def folder_of(folder: Path, number: int) -> list[Job]:
     """Jobs for `number` small pictures, all different, named in order."""
     (folder / "in").mkdir()
     for index in range(number):
-        picture(folder / "in" / f"{index:02d}.png", 20 + index)
+        write_random_picture(folder / "in" / f"{index:02d}.png", 20 + index)
     return plan_jobs(folder / "in", folder / "out")
 
 
@@ -77,10 +71,10 @@ def no_thread_is_left() -> bool:
 def test_results_are_those_of_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for index, mode in enumerate(("RGB", "RGBA", "L")):
-        picture(tmp_path / "in" / f"{index}.png", 30 + index, 17, mode)
+        write_random_picture(tmp_path / "in" / f"{index}.png", 30 + index, 17, mode)
     wide = np.random.default_rng(0).random((9, 14, 3), np.float32)
     write_picture(tmp_path / "in" / "wide.tif", Picture(wide, bits=16))
-    picture(tmp_path / "in" / "photo.webp", 40, 40)
+    write_random_picture(tmp_path / "in" / "photo.webp", 40, 40)
     jobs = plan_jobs(tmp_path / "in", tmp_path / "out")
     assert run(jobs) == (0, [])
     assert len(jobs) == 5
@@ -218,7 +212,7 @@ def test_a_full_disk_spoils_only_what_does_not_fit(tmp_path: Path) -> None:
     import resource
 
     jobs = folder_of(tmp_path, 4)
-    picture(jobs[1].source, 200, 200)
+    write_random_picture(jobs[1].source, 200, 200)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
     try:
@@ -262,7 +256,7 @@ def test_an_interrupt_leaves_neither_thread_nor_half_file(tmp_path: Path, monkey
 def test_ctrl_c_in_the_middle_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for index in range(60):
-        picture(tmp_path / "in" / f"{index:02d}.png", 64 + index % 3, 64)
+        write_random_picture(tmp_path / "in" / f"{index:02d}.png", 64 + index % 3, 64)
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-m", "icmsr_core", "upscale", "in", "out"],

@@ -12,6 +12,7 @@ from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from tests.support.model_files import write_base, write_generator
+from tests.support.pictures import random_picture
 
 TOO_MUCH = 1e7
 """What a map is multiplied by to leave float16's range."""
@@ -53,10 +54,6 @@ def rounded(base, generator, part: str) -> DiffusersBackbone:
         getattr(exact, name).load_state_dict(getattr(half, name).state_dict())
     exact._context.copy_(half._context)
     return exact
-
-
-def picture(height: int = 24, width: int = 16) -> torch.Tensor:
-    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def test_auto_is_a_function_of_device_family_and_hardware() -> None:
@@ -103,7 +100,7 @@ def test_load_backbone_takes_auto(tmp_path, monkeypatch, family, native, dtype) 
 @pytest.mark.parametrize(("tile", "vae"), [(0, "exact"), (64, "exact"), (64, "bounded")])
 def test_a_part_that_overflows_goes_on_in_float32(base, generator, part: str, tile: int, vae: str, caplog) -> None:
     settings = UpscaleSettings(tile=tile, overlap=16 if tile else 0, vae=vae, color_fix="none")
-    image = picture()
+    image = random_picture(24, 16)
     expected = upscale(rounded(base, generator, part), image, settings)
     backbone = overflowing(base, generator, part, torch.float16)
     steps: list[tuple[int, int]] = []
@@ -134,7 +131,7 @@ def test_the_part_itself_is_then_exactly_float32(base, generator, part: str) -> 
     backbone, exact = overflowing(base, generator, part, torch.float16), rounded(base, generator, part)
     latent = torch.randn(1, backbone.descriptor.latent_channels, 8, 16, generator=torch.Generator().manual_seed(0))
     run = {
-        "encoder": lambda it: it.encode(2 * picture(64, 32) - 1),
+        "encoder": lambda it: it.encode(2 * random_picture(64, 32) - 1),
         "unet": lambda it: it.predict_noise(latent, it.descriptor.timestep),
         "decoder": lambda it: it.decode(latent),
     }[part]
@@ -150,11 +147,11 @@ def test_damaged_weights_are_an_error_that_names_the_part(base, generator, part:
         with torch.no_grad():
             network.conv_out.weight[0, 0, 0, 0] = torch.nan
         with pytest.raises(IcmsrError, match=f"{NAMES[part]} gave NaN or infinite values in fp32"):
-            upscale(backbone, picture(), UpscaleSettings(tile=tile, overlap=16 if tile else 0))
+            upscale(backbone, random_picture(24, 16), UpscaleSettings(tile=tile, overlap=16 if tile else 0))
 
 
 def test_finite_results_stay_in_16_bits(base, generator, caplog) -> None:
     backbone = load_backbone(base, generator, dtype=torch.float16)
-    upscale(backbone, picture(), UpscaleSettings(tile=64, overlap=16))
+    upscale(backbone, random_picture(24, 16), UpscaleSettings(tile=64, overlap=16))
     assert not caplog.records
     assert backbone.unet.conv_in.weight.dtype == backbone.vae.encoder.conv_in.weight.dtype == torch.float16

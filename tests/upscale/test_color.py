@@ -12,11 +12,8 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.upscale import color
 from icmsr_core.upscale.color import adain_color_fix, apply_color_fix, wavelet_color_fix
 from icmsr_core.upscale.settings import COLOR_FIXES
+from tests.support.pictures import random_picture
 from tests.support.places import ROOT
-
-
-def picture(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def dense_low_pass(plane: np.ndarray, levels: int = 5) -> np.ndarray:
@@ -31,34 +28,34 @@ def dense_low_pass(plane: np.ndarray, levels: int = 5) -> np.ndarray:
     return plane
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3, 3, 5), (2, 3, 40, 57), (1, 1, 1, 80), (1, 3, 70, 2)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 57, 2), (1, 80, 1, 1), (70, 2)])
 @pytest.mark.parametrize("levels", [1, 3, 5])
 def test_wavelet_equals_the_dense_form(shape: tuple[int, ...], levels: int) -> None:
-    result, reference = picture(*shape, seed=1), picture(*shape, seed=2)
+    result, reference = random_picture(*shape, seed=1), random_picture(*shape, seed=2)
     fixed = wavelet_color_fix(result, reference, levels)
-    for n in range(shape[0]):
-        for c in range(shape[1]):
+    for n in range(result.shape[0]):
+        for c in range(result.shape[1]):
             mine, right = result[n, c].double().numpy(), reference[n, c].double().numpy()
             expected = mine - dense_low_pass(mine, levels) + dense_low_pass(right, levels)
             assert np.abs(fixed[n, c].numpy() - expected).max() < 1e-6
 
 
 def test_wavelet_in_float64_is_exact() -> None:
-    result, reference = picture(1, 1, 48, 33, seed=1).double(), picture(1, 1, 48, 33, seed=2).double()
+    result, reference = random_picture(48, 33, 1, 1, seed=1).double(), random_picture(48, 33, 1, 1, seed=2).double()
     mine, right = result[0, 0].numpy(), reference[0, 0].numpy()
     expected = mine - dense_low_pass(mine) + dense_low_pass(right)
     assert np.abs(wavelet_color_fix(result, reference)[0, 0].numpy() - expected).max() < 1e-14
 
 
 @pytest.mark.parametrize("mode", COLOR_FIXES)
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 5, 3), (1, 3, 64, 48)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3, 2), (64, 48)])
 def test_equal_pictures_stay_as_they_are(mode: str, shape: tuple[int, ...]) -> None:
-    image = picture(*shape)
+    image = random_picture(*shape)
     assert torch.allclose(apply_color_fix(mode, image, image.clone()), image, atol=1e-6)
 
 
 def test_wavelet_removes_a_tint_and_a_slow_gradient_of_tint() -> None:
-    truth = picture(1, 3, 160, 200) * 0.5 + 0.25
+    truth = random_picture(160, 200) * 0.5 + 0.25
     tint = torch.tensor([0.08, -0.05, 0.02]).view(1, 3, 1, 1)
     ramp = torch.linspace(-0.06, 0.06, 200).view(1, 1, 1, 200) * torch.linspace(0.5, 1, 160).view(1, 1, 160, 1)
     for error in (tint, ramp, tint + ramp):
@@ -81,8 +78,8 @@ def test_wavelet_keeps_the_detail_of_the_result() -> None:
 
 
 def test_adain_gives_the_reference_s_statistics() -> None:
-    result = picture(2, 3, 50, 60, seed=3) * 0.6 + 0.3
-    reference = picture(2, 3, 50, 60, seed=4) * torch.tensor([0.2, 0.9, 0.5]).view(1, 3, 1, 1) + 0.05
+    result = random_picture(50, 60, 2, seed=3) * 0.6 + 0.3
+    reference = random_picture(50, 60, 2, seed=4) * torch.tensor([0.2, 0.9, 0.5]).view(1, 3, 1, 1) + 0.05
     fixed = adain_color_fix(result, reference)
     assert torch.allclose(fixed.mean((2, 3)), reference.mean((2, 3)), atol=1e-5)
     assert torch.allclose(fixed.std((2, 3)), reference.std((2, 3)), rtol=2e-3)
@@ -92,15 +89,15 @@ def test_adain_gives_the_reference_s_statistics() -> None:
 
 
 def test_adain_does_not_amplify_a_flat_result() -> None:
-    flat = torch.full((1, 3, 32, 32), 0.5) + 1e-4 * picture(1, 3, 32, 32)
-    fixed = adain_color_fix(flat, picture(1, 3, 32, 32, seed=1))
+    flat = torch.full((1, 3, 32, 32), 0.5) + 1e-4 * random_picture(32, 32)
+    fixed = adain_color_fix(flat, random_picture(32, 32, seed=1))
     assert fixed.std() < 0.05
-    assert adain_color_fix(picture(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.25)).flatten().tolist() == [0.25] * 3
+    assert adain_color_fix(random_picture(1, 1), torch.full((1, 3, 1, 1), 0.25)).flatten().tolist() == [0.25] * 3
 
 
 @pytest.mark.parametrize("function", [wavelet_color_fix, adain_color_fix])
 def test_batch_equals_one_by_one_and_inputs_stay(function) -> None:  # type: ignore[no-untyped-def]
-    result, reference = picture(3, 3, 33, 41, seed=1), picture(3, 3, 33, 41, seed=2)
+    result, reference = random_picture(33, 41, 3, seed=1), random_picture(33, 41, 3, seed=2)
     kept = result.clone(), reference.clone()
     whole = function(result, reference)
     assert torch.equal(whole, torch.cat([function(result[i : i + 1], reference[i : i + 1]) for i in range(3)]))
@@ -110,7 +107,7 @@ def test_batch_equals_one_by_one_and_inputs_stay(function) -> None:  # type: ign
 
 @pytest.mark.parametrize("function", [wavelet_color_fix, adain_color_fix])
 def test_channels_last_and_half_precision(function) -> None:  # type: ignore[no-untyped-def]
-    result, reference = picture(2, 3, 33, 41, seed=1), picture(2, 3, 33, 41, seed=2)
+    result, reference = random_picture(33, 41, 2, seed=1), random_picture(33, 41, 2, seed=2)
     expected = function(result, reference)
     last = function(result.to(memory_format=torch.channels_last), reference.to(memory_format=torch.channels_last))
     assert torch.equal(last, expected)
@@ -123,7 +120,7 @@ def test_channels_last_and_half_precision(function) -> None:  # type: ignore[no-
 @pytest.mark.parametrize("levels", [1, 5, 8, 10])
 def test_stripes_leave_no_trace(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 rows or as many as the blur reaches; `test_wavelet_equals_the_dense_form` has one stripe."""
-    result, reference = picture(1, 1, 1300, 9, seed=1), picture(1, 1, 1300, 9, seed=2)
+    result, reference = random_picture(1300, 9, 1, 1, seed=1), random_picture(1300, 9, 1, 1, seed=2)
     monkeypatch.setattr(color, "STRIPE_ROWS", 2000)
     whole = wavelet_color_fix(result, reference, levels)
     monkeypatch.setattr(color, "STRIPE_ROWS", 64)
@@ -133,7 +130,7 @@ def test_stripes_leave_no_trace(levels: int, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("mode", ["wavelet", "adain"])
 @pytest.mark.parametrize("height", [30, 1300])
 def test_result_may_be_written_over(mode: str, height: int) -> None:
-    result, reference = picture(2, 3, height, 17, seed=1), picture(2, 3, height, 17, seed=2)
+    result, reference = random_picture(height, 17, 2, seed=1), random_picture(height, 17, 2, seed=2)
     expected, kept = apply_color_fix(mode, result, reference), reference.clone()
     assert apply_color_fix(mode, result, reference, out=result) is result
     assert torch.equal(result, expected)
@@ -143,7 +140,7 @@ def test_result_may_be_written_over(mode: str, height: int) -> None:
 
 
 def test_the_name_chooses_the_correction() -> None:
-    result, reference = picture(1, 3, 20, 20, seed=1), picture(1, 3, 20, 20, seed=2)
+    result, reference = random_picture(20, 20, seed=1), random_picture(20, 20, seed=2)
     assert torch.equal(apply_color_fix("wavelet", result, reference), wavelet_color_fix(result, reference))
     assert torch.equal(apply_color_fix("adain", result, reference), adain_color_fix(result, reference))
     assert apply_color_fix("none", result, reference) is result

@@ -25,6 +25,7 @@ from icmsr_core.upscale.sizes import pad_to_multiple, resize
 from icmsr_core.upscale.tiling import Box
 from icmsr_core.weights.base import open_base
 from tests.support.model_files import write_base, write_generator
+from tests.support.pictures import random_picture
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,10 +63,6 @@ class Toy:
         return F.pixel_shuffle(latent, 8) + self.tone
 
 
-def picture(height: int, width: int, count: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
 def photo(height: int, width: int) -> torch.Tensor:
     crop = np.ascontiguousarray(data.astronaut()[:height, 100 : 100 + width])
     return torch.from_numpy(crop).permute(2, 0, 1)[None].float().contiguous() / 255
@@ -93,7 +90,7 @@ SIZES = [(1, 1), (1, 200), (3, 5), (17, 31), (128, 96)]
 @pytest.mark.parametrize("scale", [1, 1.5, 4, 8])
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size_through_a_lossless_toy_is_the_resize(size: tuple[int, int], scale: float) -> None:
-    image = picture(*size)
+    image = random_picture(*size)
     result = upscale(Toy(), image, plain(scale=scale, tile=256, overlap=64))
     assert result.dtype == torch.float32
     height, width = result.shape[-2:]
@@ -106,7 +103,7 @@ def test_any_size_through_a_lossless_toy_is_the_resize(size: tuple[int, int], sc
     ("size", "scale"), [*((size, scale) for size in SIZES[:-1] for scale in (1, 1.5, 4, 8)), (SIZES[-1], 1.5)]
 )
 def test_any_size_through_the_real_networks(nano: Backbone, size: tuple[int, int], scale: float) -> None:
-    result = upscale(nano, picture(*size), UpscaleSettings(scale=scale))
+    result = upscale(nano, random_picture(*size), UpscaleSettings(scale=scale))
     assert result.shape == (1, 3, round(size[0] * scale), round(size[1] * scale))
     assert result.isfinite().all()
     assert result.min() >= 0
@@ -116,7 +113,7 @@ def test_any_size_through_the_real_networks(nano: Backbone, size: tuple[int, int
 @given(height=st.integers(1, 40), width=st.integers(1, 40), target=st.tuples(st.integers(1, 90), st.integers(1, 90)))
 @settings(deadline=None, max_examples=25)
 def test_the_result_has_exactly_the_size_asked_for(height: int, width: int, target: tuple[int, int]) -> None:
-    image = picture(height, width)
+    image = random_picture(height, width)
     result = upscale(Toy(), image, plain(size=target, tile=64, overlap=32))
     assert result.shape == (1, 3, target[1], target[0]), "size is width x height"
     torch.testing.assert_close(result, resize(image, target[1], target[0]), rtol=0, atol=1e-6)
@@ -143,7 +140,7 @@ def test_resize_is_pillows_bicubic(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scale", [1, 2])
 def test_precision_of_the_input_does_not_leak_into_the_arithmetic(dtype: torch.dtype, scale: float) -> None:
-    image = picture(20, 24).to(dtype)
+    image = random_picture(20, 24).to(dtype)
     toy = Toy()
     inner: list[torch.dtype] = []
     toy.output = lambda latent: inner.append(latent.dtype) or torch.zeros_like(latent)
@@ -153,7 +150,7 @@ def test_precision_of_the_input_does_not_leak_into_the_arithmetic(dtype: torch.d
 
 
 def test_input_is_left_alone_and_its_memory_layout_does_not_matter(nano: Backbone) -> None:
-    image = picture(24, 40)
+    image = random_picture(24, 40)
     before = image.clone()
     channels_last = image.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     chosen = UpscaleSettings(scale=1)
@@ -167,7 +164,7 @@ def test_input_is_left_alone_and_its_memory_layout_does_not_matter(nano: Backbon
 @given(height=st.integers(1, 70), width=st.integers(1, 70), multiple=st.sampled_from([1, 8, 16, 64]))
 @settings(deadline=None, max_examples=60)
 def test_padding_adds_reflected_pixels_and_changes_none(height: int, width: int, multiple: int) -> None:
-    image = picture(height, width)
+    image = random_picture(height, width)
     padded = pad_to_multiple(image, multiple)
     assert padded.shape[-2] == math.ceil(height / multiple) * multiple
     assert padded.shape[-1] == math.ceil(width / multiple) * multiple
@@ -201,7 +198,7 @@ def test_clean_latent_is_the_predictions_closed_form(prediction: str, t: int) ->
         return {"eps": eps, "v": a * eps - s * x0, "residual": z - x0}[prediction].float()
 
     toy = Toy(answer, prediction, t)
-    image = picture(30, 33)
+    image = random_picture(30, 33)
     result = upscale(toy, image, plain(scale=2, tile=64, overlap=16))
     expected = (0.5 * (2 * resize(image, 60, 66) - 1) + 0.1 + 1) / 2
     assert 0 < expected.min() < expected.max() < 1, "nothing is clamped"
@@ -248,7 +245,7 @@ def test_two_runs_are_bitwise_equal(nano: Backbone) -> None:
 
 def test_result_can_be_used_outside_inference_mode_after_leaving_it(nano: Backbone) -> None:
     """And the schedule that `upscale` used first, inside inference mode, still gives gradients."""
-    upscale(nano, picture(8, 8))
+    upscale(nano, random_picture(8, 8))
     x0 = torch.ones(1, 1, 1, 1, requires_grad=True)
     nano.descriptor.schedule.add_noise(x0, torch.ones(1, 1, 1, 1), 200).sum().backward()
     assert x0.grad is not None
@@ -262,7 +259,7 @@ def test_tiled_equals_untiled_for_a_local_network(batch: int) -> None:
     def local(z: torch.Tensor) -> torch.Tensor:
         return z - torch.tanh(1.5 * z)
 
-    image = picture(50, 70)
+    image = random_picture(50, 70)
     tiled_toy, whole_toy = Toy(local), Toy(local)
     tiled = upscale(tiled_toy, image, plain(tile=128, overlap=32, batch=batch))
     whole = upscale(whole_toy, image, plain(tile=0))
@@ -321,7 +318,7 @@ def test_auto_is_exact_up_to_a_size(nano: DiffusersBackbone, monkeypatch: pytest
 
 
 def test_pictures_of_a_batch_equal_each_alone(nano: Backbone) -> None:
-    images = torch.cat([photo(20, 24), picture(20, 24, 2)])
+    images = torch.cat([photo(20, 24), random_picture(20, 24, 2)])
     together = upscale(nano, images, UpscaleSettings(scale=2))
     alone = torch.cat([upscale(nano, image[None], UpscaleSettings(scale=2)) for image in images])
     assert together.shape == (3, 3, 40, 48)
@@ -343,11 +340,11 @@ def test_an_overlap_that_leaves_a_family_no_step_is_named_in_pixels() -> None:
     toy = Toy(multiple_of=64)
     narrow = plain(tile=64, overlap=16)
     with pytest.raises(IcmsrError, match="tile of 64 takes an overlap of at most 0, got 16: try a tile of 128"):
-        upscale(toy, picture(20, 20), narrow)
+        upscale(toy, random_picture(20, 20), narrow)
     assert toy.seen == []
-    assert upscale(toy, picture(16, 16), narrow).shape[-1] == 64, "one tile needs no step"
-    assert upscale(Toy(), picture(20, 20), narrow).shape[-1] == 80, "nano has room"
-    assert upscale(toy, picture(20, 20), plain(tile=64, overlap=0)).shape[-1] == 80
+    assert upscale(toy, random_picture(16, 16), narrow).shape[-1] == 64, "one tile needs no step"
+    assert upscale(Toy(), random_picture(20, 20), narrow).shape[-1] == 80, "nano has room"
+    assert upscale(toy, random_picture(20, 20), plain(tile=64, overlap=0)).shape[-1] == 80
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -357,7 +354,7 @@ def test_an_overlap_that_leaves_a_family_no_step_is_named_in_pixels() -> None:
 def test_progress_reaches_its_total(count: int, batch: int, vae: str) -> None:
     chosen = plain(tile=64, overlap=16, batch=batch, vae=vae)
     toy, steps = Toy(), []
-    upscale(toy, picture(30, 45, count), chosen, progress=lambda done, total: steps.append((done, total)))
+    upscale(toy, random_picture(30, 45, count), chosen, progress=lambda done, total: steps.append((done, total)))
     total = count * count_tiles(toy, 30, 45, chosen)
     done = [step for step, _ in steps]
     assert {entry for _, entry in steps} == {total}

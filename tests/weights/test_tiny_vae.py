@@ -24,6 +24,7 @@ from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.tiny_vae_file import read_tiny_vae
 from tests.support.model_files import random_generator, write_base
+from tests.support.pictures import random_picture
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
 FACTOR_8 = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 32), vae_groups=4)
@@ -53,10 +54,6 @@ def generator(base) -> Path:
     return path
 
 
-def picture(height: int, width: int) -> torch.Tensor:
-    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-
-
 def backbone_of(vae: AutoencoderTiny) -> DiffusersBackbone:
     descriptor = BackboneDescriptor("toy", vae.config.latent_channels, 8, 16, 200, "residual")
     unet = make_unet(replace(FACTOR_8, latent_channels=vae.config.latent_channels))
@@ -69,7 +66,7 @@ def backbone_of(vae: AutoencoderTiny) -> DiffusersBackbone:
 def test_stripes_give_diffusers_untiled_result(base, folder, theirs, cells, tile: int, exact: bool) -> None:
     """Along either axis, one cell wide at the least, in either mode: there is no GroupNorm to estimate."""
     backbone = load_backbone(base, tiny_vae=folder)
-    image = picture(8 * cells[0], 8 * cells[1])
+    image = random_picture(8 * cells[0], 8 * cells[1])
     assert (plan_stripes(*cells, tile).number > 2) == (tile > 0)
     expected = theirs.encode(2 * image - 1).latents
     assert expected.std() > 0.05
@@ -88,7 +85,7 @@ def test_a_block_that_widens_has_a_shortcut() -> None:
     vae = AutoencoderTiny(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4).eval()
     block = vae.encoder.layers[1]
     block.skip = torch.nn.Conv2d(32, 32, 1, bias=False)
-    backbone, image = backbone_of(vae), picture(96, 64)
+    backbone, image = backbone_of(vae), random_picture(96, 64)
     got = encode_tiled(backbone, image, tile=4)
     torch.testing.assert_close(got, vae.encode(2 * image - 1).latents, rtol=0, atol=2e-5)
 
@@ -166,7 +163,7 @@ def test_what_is_no_tiny_vae_is_refused(folder, base, tmp_path) -> None:
 
 def test_the_command_writes_what_the_library_computes(folder, base, generator, tmp_path) -> None:
     source, target = tmp_path / "in.png", tmp_path / "out.png"
-    pixels = (picture(20, 28)[0].movedim(0, -1) * 255).byte().numpy()
+    pixels = (random_picture(20, 28)[0].movedim(0, -1) * 255).byte().numpy()
     Image.fromarray(pixels).save(source)
     run = [
         "upscale",
@@ -192,7 +189,7 @@ def test_the_command_writes_what_the_library_computes(folder, base, generator, t
 
 def test_a_step_runs_in_the_latents_of_the_unet(folder, base, generator, theirs) -> None:
     """Encoder, UNet, closed form, decoder, by hand: TAESD's latents are the scaled ones, whatever the base's factor."""
-    backbone, image = load_backbone(base, generator, tiny_vae=folder), picture(64, 48)
+    backbone, image = load_backbone(base, generator, tiny_vae=folder), random_picture(64, 48)
     with torch.inference_mode():
         latent = theirs.encode(2 * image - 1).latents
         output = backbone.predict_noise(latent, backbone.descriptor.timestep)
@@ -213,7 +210,7 @@ def test_a_generator_that_changes_the_vae_loses_that_with_a_warning(folder, base
 
 
 def test_a_tiny_vae_that_overflows_goes_on_in_float32(folder, base, generator, caplog) -> None:
-    image, settings = picture(24, 16), UpscaleSettings(tile=64, overlap=16, color_fix="none")
+    image, settings = random_picture(24, 16), UpscaleSettings(tile=64, overlap=16, color_fix="none")
 
     def overflowing(dtype: torch.dtype) -> DiffusersBackbone:
         backbone = load_backbone(base, generator, tiny_vae=folder, dtype=dtype)
@@ -245,6 +242,6 @@ def test_the_configuration_names_the_layers(tmp_path) -> None:
     assert json.loads((own / "config.json").read_text())["num_encoder_blocks"] == [1, 1, 2, 1]
     backbone = load_backbone(write_base(tmp_path / "base", FACTOR_8), tiny_vae=own)
     with torch.inference_mode():
-        image = 2 * picture(16, 16) - 1
+        image = 2 * random_picture(16, 16) - 1
         expected = AutoencoderTiny.from_pretrained(own).eval().encode(image).latents
         torch.testing.assert_close(backbone.encode(image), expected)
