@@ -24,12 +24,12 @@ from .held_map import HeldMap
 from .modes import Estimate, ExactStream, Statistics, combine
 from .stream import Flow
 
-FIELD, CONTEXT = 4, 4
+FIELD, FIELD_MARGIN = 4, 4
 """Side of a field in latent cells, and what its window shows on each side of it: in cells where the encoder begins, in
 samples of the map wherever the decoder has just grown. The embedded VAE's halves on a mosaic of photographs of 1024 px
 (`benchmarks/tiled_vae.py`) were 31 and 39 dB from exact without a window, 58 and 59 with 2 around fields of 8, 68 and
 67 with 3, 72 and 71 with 4, 75 and 72 with 6."""
-SHARE, FEWEST, LARGEST = 1 / 8, 128, 3 * 2**18
+DRAWN_SHARE, FEWEST, LARGEST = 1 / 8, 128, 3 * 2**18
 """How much of the picture the windows are at the most, their least number all the same, and their area in pixels."""
 RIDGE = 0.1
 """How dear it is to move the weights off their chances, against a feature's miss in standard deviations."""
@@ -58,7 +58,7 @@ def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: 
     `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
-    frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, CONTEXT * unit)
+    frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, FIELD_MARGIN * unit)
     stream = _SampledStream(half, frame)
     rows, columns = frame.window
     crops = torch.cat(
@@ -78,14 +78,14 @@ class Frame(NamedTuple):
     """Height and width of the picture."""
     scale: int
     """Samples of a map per cell, along each axis."""
-    context: int
+    margin: int
     """Samples of a map on each side of a field."""
 
     @property
     def window(self) -> tuple[int, int]:
         """Height and width of a window in samples."""
         rows, columns = (
-            min(cells * self.scale, size * self.scale + 2 * self.context)
+            min(cells * self.scale, size * self.scale + 2 * self.margin)
             for cells, size in zip(self.cells, self.fields.size)
         )
         return rows, columns
@@ -93,14 +93,14 @@ class Frame(NamedTuple):
     def start(self, corner: tuple[int, int]) -> tuple[int, int]:
         """Where the window of the field at `corner` begins in the map: it is moved so that it lies inside."""
         top, left = (
-            min(max(0, place * self.scale - self.context), cells * self.scale - size)
+            min(max(0, place * self.scale - self.margin), cells * self.scale - size)
             for place, cells, size in zip(corner, self.cells, self.window)
         )
         return top, left
 
-    def cut(self, windows: HeldMap, context: int) -> Iterator[Tensor]:
-        """Each of `windows` [N, C, h, w] narrowed to those with less `context`: [1, C, h', w']."""
-        to = self._replace(context=context)
+    def cut(self, windows: HeldMap, margin: int) -> Iterator[Tensor]:
+        """Each of `windows` [N, C, h, w] narrowed to those with less `margin`: [1, C, h', w']."""
+        to = self._replace(margin=margin)
         rows, columns = to.window
         for index, corner in enumerate(self.fields.corners):
             (top, left), (new_top, new_left) = self.start(corner), to.start(corner)
@@ -123,20 +123,20 @@ class _SampledStream(ExactStream):
 
     def _pointwise(self, step: Pointwise, flow: Flow) -> Flow:
         if step.up > 1:
-            narrow = min(self._frame.context, -(-CONTEXT // step.up))
+            narrow = min(self._frame.margin, -(-FIELD_MARGIN // step.up))
             windows = torch.cat(list(self._frame.cut(self.store(flow), narrow)))
             flow = self.source(windows, flow.nominal)
             self._rescale(step.up, 1, narrow)
         elif step.down > 1:
-            self._rescale(1, step.down, self._frame.context)
+            self._rescale(1, step.down, self._frame.margin)
         return super()._pointwise(step, flow)
 
     def _convolved(self, module: nn.Conv2d, stride: int, flow: Flow) -> Flow:
-        self._rescale(1, stride, self._frame.context)
+        self._rescale(1, stride, self._frame.margin)
         return super()._convolved(module, stride, flow)
 
-    def _rescale(self, up: int, down: int, context: int) -> None:
-        self._frame = self._frame._replace(scale=self._frame.scale * up // down, context=context * up // down)
+    def _rescale(self, up: int, down: int, margin: int) -> None:
+        self._frame = self._frame._replace(scale=self._frame.scale * up // down, margin=margin * up // down)
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
         # All windows in one row: each looks at all fields, which is what the picture looks like from there.
@@ -157,8 +157,8 @@ class _SampledStream(ExactStream):
 
 def drawn_windows(height: int, width: int, factor: int) -> tuple[int, int]:
     """How many fields of a picture of `height` x `width` cells are drawn at most, and the area in cells of a window."""
-    window = min(FIELD + 2 * CONTEXT, height) * min(FIELD + 2 * CONTEXT, width)
-    number = max(min(int(SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
+    window = min(FIELD + 2 * FIELD_MARGIN, height) * min(FIELD + 2 * FIELD_MARGIN, width)
+    number = max(min(int(DRAWN_SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
     return min(number, -(-height // FIELD) * -(-width // FIELD)), window
 
 

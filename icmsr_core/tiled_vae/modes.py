@@ -102,10 +102,10 @@ class ExactStream(Stream):
 class BoundedStream(Stream):
     """Statistics are given, attention is to windows and a sample of the rest: memory is set by the stripes."""
 
-    def __init__(self, half: VaeHalf, axis: int, estimate: Estimate, window: int, context: int) -> None:
-        """`window` and `context` of the attention are in samples of its map."""
+    def __init__(self, half: VaeHalf, axis: int, estimate: Estimate, window: int, margin: int) -> None:
+        """`window` and `margin` of the attention are in samples of its map."""
         super().__init__(half, axis)
-        self._estimate, self._window, self._context = estimate, window, context
+        self._estimate, self._window, self._margin = estimate, window, margin
 
     def _normalised(self, step: Norm, flow: Flow) -> Flow:
         return flow._replace(chunks=map(normaliser(step, self._estimate.statistics[step]), flow.chunks))
@@ -114,7 +114,7 @@ class BoundedStream(Stream):
         return flow
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
-        return self._windows(step, flow, self._window, self._context, self._estimate.samples.get(step))
+        return self._windows(step, flow, self._window, self._margin, self._estimate.samples.get(step))
 
 
 def moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,8 +167,8 @@ class Stream(ABC):
         main = self.through(step.main, flow._replace(chunks=map(passing, flow.chunks)))
         return Flow(map(add, main.chunks), main.length, main.nominal)
 
-    def _windows(self, step: Attention, flow: Flow, window: int, context: int, sample: Sample | None = None) -> Flow:
-        """Attention in windows of at most `window` x `window`, each of which sees `context` samples around it.
+    def _windows(self, step: Attention, flow: Flow, window: int, margin: int, sample: Sample | None = None) -> Flow:
+        """Attention in windows of at most `window` x `window`, each of which sees `margin` samples around it.
 
         Of the rest of the map it sees `sample`.
         """
@@ -183,22 +183,22 @@ class Stream(ABC):
             stop += chunk.shape[axis]
             del chunk
             found = []
-            while bounds and stop >= min(bounds[0][1] + context, length):
+            while bounds and stop >= min(bounds[0][1] + margin, length):
                 begin, end = bounds.popleft()
                 band = torch.cat(rows, axis) if len(rows) > 1 else rows[0]
-                low, high = max(0, begin - context), min(length, end + context)
+                low, high = max(0, begin - margin), min(length, end + margin)
                 asking = band.narrow(axis, begin - first, end - begin)
                 asked = band.narrow(axis, low - first, high - low)
                 width, parts = band.shape[across], []
                 for left, right in _even(width, window):
-                    near, far = max(0, left - context), min(width, right + context)
+                    near, far = max(0, left - margin), min(width, right + margin)
                     parts.append(
                         step.run(
                             asking.narrow(across, left, right - left), asked.narrow(across, near, far - near), sample
                         )
                     )
                 found.append(torch.cat(parts, across) if len(parts) > 1 else parts[0])
-                keep = max(0, end - context)
+                keep = max(0, end - margin)
                 rows[:] = [band.narrow(axis, keep - first, stop - keep).clone()] if bounds else []
                 first = keep
             return torch.cat(found, axis) if len(found) > 1 else found[0] if found else None

@@ -25,7 +25,7 @@ from .stream import STRIPE_BYTES, Flow
 
 LARGEST_EXACT = 2048 * 2048
 """Pixels up to which `auto` is exact: at 4096 x 4096 the middle's attention alone would cost as much as the rest."""
-WINDOW, CONTEXT = 64, 16
+ATTENTION_WINDOW, ATTENTION_MARGIN = 64, 16
 """Side of the attention's windows in bounded mode, and what each sees around it, in latent cells: 512 and 128 pixels at
 Stable Diffusion's factor of 8, about what its VAE was trained with."""
 
@@ -152,13 +152,13 @@ def _run(
     """The stripes of the result, each with its place along the axis; `unit` samples of `source` are one cell."""
     stream: ExactStream | BoundedStream
     if not count_norms(half.steps):  # nothing to wait for and nothing to estimate
-        stream, before = BoundedStream(half, stripes.axis, Estimate({}), WINDOW, CONTEXT), 0.0
+        stream, before = BoundedStream(half, stripes.axis, Estimate({}), ATTENTION_WINDOW, ATTENTION_MARGIN), 0.0
     elif exact or stripes.number == 1:
         stream = ExactStream(half, stripes.axis, ticker.reach)
         before = stream.share_before_the_end
     else:
         estimate = estimate_whole(half, source, unit, factor, tile)
-        stream = BoundedStream(half, stripes.axis, estimate, WINDOW, CONTEXT)
+        stream = BoundedStream(half, stripes.axis, estimate, ATTENTION_WINDOW, ATTENTION_MARGIN)
         before = 0.0
     flow = stream.through(half.steps, stream.source(source, stripes.cells * unit))
     return _numbered(flow, stripes.axis, before, ticker)

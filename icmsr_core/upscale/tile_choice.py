@@ -23,7 +23,7 @@ from .sizes import padded_size
 TILES = (512, 384, 256, 192, 128)
 """What is chosen from, best first, in pixels of the result."""
 MOST_TOGETHER = 8
-SHARE = 0.8
+FREE_SHARE = 0.8
 """Of the free memory that is counted on; the estimate was up to 25% short (nano's decoder, tiles of 384)."""
 PICTURES = 12 * 3
 """Bytes per pixel of the result: it, the enlarged input and a copy, three channels of float32 each."""
@@ -98,7 +98,7 @@ def fit_to_memory(
     What needs the least of them when nothing fits, or no more than the first choice when `free` is None, not known.
     """
     descriptor, target = backbone.descriptor, settings.target_size(height, width)
-    room = SHARE * free if free is not None else float("inf")
+    room = FREE_SHARE * free if free is not None else float("inf")
 
     def need(candidate: UpscaleSettings) -> float:
         return needed_memory(*target, candidate, descriptor, itemsize, kind)

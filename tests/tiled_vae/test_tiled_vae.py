@@ -34,8 +34,8 @@ from icmsr_core.tiled_vae import estimate as tiled_vae_statistics
 from icmsr_core.tiled_vae import held_map as tiled_vae_held
 from icmsr_core.tiled_vae import stream as tiled_vae_stream
 from icmsr_core.tiled_vae.estimate import (
-    CONTEXT,
     FIELD,
+    FIELD_MARGIN,
     Fields,
     Frame,
     calibrate,
@@ -225,9 +225,9 @@ def own_statistics(half: VaeHalf, source: torch.Tensor) -> dict[Norm, Statistics
     return stream.statistics
 
 
-def run_bounded(half: VaeHalf, source: torch.Tensor, nominal: int, known, axis=2, window=10**6, context=0):
+def run_bounded(half: VaeHalf, source: torch.Tensor, nominal: int, known, axis=2, window=10**6, margin=0):
     estimate = known if isinstance(known, Estimate) else Estimate(known)
-    stream = BoundedStream(half, axis, estimate, window, context)
+    stream = BoundedStream(half, axis, estimate, window, margin)
     return torch.cat(list(stream.through(half.steps, stream.source(source, nominal)).chunks), axis)
 
 
@@ -405,14 +405,14 @@ def test_bounded_has_no_seams_beside_its_statistics(backbone, axis: int) -> None
 
 @torch.inference_mode()
 def test_the_more_a_window_sees_around_itself_the_nearer_it_is_to_the_whole() -> None:
-    """Windows whose context reaches everywhere are the whole; with less context they are near it, with none far."""
+    """Windows whose margin reaches everywhere are the whole; with less margin they are near it, with none far."""
     backbone = backbone_of(random_vae(3, True, True))
     latent = torch.randn(1, 4, 20, 22, generator=torch.Generator().manual_seed(2))
     half, whole = backbone.vae_half("decoder", 0), backbone.decode(latent)
     known = own_statistics(half, latent)
     errors = []
-    for context in (22, 4, 0):  # without a sample of the rest
-        got = run_bounded(half, latent, 3, known, window=6, context=context)
+    for margin in (22, 4, 0):  # without a sample of the rest
+        got = run_bounded(half, latent, 3, known, window=6, margin=margin)
         errors.append(float((got - whole).square().mean().sqrt()))
     assert errors[0] < TOLERANCE
     assert 100 * TOLERANCE < errors[1] < 0.8 * errors[2]
@@ -430,7 +430,7 @@ def test_a_sample_stands_for_what_a_window_does_not_see() -> None:
     attention = next(iter(drawn.samples))
     errors = []
     for samples in ({}, drawn.samples):
-        got = run_bounded(half, latent, 8, Estimate(known, samples), window=16, context=4)
+        got = run_bounded(half, latent, 8, Estimate(known, samples), window=16, margin=4)
         errors.append(float((got - whole).square().mean().sqrt()))
     print(errors)
     assert errors[1] < 0.8 * errors[0]
@@ -535,7 +535,7 @@ def test_memory_of_a_long_picture_grows_by_the_pictures_alone(monkeypatch: pytes
     """Input, enlarged input, result, latents; the fields are as many in both, and the colours run in stripes."""
     monkeypatch.setattr(color, "STRIPE_ROWS", 64)
     monkeypatch.setattr(tiled_vae_statistics, "FEWEST", 16)
-    monkeypatch.setattr(tiled_vae_statistics, "LARGEST", 16 * ((FIELD + 2 * CONTEXT) * 4) ** 2)
+    monkeypatch.setattr(tiled_vae_statistics, "LARGEST", 16 * ((FIELD + 2 * FIELD_MARGIN) * 4) ** 2)
     # As many windows whatever the picture: none is left out.
     monkeypatch.setattr(tiled_vae_statistics, "calibrate", lambda off, weights: weights / weights.sum())
     backbone = backbone_of(random_vae(3, False, True))
@@ -556,7 +556,7 @@ def test_the_statistics_cost_what_they_may() -> None:
     for factor, side, cost in ((4, 2056, 1 / 8), (4, 4096, 0.05), (8, 2056, 0.29), (8, 4096, 0.08)):
         assert not is_exact("auto", side, side)
         fields = draw_fields(torch.rand(1, 4, side // factor, side // factor), 1, factor)
-        share = len(fields.corners) * ((FIELD + 2 * CONTEXT) * factor) ** 2 / side**2
+        share = len(fields.corners) * ((FIELD + 2 * FIELD_MARGIN) * factor) ** 2 / side**2
         assert 0.8 * cost < share <= cost
         assert len(fields.corners) >= 128
 
@@ -567,7 +567,7 @@ def test_no_more_windows_are_drawn_than_memory_is_counted_for(rows: int, columns
     source = torch.rand(1, 4, rows, columns, generator=torch.Generator().manual_seed(0))
     fields = draw_fields(source, 1, factor)
     number, area = drawn_windows(rows, columns, factor)
-    height, width = Frame(fields, (rows, columns), 1, CONTEXT).window
+    height, width = Frame(fields, (rows, columns), 1, FIELD_MARGIN).window
     assert area == height * width
     assert 0.8 * number <= len(fields.corners) <= number
 
@@ -583,11 +583,11 @@ def test_windows_show_the_picture_around_the_fields_and_end_where_it_ends() -> N
     whole = torch.cat([source[:, :, y : y + 16, x : x + 17] for y, x in map(wide.start, fields.corners)])
     for band in whole.split(7, 2):
         windows.append(band)
-    for context in (0, 2, 5, 6):
-        narrow = wide._replace(context=context)
+    for margin in (0, 2, 5, 6):
+        narrow = wide._replace(margin=margin)
         height, width = narrow.window
-        assert (height, width) == (4 + 2 * context, 5 + 2 * context)
-        for corner, part in zip(fields.corners, wide.cut(windows, context), strict=True):
+        assert (height, width) == (4 + 2 * margin, 5 + 2 * margin)
+        for corner, part in zip(fields.corners, wide.cut(windows, margin), strict=True):
             y, x = narrow.start(corner)
             assert torch.equal(part, source[:, :, y : y + height, x : x + width])
             assert source[0, 0, corner[0], corner[1]] in part
@@ -603,7 +603,7 @@ def test_windows_show_the_picture_around_the_fields_and_end_where_it_ends() -> N
 def test_windows_as_large_as_the_picture_measure_it_exactly(backbone) -> None:
     """So its own border is in the estimate, and the picture around a field is what the networks see there."""
     factor = backbone.descriptor.latent_factor
-    assert FIELD + 2 * CONTEXT >= 12, "the whole picture"
+    assert FIELD + 2 * FIELD_MARGIN >= 12, "the whole picture"
     image = 2 * picture(12 * factor, 8 * factor) - 1
     half = backbone.vae_half("encoder", 0)
     truth = own_statistics(half, image)

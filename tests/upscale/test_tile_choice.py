@@ -16,9 +16,9 @@ from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.upscale.one_step import make_plan
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.tile_choice import (
+    FREE_SHARE,
     MOST_TOGETHER,
     PICTURES,
-    SHARE,
     TILES,
     batch_for,
     fit_to_memory,
@@ -64,12 +64,12 @@ def test_what_is_chosen_fits_and_nothing_better_would(backbone, height, width, f
         for side in TILES
         for mode in ("auto", "bounded")
     )
-    assert need(found) <= max(SHARE * free, least)
+    assert need(found) <= max(FREE_SHARE * free, least)
     better = TILES[: TILES.index(found.tile)]
-    assert all(need(replace(found, batch=1, tile=side, overlap=side // 4)) > SHARE * free for side in better)
+    assert all(need(replace(found, batch=1, tile=side, overlap=side // 4)) > FREE_SHARE * free for side in better)
     if found.vae == "bounded":
         exact = replace(found, batch=1, tile=TILES[-1], overlap=32, vae="auto")
-        assert need(exact) > SHARE * free or need(exact) == need(replace(exact, vae="bounded"))
+        assert need(exact) > FREE_SHARE * free or need(exact) == need(replace(exact, vae="bounded"))
     assert found.overlap <= found.tile // 4
     assert make_plan(backbone, 64 * 40, 64 * 30, found)  # the overlap suits the family
 
@@ -149,4 +149,4 @@ def test_real_runs_take_no_more_than_was_counted_on(part, tile, vae):
     settings, side = replace(PLAIN, tile=tile, batch=2, vae=vae), 2 * tile
     counted = needed_memory(side, side, settings, NANO.descriptor, 4, "cpu") - PICTURES * side**2
     print(json.dumps({"part": part, "measured": measured, "counted": counted}))
-    assert 0 < measured <= counted / SHARE
+    assert 0 < measured <= counted / FREE_SHARE
