@@ -23,7 +23,7 @@ from ..errors import IcmsrError
 from ..pictures.files import to_tensor
 
 PictureArray = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
+DoubleArray = npt.NDArray[np.float64]
 
 _LUMA = np.array([65.481, 128.553, 24.966])  # BT.601, limited range: Y in 16..235
 
@@ -49,7 +49,7 @@ def ssim_y(result: PictureArray, truth: PictureArray) -> float:
         raise IcmsrError(f"SSIM needs sides of at least 11 pixels, got {x.shape[1]} x {x.shape[0]}")
     kernel = cv2.getGaussianKernel(11, 1.5)
 
-    def smooth(values: FloatArray) -> FloatArray:
+    def smooth(values: DoubleArray) -> DoubleArray:
         return np.asarray(cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[5:-5, 5:-5], np.float64)
 
     mean_x, mean_y = smooth(x), smooth(y)
@@ -127,7 +127,7 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _unit(picture: PictureArray) -> FloatArray:
+def _unit(picture: PictureArray) -> DoubleArray:
     if picture.ndim != 3 or picture.shape[2] != 3 or not (picture.dtype == np.uint8 or picture.dtype.kind == "f"):
         raise IcmsrError(
             f"a picture must be [height, width, 3], uint8 or floating point, got {picture.dtype} {list(picture.shape)}"
@@ -135,7 +135,7 @@ def _unit(picture: PictureArray) -> FloatArray:
     return picture.astype(np.float64) / (255 if picture.dtype == np.uint8 else 1)
 
 
-def _luma(picture: PictureArray) -> FloatArray:
+def _luma(picture: PictureArray) -> DoubleArray:
     return np.asarray(_unit(picture) @ _LUMA + 16, np.float64)
 
 
@@ -145,7 +145,7 @@ def _alike(result: PictureArray, truth: PictureArray) -> PictureArray:
     return truth
 
 
-def _high_frequency_power(luma: FloatArray) -> float:
+def _high_frequency_power(luma: DoubleArray) -> float:
     spectrum = np.abs(np.fft.fft2(luma - luma.mean())) ** 2
     radius = np.hypot(*np.meshgrid(*(2 * np.fft.fftfreq(side) for side in luma.shape), indexing="ij"))
     return float(spectrum[(radius > 0.25) & (radius <= 1)].sum())

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import IcmsrError
+from ...pictures.files import FloatArray
 from .blur_kernels import Kernel, gaussian_kernel, motion_kernel, plateau_kernel, sinc_kernel
 from .presets import KERNEL_KINDS, DegradationConfig, Range, StageConfig
 
-Picture = npt.NDArray[np.float32]
 _FILTERS = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
 
@@ -71,7 +71,7 @@ def draw_blur_kernel(stage: StageConfig, rng: np.random.Generator) -> Kernel:
     return gaussian_kernel(size, sigma_x, sigma_y, angle, beta)
 
 
-def _blur(image: Picture, kernel: Kernel) -> Picture:
+def _blur(image: FloatArray, kernel: Kernel) -> FloatArray:
     middle = len(kernel) // 2
     # Outer rows and columns below a millionth of the peak cost time and change nothing.
     mass = np.abs(kernel).max(axis=0) + np.abs(kernel).max(axis=1)
@@ -84,21 +84,23 @@ def _blur(image: Picture, kernel: Kernel) -> Picture:
     return cv2.filter2D(image, -1, kernel)  # type: ignore[return-value]
 
 
-def _resize(image: Picture, size: tuple[int, int], rng: np.random.Generator) -> Picture:
+def _resize(image: FloatArray, size: tuple[int, int], rng: np.random.Generator) -> FloatArray:
     how = _FILTERS[int(rng.integers(len(_FILTERS)))]
     if image.shape[:2] == size:
         return image
     return cv2.resize(image, (size[1], size[0]), interpolation=how)  # type: ignore[return-value]
 
 
-def _random_resize(image: Picture, output: tuple[int, int], stage: StageConfig, rng: np.random.Generator) -> Picture:
+def _random_resize(
+    image: FloatArray, output: tuple[int, int], stage: StageConfig, rng: np.random.Generator
+) -> FloatArray:
     low, high = stage.resize_range
     factor = _uniform(((1.0, high), (low, 1.0), (1.0, 1.0))[_pick(stage.resize_probs, rng)], rng)
     height, width = image.shape[:2] if stage.resize_of == "picture" else output
     return _resize(image, (max(1, round(height * factor)), max(1, round(width * factor))), rng)
 
 
-def _noise(image: Picture, stage: StageConfig, rng: np.random.Generator) -> Picture:
+def _noise(image: FloatArray, stage: StageConfig, rng: np.random.Generator) -> FloatArray:
     image = np.clip(image, 0.0, 1.0)
     height, width = image.shape[:2]
     gray = rng.random() < stage.gray_prob
@@ -116,15 +118,15 @@ def _noise(image: Picture, stage: StageConfig, rng: np.random.Generator) -> Pict
     return np.asarray(np.clip(image + noise, 0.0, 1.0), dtype=np.float32)
 
 
-def _to_bytes(image: Picture) -> npt.NDArray[np.uint8]:
+def _to_bytes(image: FloatArray) -> npt.NDArray[np.uint8]:
     return (np.clip(image, 0.0, 1.0) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-def _to_floats(image: npt.NDArray[Any]) -> Picture:
+def _to_floats(image: npt.NDArray[Any]) -> FloatArray:
     return image.astype(np.float32) / np.float32(255)
 
 
-def _jpeg(image: Picture, stage: StageConfig, rng: np.random.Generator) -> Picture:
+def _jpeg(image: FloatArray, stage: StageConfig, rng: np.random.Generator) -> FloatArray:
     if rng.random() >= stage.jpeg_prob:
         return image
     quality = int(rng.integers(stage.jpeg_quality[0], stage.jpeg_quality[1] + 1))
@@ -133,14 +135,14 @@ def _jpeg(image: Picture, stage: StageConfig, rng: np.random.Generator) -> Pictu
     return _to_floats(np.asarray(cv2.imdecode(stream, cv2.IMREAD_COLOR))[..., ::-1])
 
 
-def _round(image: Picture, output: tuple[int, int], stage: StageConfig, rng: np.random.Generator) -> Picture:
+def _round(image: FloatArray, output: tuple[int, int], stage: StageConfig, rng: np.random.Generator) -> FloatArray:
     if rng.random() < stage.blur_prob:
         image = _blur(image, draw_blur_kernel(stage, rng))
     image = _random_resize(image, output, stage, rng)
     return _noise(image, stage, rng) if rng.random() < stage.noise_prob else image
 
 
-def _covered(image: Picture, bounds: Range, rng: np.random.Generator) -> Picture:
+def _covered(image: FloatArray, bounds: Range, rng: np.random.Generator) -> FloatArray:
     """`image` with a share of its area, drawn from `bounds`, in mid-grey; the rest is the same to the bit."""
     height, width = image.shape[:2]
     wanted = round(_uniform(bounds, rng) * height * width)
@@ -161,7 +163,7 @@ def _covered(image: Picture, bounds: Range, rng: np.random.Generator) -> Picture
     return np.where(mask[..., None] > 0, np.float32(0.5), image)
 
 
-def degrade(image: Picture, config: DegradationConfig, rng: np.random.Generator) -> Picture:
+def degrade(image: FloatArray, config: DegradationConfig, rng: np.random.Generator) -> FloatArray:
     """The low-resolution picture [H/scale, W/scale, 3] of `image`; float32, every value k/255 with k whole.
 
     `image` is float32 [H, W, 3], RGB in [0, 1], H and W multiples of `config.scale`; it is not changed. The result
@@ -196,7 +198,7 @@ def degrade(image: Picture, config: DegradationConfig, rng: np.random.Generator)
     return _to_floats(_to_bytes(low))
 
 
-def restore_size(low: Picture, size: tuple[int, int], rng: np.random.Generator) -> Picture:
+def restore_size(low: FloatArray, size: tuple[int, int], rng: np.random.Generator) -> FloatArray:
     """`low` [h, w, 3] brought back to `size` = (H, W) with a random filter, clamped and rounded to 8 bits.
 
     Float32 RGB in [0, 1], values k/255. The generator's input has the size of its output (as in OSEDiff).
