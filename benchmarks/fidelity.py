@@ -23,9 +23,8 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import silence_diffusers
 from icmsr_core.train.experiments.ablation_pictures import measure, pairs_of
 from icmsr_core.weights.embedded import embedded_base, embedded_generator
-from icmsr_core.weights.fidelity import check_fidelity
+from icmsr_core.weights.fidelity import check_fidelity, check_fidelity_applies
 from icmsr_core.weights.generator_file import holds_two_sets
-from icmsr_core.weights.merging import fidelity_to_use
 
 METRICS = {
     "psnr": "PSNR-Y",
@@ -88,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         for fidelity in options.fidelities:
             check_fidelity(fidelity)
-        fidelity_to_use(str(options.generator), holds_two_sets(options.generator), options.fidelities[0])
+        check_fidelity_applies(str(options.generator), holds_two_sets(options.generator), options.fidelities[0])
         options.sets = {SET: pairs_of(options.pairs, options.every)}
     except IcmsrError as error:
         parser.error(str(error))

@@ -68,14 +68,14 @@ class LoadEmbedded(io.ComfyNode):
     def execute(cls, generator: str = "embedded", fidelity: float = EMBEDDED_FIDELITY) -> io.NodeOutput:
         base = open_base(embedded_base())
         # Read first: nothing is built when the file is damaged.
-        weights = load_generator(embedded_generator()) if generator == "embedded" else None
+        weights = load_generator(embedded_generator(), EMBEDDED) if generator == "embedded" else None
         model, vae = load_unet(base), load_vae(base)
         description = ModelDescription(
             base.descriptor(), base.info.name, base.hash(), prompt_embedding=base.prompt_embedding()
         )
         model.set_attachments(ATTACHMENT, description)
         if weights is not None:
-            model, vae = apply_generator(model, vae, weights, EMBEDDED, fidelity=fidelity)
+            model, vae = apply_generator(model, vae, weights, fidelity=fidelity)
         return io.NodeOutput(model, vae)
 
 
@@ -139,8 +139,8 @@ class ApplyGenerator(io.ComfyNode):
     def execute(
         cls, model: Model, vae: Vae, generator: str, strength: float = 1.0, fidelity: float = 1.0
     ) -> io.NodeOutput:
-        weights = load_generator(cls._path(generator))
-        patched = apply_generator(model, vae, weights, generator, strength, fidelity)
+        weights = load_generator(cls._path(generator), generator)
+        patched = apply_generator(model, vae, weights, strength, fidelity)
         notes = weights.info.notes
         if notes:
             log.info("%s: %s", generator, notes)

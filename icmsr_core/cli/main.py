@@ -98,13 +98,13 @@ def run_upscale(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from ..weights.fidelity import check_fidelity_applies
     from ..weights.generator_file import holds_two_sets
-    from ..weights.merging import fidelity_to_use
     from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
 
     if options.fidelity is not None:
         path = generator_path(options.model)
-        fidelity_to_use(str(path), holds_two_sets(path), options.fidelity)
+        check_fidelity_applies(str(path), holds_two_sets(path), options.fidelity)
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
     backbone = load_model(

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..errors import IcmsrError
 from ..weights.generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_tensors
-from ..weights.merging import fidelity_of
 from .importers import check_result_file
 from .kinds import EXPORT_FORMATS
 from .layouts import kohya_name
@@ -41,9 +40,9 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     """Writes the UNet's LoRA of the generator file `source` in the format `form`, atomically and in its precision.
 
     ``diffusers``: ``pytorch_lora_weights.safetensors`` in the folder `dest`, its alpha in the metadata (diffusers reads
-    it from 0.34). ``comfyui``: the file `dest` with kohya's names and alphas, each of which core's key map has. Of two
-    sets, the faithful one and `fidelity` (see `fidelity_to_use`) of the realistic one go into one LoRA, whose matrices
-    are the two sets' side by side, in float32. Raises `IcmsrError` for an unknown format, a damaged file, a fidelity
+    it from 0.34). ``comfyui``: the file `dest` with kohya's names and alphas, each of which core's key map has. Two
+    sets go into one LoRA, the realistic one at `fidelity` (see `Generator.at_fidelity`): its matrices are those of both
+    sets side by side, in float32. Raises `IcmsrError` for an unknown format, a damaged file, a fidelity
     that does not apply, and a generator without any LoRA of the UNet.
     """
     if form not in EXPORT_FORMATS:
@@ -52,9 +51,8 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
         check_result_file(source, dest)
     elif dest.is_file():
         raise IcmsrError(f"{dest}: is a file, but diffusers stores a LoRA as a folder: give a folder")
-    generator = load_generator(source)
-    fidelity = fidelity_of(str(source), generator, fidelity)
-    lora, alphas = _one_lora(generator, fidelity)
+    generator = load_generator(source).at_fidelity(fidelity)
+    lora, alphas = _one_lora(generator)
     if not lora:
         raise IcmsrError(
             f"{source}: has no LoRA for the UNet, the only part that a LoRA file can hold: choose a generator with "
@@ -69,9 +67,9 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     return Exported(path, len(lora), _left_out(generator))
 
 
-def _one_lora(generator: Generator, fidelity: float) -> tuple[dict[str, LoraPair], dict[str, float]]:
+def _one_lora(generator: Generator) -> tuple[dict[str, LoraPair], dict[str, float]]:
     """The UNet's LoRA by module, both sets in one, and the alpha of each."""
-    info = generator.info
+    info, fidelity = generator.info, generator.fidelity
     faithful, realistic = generator.sets("unet")
     if fidelity == 0 or not realistic.lora:
         return dict(faithful.lora), dict.fromkeys(faithful.lora, info.alpha)

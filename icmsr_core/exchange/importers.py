@@ -71,7 +71,7 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
         generator = _lora_generator(source, family, layout, settings)
     else:
         generator = read_pickled(kind, source)
-    generator = _fitted(f"{source} for {family}", generator, layout)
+    generator = _fitted(replace(generator, name=f"{source} for {family}"), layout)
     if base is not None:
         generator = replace(generator, info=replace(generator.info, base=base.info.name, base_hash=base.hash()))
     if base is not None and settings.prompt is not None:
@@ -126,7 +126,7 @@ def _lora_generator(source: Path, family: str, layout: Layout, settings: ImportS
     return Generator(info, PartWeights(lora.pairs), PartWeights())
 
 
-def _fitted(name: str, generator: Generator, layout: Layout) -> Generator:
+def _fitted(generator: Generator, layout: Layout) -> Generator:
     """`generator` with its LoRA matrices in the form of the layers they belong to; an error for what fits nowhere."""
     wrong: list[str] = []
     sets = {part: generator.sets(part) for part in PARTS}
@@ -135,7 +135,7 @@ def _fitted(name: str, generator: Generator, layout: Layout) -> Generator:
         part: _fit(f"{REALISTIC}{part}.", second, layout[part], wrong) for part, (_, second) in sets.items() if second
     }
     if wrong:
-        raise not_for_this_base(name, wrong)
+        raise not_for_this_base(generator.name, wrong)
     return replace(generator, unet=faithful["unet"], vae=faithful["vae"], realistic=realistic)
 
 

@@ -19,9 +19,10 @@ from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
 from ..weights.base import BaseFolder, open_base
 from ..weights.embedded import embedded_base
-from ..weights.generator_file import Generator, PartWeights, load_generator
+from ..weights.fidelity import check_fidelity_applies
+from ..weights.generator_file import PARTS, Generator, load_generator
 from ..weights.hub import find_base
-from ..weights.merging import fidelity_of, fidelity_to_use, merged_part, merged_tensors
+from ..weights.merging import check_fit, merged_parameter
 from ..weights.tiny_vae_file import TinyVae, read_tiny_vae
 from .compilation import check_compiler, compiled
 from .diffusers_vae_steps import decoder_steps, encoder_steps
@@ -140,45 +141,33 @@ def silence_diffusers() -> None:
 
 
 def build_networks(
-    base: BaseFolder,
-    dtype: torch.dtype = torch.float32,
-    generator: Generator | None = None,
-    fidelity: float | None = None,
-    name: str = "generator",
+    base: BaseFolder, dtype: torch.dtype = torch.float32, generator: Generator | None = None
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """UNet and VAE of `base` in `dtype` on the CPU, strictly loaded, every parameter trainable.
 
-    With `generator`, it is merged in at `fidelity` (see `fidelity_to_use`); `name` names it in errors. Built without
-    weights and filled tensor by tensor, each merged in float32 and cast as it is read: the peak of memory is the two
-    networks and a few tensors more. Raises `IcmsrError` when a tensor is missing, left over or of another shape, in the
-    base or in the generator.
+    With `generator`, it is merged in at its fidelity. Built without weights and filled tensor by tensor, each merged in
+    float32 and cast as it is read: the peak of memory is the two networks and a few tensors more. Raises `IcmsrError`
+    when a tensor is missing, left over or of another shape, in the base or in the generator.
     """
-    networks = _build(base, ("unet", "vae"), dtype, generator, fidelity, name)
+    networks = _build(base, PARTS, dtype, generator)
     return networks["unet"], networks["vae"]
 
 
-def _build(
-    base: BaseFolder,
-    parts: Sequence[str],
-    dtype: torch.dtype,
-    generator: Generator | None,
-    fidelity: float | None,
-    name: str,
-) -> dict[str, Any]:
+def _build(base: BaseFolder, parts: Sequence[str], dtype: torch.dtype, generator: Generator | None) -> dict[str, Any]:
     kinds = {"unet": (UNet2DConditionModel, base.unet_config), "vae": (AutoencoderKL, base.vae_config)}
     networks: dict[str, Any] = {}
     for part in parts:
         kind, config = kinds[part]
-        # Only the parameters are left out: a buffer that is no part of the file is computed here, or by nobody.
+        # Parameters alone stay without memory: a buffer that no file holds gets its values here and nowhere else.
         with init_empty_weights(include_buffers=False):
             networks[part] = kind.from_config(dict(config))
         if generator is not None:  # on shapes alone, so before the first tensor is read
-            merged_part(name, generator, part, networks[part].state_dict(), fidelity)
+            check_fit(generator, part, networks[part].state_dict())
     for part, network in networks.items():
         if generator is None:
             state = dict(base.tensors(part, dtype))
         else:
-            state = _collected(_merged(base, name, generator, part, fidelity), network.state_dict(), dtype)
+            state = _collected(_merged(base, generator, part), network.state_dict(), dtype)
         try:
             network.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
@@ -217,40 +206,10 @@ def _collected(
     return state
 
 
-def _merged(
-    base: BaseFolder, name: str, generator: Generator, part: str, fidelity: float | None
-) -> Iterator[tuple[str, Tensor]]:
+def _merged(base: BaseFolder, generator: Generator, part: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `base` in float32, with the generator merged into each in turn."""
-    faithful, realistic = generator.sets(part)
-    strength = fidelity_of(name, generator, fidelity)
-    sets = [(faithful, generator.info.alpha, 1.0), (realistic, generator.info.realistic_alpha, strength)]
     for parameter, tensor in base.tensors(part, torch.float32):
-        for weights, alpha, share in sets:
-            own = _weights_of(weights, parameter)
-            if own and share:
-                tensor = merged_tensors(name, own, {parameter: tensor}, alpha, share)[parameter]
-        yield parameter, tensor
-
-
-def _weights_of(weights: PartWeights, parameter: str) -> PartWeights:
-    """What of `weights` changes `parameter`."""
-    module = parameter.removesuffix(".weight")
-    lora = {module: weights.lora[module]} if module != parameter and module in weights.lora else {}
-    tensors = {parameter: weights.tensors[parameter]} if parameter in weights.tensors else {}
-    return PartWeights(lora, tensors)
-
-
-@torch.no_grad()
-def merge_into(name: str, network: torch.nn.Module, weights: PartWeights, alpha: float, strength: float = 1.0) -> None:
-    """Merges one set of weights into `network`'s parameters, one by one in float32; errors as in `merged_tensors`.
-
-    Nothing is changed when one of them does not fit.
-    """
-    state = network.state_dict()
-    merged_tensors(name, weights, {key: value.to("meta") for key, value in state.items()}, alpha, strength)
-    for parameter in {*weights.tensors, *(f"{module}.weight" for module in weights.lora)}:
-        own = _weights_of(weights, parameter)
-        state[parameter].copy_(merged_tensors(name, own, state, alpha, strength)[parameter])
+        yield parameter, merged_parameter(generator, part, parameter, tensor)
 
 
 def load_backbone(
@@ -281,10 +240,13 @@ def load_backbone(
     if compile_unet:
         check_compiler(device)
     folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
-    name = str(generator) if isinstance(generator, Path) else "generator"
     if isinstance(generator, Path):
         generator = load_generator(generator)
-    fidelity_to_use(name, generator is not None and generator.has_two_sets, fidelity)  # before the networks
+    name = "generator" if generator is None else generator.name
+    if generator is None:
+        check_fidelity_applies(name, False, fidelity)
+    else:
+        generator = generator.at_fidelity(fidelity)  # before the networks
     descriptor = folder.descriptor(generator)
     tiny = None if tiny_vae is None else read_tiny_vae(tiny_vae)
     if tiny is not None:
@@ -317,6 +279,6 @@ def load_backbone(
         )
     if dtype == "auto":
         dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
-    networks = _build(folder, ("unet", "vae") if tiny is None else ("unet",), dtype, generator, fidelity, name)
+    networks = _build(folder, PARTS if tiny is None else ("unet",), dtype, generator)
     vae = networks["vae"] if tiny is None else _tiny_vae(tiny, dtype)
     return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype, compile_unet)

@@ -12,3 +12,15 @@ def check_fidelity(fidelity: float) -> float:
     if not 0 <= fidelity <= MAX_FIDELITY:
         raise IcmsrError(f"fidelity must be a number from 0 to {MAX_FIDELITY:g}, got {fidelity}: 1 is the trained one")
     return fidelity
+
+
+def check_fidelity_applies(name: str, two_sets: bool, fidelity: float | None) -> None:
+    """Raises `IcmsrError` for a fidelity beyond 0..2, and for any but None where the generator `name` holds one set."""
+    if fidelity is None:
+        return
+    check_fidelity(fidelity)
+    if not two_sets:
+        raise IcmsrError(
+            f"{name}: fidelity needs a generator with a faithful and a realistic set of weights, this one holds a "
+            f"single set: omit fidelity (in ComfyUI: leave it at 1), got {fidelity:g}"
+        )

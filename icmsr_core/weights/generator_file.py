@@ -32,6 +32,7 @@ from torch import Tensor
 from ..backbone.prediction import Prediction, check_prediction
 from ..errors import IcmsrError
 from ..whole_file import replacing
+from .fidelity import check_fidelity_applies
 from .file_kinds import known_kind, unreadable
 
 FORMAT = "icmsr-generator"
@@ -61,6 +62,10 @@ class PartWeights:
 
     def __bool__(self) -> bool:
         return bool(self.lora or self.tensors)
+
+    def parameters(self) -> set[str]:
+        """Names of the parameters that it changes."""
+        return {*self.tensors, *(f"{module}.weight" for module in self.lora)}
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,10 @@ class Generator:
     """Constant context [tokens, width], or None when the caller must bring one."""
     realistic: Mapping[str, PartWeights] = field(default_factory=dict)
     """The second set by part (``unet``, ``vae``), laid over the first; empty when there is one set."""
+    name: str = "generator"
+    """What it is called in messages: the file it was read from."""
+    chosen_fidelity: float | None = None
+    """Fidelity that was asked for (`at_fidelity`); None: what the file says."""
 
     def __post_init__(self) -> None:
         surplus = sorted(set(self.realistic) - set(PARTS))
@@ -120,6 +129,23 @@ class Generator:
     def has_two_sets(self) -> bool:
         """Whether there is a realistic set, so that a fidelity can be chosen."""
         return any(self.realistic.values())
+
+    @property
+    def fidelity(self) -> float:
+        """How much of the realistic set is merged: as chosen, or what the file says."""
+        return self.info.realistic_default if self.chosen_fidelity is None else self.chosen_fidelity
+
+    def at_fidelity(self, fidelity: float | None) -> Generator:
+        """This generator, to be merged at `fidelity`; None: at what the file says.
+
+        Raises `IcmsrError` for a value beyond 0..2, or for any value where there is one set.
+        """
+        check_fidelity_applies(self.name, self.has_two_sets, fidelity)
+        return replace(self, chosen_fidelity=fidelity)
+
+    def faithful(self) -> Generator:
+        """This generator without its realistic set."""
+        return replace(self, realistic={}, chosen_fidelity=None)
 
     def sets(self, part: str) -> tuple[PartWeights, PartWeights]:
         """The faithful and the realistic weights of `part`; the latter empty when there is one set."""
@@ -181,10 +207,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def load_generator(path: Path) -> Generator:
+def load_generator(path: Path, name: str = "") -> Generator:
     """The generator in `path`, checked: format, version, metadata, pairs of LoRA matrices, finite values.
 
-    Whether its keys fit a base is checked where it is applied (`merging.py`). Raises `IcmsrError`.
+    Whether its keys fit a base is checked where it is applied (`merging.py`). `name` is what it is called from then on,
+    `path` where that is empty. Raises `IcmsrError`.
     """
     tensors, metadata = read_tensors(path)
     info = parse_info(str(path), metadata, tensors)
@@ -200,7 +227,7 @@ def load_generator(path: Path) -> Generator:
         raise IcmsrError(f"{path}: surplus tensors {first_names(strange)}: keys begin with {allowed}")
     faithful = _read_set(f"{path}: the {'faithful set' if two else 'file'}", "", tensors, info.rank)
     realistic = _read_set(f"{path}: the realistic set", REALISTIC, tensors, info.realistic_rank) if two else {}
-    return Generator(info, faithful["unet"], faithful["vae"], embedding, realistic)
+    return Generator(info, faithful["unet"], faithful["vae"], embedding, realistic, name or str(path))
 
 
 def holds_two_sets(path: Path) -> bool:

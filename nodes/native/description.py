@@ -68,8 +68,8 @@ def describe(model: Model) -> ModelDescription:
     return ModelDescription(descriptor, f"{family} checkpoint")
 
 
-def with_generator(description: ModelDescription, generator: Generator, name: str) -> ModelDescription:
-    """`description` after `generator`, called `name`, is applied.
+def with_generator(description: ModelDescription, generator: Generator) -> ModelDescription:
+    """`description` after `generator` is applied.
 
     Raises `IcmsrError` for another family, for a base that predicts something else than the one it was trained on, or
     when a generator is there already: two would be merged into nonsense.
@@ -82,7 +82,7 @@ def with_generator(description: ModelDescription, generator: Generator, name: st
         )
     if info.family != descriptor.family:
         raise IcmsrError(
-            f"{name}: the generator is for the family {info.family!r}, the MODEL ({description.base}) is of "
+            f"{generator.name}: the generator is for the family {info.family!r}, the MODEL ({description.base}) is of "
             f"{descriptor.family!r}: choose files of one family"
         )
     where = f"the MODEL, {description.base}"
@@ -91,7 +91,9 @@ def with_generator(description: ModelDescription, generator: Generator, name: st
     own = bool(info.base_hash) and info.base_hash == description.base_hash
     check_prior(generator, descriptor.prediction, where, lambda: own)
     if info.base_hash and description.base_hash and info.base_hash != description.base_hash:
-        log.warning("%s was trained on other weights of %s than these: results may suffer", name, description.base)
+        log.warning(
+            "%s was trained on other weights of %s than these: results may suffer", generator.name, description.base
+        )
     descriptor.schedule.check_timestep(info.timestep)
     return replace(
         description,
@@ -99,6 +101,6 @@ def with_generator(description: ModelDescription, generator: Generator, name: st
         prompt_embedding=(
             description.prompt_embedding if generator.prompt_embedding is None else generator.prompt_embedding
         ),
-        generator=name,
+        generator=generator.name,
         changes_vae=any(generator.sets("vae")),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.generator_file import REALISTIC, Generator, PartWeights
-from ...icmsr_core.weights.merging import fidelity_to_use, misfit, not_for_this_base
+from ...icmsr_core.weights.merging import misfit, not_for_this_base
 from .core_objects import Model, Patcher, Vae
 from .description import ATTACHMENT, describe, with_generator
 from .keys import native_unet_keys, native_vae_key, vae_levels
@@ -29,9 +29,9 @@ class Patches(NamedTuple):
 
 
 def apply_generator(
-    model: Model, vae: Vae, generator: Generator, name: str, strength: float = 1.0, fidelity: float = 1.0
+    model: Model, vae: Vae, generator: Generator, strength: float = 1.0, fidelity: float = 1.0
 ) -> tuple[Model, Vae]:
-    """Copies of `model` and `vae` with `generator`, called `name`, laid over them; the originals stay as they are.
+    """Copies of `model` and `vae` with `generator` laid over them; the originals stay as they are.
 
     ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`weights/merging.py`).
     A `fidelity` of 1, the inputs' default, is taken as not chosen where the generator has one set of weights. LoRAs of
@@ -39,23 +39,24 @@ def apply_generator(
     beyond 0..2, and for tensors without a place, which it names.
     """
     chosen = None if fidelity == 1.0 and not generator.has_two_sets else fidelity
-    fidelity = fidelity_to_use(name, generator.has_two_sets, chosen)
-    description = with_generator(describe(model), generator, name)
+    generator = generator.at_fidelity(chosen)
+    description = with_generator(describe(model), generator)
     config = model.model.model_config.unet_config
     embedding = description.prompt_embedding
     if embedding is not None and embedding.shape[1] != config["context_dim"]:
         raise IcmsrError(
-            f"{name}: its prompt embedding is {embedding.shape[1]} wide, this MODEL takes {config['context_dim']}"
+            f"{generator.name}: its prompt embedding is {embedding.shape[1]} wide, this MODEL takes "
+            f"{config['context_dim']}"
         )
     if vae.latent_channels != description.descriptor.latent_channels:
         raise wrong_vae(vae.latent_channels, description.descriptor.latent_channels)
     unet_keys = native_unet_keys(config)
     unet_patches = _native_patches(
-        name, generator, "unet", model.model_state_dict(), lambda key: f"diffusion_model.{unet_keys.get(key, key)}"
+        generator, "unet", model.model_state_dict(), lambda key: f"diffusion_model.{unet_keys.get(key, key)}"
     )
-    _warn_of_eight_bits(name, model, unet_patches)
+    _warn_of_eight_bits(generator, model, unet_patches)
     model_copy = model.clone()
-    _add(model_copy, *unet_patches, strength, fidelity)
+    _add(model_copy, *unet_patches, strength, generator.fidelity)
     model_copy.set_attachments(ATTACHMENT, description)
     if not description.changes_vae:
         return model_copy, vae
@@ -64,13 +65,13 @@ def apply_generator(
     levels = vae_levels(vae_state)
     if not levels:
         raise IcmsrError(
-            f"{name}: the generator changes an AutoencoderKL, this VAE is of another kind (a tiny one, say): connect "
-            "the VAE of the checkpoint"
+            f"{generator.name}: the generator changes an AutoencoderKL, this VAE is of another kind (a tiny one, say): "
+            "connect the VAE of the checkpoint"
         )
-    vae_patches = _native_patches(name, generator, "vae", vae_state, lambda key: native_vae_key(key, levels))
+    vae_patches = _native_patches(generator, "vae", vae_state, lambda key: native_vae_key(key, levels))
     vae_copy = copy.copy(vae)  # core's VAE has no clone()
     vae_copy.patcher = vae.patcher.clone()
-    _add(vae_copy.patcher, *vae_patches, strength, fidelity)
+    _add(vae_copy.patcher, *vae_patches, strength, generator.fidelity)
     vae_copy.patcher.set_attachments(ATTACHMENT, description)
     return model_copy, vae_copy
 
@@ -82,7 +83,7 @@ def wrong_vae(got: int, expected: int) -> IcmsrError:
     )
 
 
-def _warn_of_eight_bits(name: str, model: Model, sets: tuple[Patches, Patches]) -> None:
+def _warn_of_eight_bits(generator: Generator, model: Model, sets: tuple[Patches, Patches]) -> None:
     """Core rounds what it merges to the precision of the weights it keeps, and in 8 bits that is most of a LoRA."""
     state = model.model_state_dict()
     keys = {key for patches in sets for part in patches for key in part}
@@ -91,20 +92,20 @@ def _warn_of_eight_bits(name: str, model: Model, sets: tuple[Patches, Patches]) 
         log.warning(
             "%s: this MODEL keeps its weights in %s, and the generator is rounded to that as well: "
             "load the checkpoint in 16 bits for the result it was trained for",
-            name,
+            generator.name,
             " and ".join(dtypes),
         )
 
 
 def _native_patches(
-    name: str, generator: Generator, part: str, state: Mapping[str, Tensor], native: Callable[[str], str]
+    generator: Generator, part: str, state: Mapping[str, Tensor], native: Callable[[str], str]
 ) -> tuple[Patches, Patches]:
     """The faithful and the realistic set of `part`, their keys and shapes checked against `state`."""
     faithful, realistic = generator.sets(part)
     first, wrong = _set_patches(f"{part}.", faithful, state, generator.info.alpha, native)
     second, wrong_above = _set_patches(f"{REALISTIC}{part}.", realistic, state, generator.info.realistic_alpha, native)
     if wrong or wrong_above:
-        raise not_for_this_base(name, wrong + wrong_above)
+        raise not_for_this_base(generator.name, wrong + wrong_above)
     return first, second
 
 

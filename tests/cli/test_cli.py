@@ -143,7 +143,7 @@ def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two
     monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
     source = write_random_picture(tmp_path / "in.png")
     run = ["upscale", source, tmp_path / "new" / "out.png"]
-    single = "faithful and a realistic set of weights, this one holds a single set: leave fidelity out"
+    single = "faithful and a realistic set of weights, this one holds a single set: omit fidelity"
     fails(capsys, [*run, *model, "--fidelity", "0"], 1, "generator.safetensors", single, "got 0")
     fails(capsys, [*run, *model, "--fidelity", "1"], 1, single)
     fails(capsys, [*run, "--model", tmp_path / "none.safetensors", "--fidelity", "1"], 1, "none.saf", "no such file")

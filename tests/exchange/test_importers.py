@@ -26,7 +26,7 @@ from icmsr_core.exchange.one_step_checkpoints import PICKLED_KINDS
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.weights.base import PROMPT_FILE, open_base
 from icmsr_core.weights.generator_file import load_generator, read_tensors, save_generator
-from icmsr_core.weights.merging import merged_part
+from tests.support.merging import merged_part
 from tests.support.model_files import random_generator
 from tests.support.sd_files import unet_config, vae_config, write_sd_folder
 
@@ -248,8 +248,8 @@ def test_every_target_of_the_published_size_finds_its_place(tmp_path, capsys):
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(unet_config("sd21"))
         vae = AutoencoderKL.from_config(vae_config())
-    assert len(merged_part("o", generator, "unet", unet.state_dict())) == 259  # conv_in's bias is the one more
-    assert len(merged_part("o", generator, "vae", vae.state_dict())) == 32
+    assert len(merged_part(generator, "unet", unet.state_dict())) == 259  # conv_in's bias is the one more
+    assert len(merged_part(generator, "vae", vae.state_dict())) == 32
 
 
 @pytest.mark.parametrize("family", ["sd21", "sd15"])
@@ -414,7 +414,7 @@ def test_pisasr_becomes_a_faithful_and_a_realistic_set(base, tmp_path):
     semantics = {f"default_{group}_sem": 2 for group in ("encoder", "decoder", "others")}
     for fidelity, adapters in ((0.0, pixels), (1.0, pixels | semantics)):
         expected = updated(state, checkpoint["state_dict_unet"], adapters)
-        merged = merged_part("p", generator, "unet", state, fidelity)
+        merged = merged_part(generator.at_fidelity(fidelity), "unet", state)
         assert len(merged) == len(targets(load_unet(base)))
         for key, value in merged.items():
             torch.testing.assert_close(value.double(), expected[key], atol=1e-6, rtol=1e-6)
@@ -439,7 +439,7 @@ def trained(base) -> UNet2DConditionModel:
 
 def assert_merges_as(peft_unet: UNet2DConditionModel, base: Path, path: Path) -> None:
     """The generator file changes the base's weights as PEFT's own merge does."""
-    merged = merged_part("lora", load_generator(path), "unet", load_unet(base).state_dict())
+    merged = merged_part(load_generator(path), "unet", load_unet(base).state_dict())
     changed = 0
     for name, module in peft_unet.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -481,7 +481,7 @@ def test_a_peft_folder_as_peft_writes_it(base, tmp_path, rslora):
     state = load_file(tmp_path / "peft/adapter_model.safetensors")
     assert all(key.startswith("base_model.model.") for key in state)
     import_checkpoint("lora", tmp_path / "peft", tmp_path / "l.safetensors", ImportSettings(base=base))
-    merged = merged_part("l", load_generator(tmp_path / "l.safetensors"), "unet", load_unet(base).state_dict())
+    merged = merged_part(load_generator(tmp_path / "l.safetensors"), "unet", load_unet(base).state_dict())
     deltas = {
         name: module.base_layer.weight + module.get_delta_weight("default")
         for name, module in wrapped.base_model.model.named_modules()
@@ -515,7 +515,7 @@ def test_a_kohya_file_scales_each_lora_by_its_own_alpha(base, tmp_path):
     save_file(tensors, tmp_path / "kohya.safetensors")
     import_checkpoint("lora", tmp_path / "kohya.safetensors", tmp_path / "l.safetensors", ImportSettings(base=base))
     unet = load_unet(base)
-    merged = merged_part("l", load_generator(tmp_path / "l.safetensors"), "unet", unet.state_dict())
+    merged = merged_part(load_generator(tmp_path / "l.safetensors"), "unet", unet.state_dict())
     assert len(merged) == 258
     for name in targets(unet):
         stem, weight = "lora_unet_" + name.replace(".", "_"), unet.get_submodule(name).weight
@@ -540,7 +540,7 @@ def test_one_pixel_convolutions_and_linear_layers_are_taken_in_either_form(tmp_p
     import_checkpoint("lora", tmp_path / "kohya.safetensors", tmp_path / "l.safetensors", ImportSettings(base=other))
     generator = load_generator(tmp_path / "l.safetensors")
     assert generator.info.family == "sd15"
-    merged = merged_part("l", generator, "unet", open_base(other).unet_state())
+    merged = merged_part(generator, "unet", open_base(other).unet_state())
     assert {key.rsplit(".", 2)[1]: value.ndim for key, value in merged.items()} == {"proj_in": 4, "to_q": 2}
 
 

@@ -17,6 +17,7 @@ from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
 from icmsr_core.weights.generator_file import PartWeights, load_generator, save_generator
 from tests.support.comfy_harness import run_script
+from tests.support.merging import merged_part
 from tests.support.model_files import random_generator, write_base, write_generator
 
 pytestmark = pytest.mark.comfy
@@ -155,12 +156,11 @@ def test_fidelity_zero_is_the_generator_of_one_set(outcome):
 def test_strength_scales_both_sets(outcome):
     """Merged weights are W + strength * (W' - W), whatever lies over what."""
     from icmsr_core.weights.base import open_base
-    from icmsr_core.weights.merging import merged_part
 
     folder = open_base(outcome.job / "base")
     generator = load_generator(outcome.job / "models" / "icmsr" / "two sets.safetensors")
     for part, state in (("unet", folder.unet_state()), ("vae", folder.vae_state())):
-        merged = merged_part("g", generator, part, state, 0.5)
+        merged = merged_part(generator.at_fidelity(0.5), part, state)
         squares = sum(float((value.double() - state[name].double()).square().sum()) for name, value in merged.items())
         whole, half = (outcome.report["distances"][f"{part} {strength}"] for strength in (1.0, 0.5))
         assert whole == pytest.approx(squares**0.5, rel=1e-5)
@@ -173,15 +173,18 @@ def test_a_second_set_may_change_the_vae_alone(outcome):
 
 
 def test_strength_scales_the_generator(outcome):
-    from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, build_networks, merge_into, open_base
+    from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, build_networks
+    from icmsr_core.weights.base import open_base
 
     folder = open_base(outcome.job / "base")
     generator = load_generator(outcome.job / "models" / "icmsr" / "a.safetensors")
-    unet, vae = build_networks(folder)
-    merge_into("a", unet, generator.unet, generator.info.alpha, 0.5)
-    merge_into("a", vae, generator.vae, generator.info.alpha, 0.5)
+    networks, merged = build_networks(folder), build_networks(folder, generator=generator)
+    with torch.no_grad():
+        for network, whole in zip(networks, merged):
+            for parameter, target in zip(network.parameters(), whole.parameters()):
+                parameter.lerp_(target, 0.5)
     half = DiffusersBackbone(
-        unet, vae, folder.descriptor(generator), generator.prompt_embedding, torch.device("cpu"), torch.float32
+        *networks, folder.descriptor(generator), generator.prompt_embedding, torch.device("cpu"), torch.float32
     )
     expected = upscale(half, outcome.results["picture"].movedim(-1, 1), SETTINGS)
     assert_same(outcome.results["upscale half"].movedim(-1, 1), expected)

@@ -31,7 +31,7 @@ from icmsr_core.weights.generator_file import (
     save_generator,
     write_tensors,
 )
-from icmsr_core.weights.merging import merged_part, merged_tensors
+from tests.support.merging import merged_part, merged_set
 from tests.support.model_files import random_generator, write_base
 
 TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32), unet_channels=(32, 32))
@@ -253,7 +253,7 @@ def test_unet_merge_equals_pefts(base: Path, alpha: float) -> None:
     kinds = {original[f"{name}.weight"].ndim for name in weights.lora}
     assert kinds == {2, 4}
     assert any(original[f"{name}.weight"].shape[-1] == 1 for name in weights.lora if "conv_shortcut" in name)
-    merged = merged_tensors("g", weights, original, alpha)
+    merged = merged_set(weights, original, alpha)
     assert merged.keys() == {f"{name}.weight" for name in weights.lora}
 
     random = torch.Generator().manual_seed(3)
@@ -277,7 +277,7 @@ def test_vae_merge_equals_pefts(base: Path) -> None:
     _, vae = build_networks(open_base(base))
     original = {key: value.clone() for key, value in vae.state_dict().items()}
     wrapped, weights = with_peft(vae, ["conv1", "conv_in", "quant_conv", "conv"], 2.0)
-    merged = merged_tensors("g", weights, original, 2.0)
+    merged = merged_set(weights, original, 2.0)
     for key, value in wrapped.merge_and_unload().state_dict().items():
         torch.testing.assert_close(value, merged.get(key, original[key]), rtol=0, atol=1e-6, msg=key)
 
@@ -285,7 +285,7 @@ def test_vae_merge_equals_pefts(base: Path) -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_strength_moves_along_a_line(base: Path, generator: Generator, strength: float) -> None:
     state = open_base(base).unet_state()
-    merged = merged_tensors("g", generator.unet, state, 8.0, strength)
+    merged = merged_set(generator.unet, state, 8.0, strength)
     assert merged.keys() == {f"{name}.weight" for name in generator.unet.lora} | set(generator.unet.tensors)
     for name, pair in generator.unet.lora.items():
         start = state[f"{name}.weight"]
@@ -318,21 +318,21 @@ def test_both_sets_in_float64(base: Path, two_sets: Generator, part: str, fideli
             delta = torch.einsum("or...,ri...->oi...", pair.up.double(), pair.down.double())
             expected[f"{module}.weight"] = expected[f"{module}.weight"] + amount * alpha / rank * delta
             changed.add(f"{module}.weight")
-    merged = merged_part("g", two_sets, part, state, fidelity)
+    merged = merged_part(two_sets.at_fidelity(fidelity), part, state)
     assert merged.keys() <= changed
     for name in changed:
         value = merged.get(name, state[name].float())
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6, msg=name)
     if fidelity == 0:
-        alone = merged_tensors("g", faithful, state, 4.0)
+        alone = merged_set(faithful, state, 4.0)
         assert merged.keys() == alone.keys()
         assert all(torch.equal(merged[name], alone[name]) for name in alone)
     elif fidelity == 1:
         whole = [name for name in realistic.tensors if name.removesuffix(".weight") not in realistic.lora]
         assert whole
         assert all(torch.equal(merged[name], realistic.tensors[name]) for name in whole)
-        default = merged_part("g", two_sets, part, state)
+        default = merged_part(two_sets, part, state)
         assert all(torch.equal(merged[name], default[name]) for name in merged)
 
 
@@ -355,7 +355,7 @@ def test_a_fidelity_out_of_range_is_refused(base: Path, two_sets: Generator, fid
     with pytest.raises(IcmsrError, match=f"fidelity must be a number from 0 to 2, got {fidelity}"):
         load_backbone(base, two_sets, fidelity=fidelity)
     with pytest.raises(IcmsrError, match="fidelity must be a number"):
-        merged_part("g", two_sets, "unet", {}, fidelity)
+        two_sets.at_fidelity(fidelity)
 
 
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
@@ -365,8 +365,37 @@ def test_fidelity_needs_two_sets(base: Path, generator: Generator, fidelity: flo
     )
     words = "needs a generator with a faithful and a realistic set of weights, this one holds a single set"
     for held in (generator, None):
-        with pytest.raises(IcmsrError, match=rf"{words}: leave fidelity out .*, got {fidelity:g}"):
+        with pytest.raises(IcmsrError, match=rf"{words}: omit fidelity .*, got {fidelity:g}"):
             load_backbone(base, held, fidelity=fidelity)
+
+
+def test_a_generator_is_merged_at_the_fidelity_of_its_file_until_another_is_chosen(two_sets: Generator) -> None:
+    own = replace(two_sets, info=replace(two_sets.info, realistic_default=0.25))
+    assert own.fidelity == 0.25
+    chosen = own.at_fidelity(1.5)
+    assert (chosen.fidelity, own.fidelity) == (1.5, 0.25)
+    assert chosen.at_fidelity(None).fidelity == 0.25
+
+
+def test_the_faithful_generator_has_no_second_set(two_sets: Generator) -> None:
+    alone = two_sets.at_fidelity(2.0).faithful()
+    assert not alone.has_two_sets
+    for part in ("unet", "vae"):
+        assert alone.sets(part) == (two_sets.sets(part)[0], PartWeights())
+    with pytest.raises(IcmsrError, match="holds a single set"):
+        alone.at_fidelity(1.0)
+
+
+def test_a_generator_is_called_by_its_file_in_errors(tmp_path, base: Path, generator: Generator) -> None:
+    path = tmp_path / "some name.safetensors"
+    save_generator(path, replace(generator, unet=PartWeights(tensors={"attic": torch.ones(1)})))
+    for name, called in (("", str(path)), ("mine", "mine")):
+        loaded = load_generator(path, name)
+        assert loaded.name == called
+        with pytest.raises(IcmsrError, match=f"^{re.escape(called)}: the generator does not fit this base model"):
+            build_networks(open_base(base), generator=loaded)
+        with pytest.raises(IcmsrError, match=f"^{re.escape(called)}: fidelity needs a generator with a faithful"):
+            loaded.at_fidelity(0.5)
 
 
 def test_an_unknown_part_of_the_second_set_is_refused(generator: Generator) -> None:
@@ -378,8 +407,8 @@ def test_lora_is_added_to_a_tensor_that_is_also_replaced(generator: Generator) -
     state = {"a.weight": torch.zeros(2, 3)}
     pair = LoraPair(torch.ones(1, 3), torch.ones(2, 1))
     weights = PartWeights({"a": pair}, {"a.weight": torch.full((2, 3), 5.0)})
-    assert merged_tensors("g", weights, state, 2.0)["a.weight"].unique().tolist() == [7]
-    assert merged_tensors("g", weights, state, 2.0, 0.5)["a.weight"].unique().tolist() == [3.5]
+    assert merged_set(weights, state, 2.0)["a.weight"].unique().tolist() == [7]
+    assert merged_set(weights, state, 2.0, 0.5)["a.weight"].unique().tolist() == [3.5]
     assert state["a.weight"].abs().max() == 0, "the base is left alone"
     assert weights.tensors["a.weight"].unique().tolist() == [5], "and so is the generator"
 
@@ -388,7 +417,7 @@ def test_merging_is_done_in_float32() -> None:
     """A small update of a float16 base would be lost if it were added in float16."""
     state = {"a.weight": torch.ones(1, 1, dtype=torch.float16)}
     tiny = PartWeights({"a": LoraPair(torch.full((1, 1), 1e-2).half(), torch.full((1, 1), 1e-2).half())})
-    merged = merged_tensors("g", tiny, state, 1.0)["a.weight"]
+    merged = merged_set(tiny, state, 1.0)["a.weight"]
     assert merged.dtype == torch.float32
     assert merged.item() == pytest.approx(1.0001, abs=1e-6)
 
@@ -402,7 +431,7 @@ def test_load_backbone_merges_both_networks(tmp_path, base: Path, generator: Gen
         (backbone.unet, generator.unet, folder.unet_state()),
         (backbone.vae, generator.vae, folder.vae_state()),
     ):
-        expected = {**state, **merged_tensors("g", part, state, 4.0)}
+        expected = {**state, **merged_set(part, state, 4.0)}
         assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
     assert backbone.descriptor.timestep == 200
     assert backbone.descriptor.prediction == "residual"

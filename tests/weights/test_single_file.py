@@ -24,9 +24,9 @@ from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.weights.base import BaseInfo, open_base
 from icmsr_core.weights.generator_file import Generator, PartWeights, save_generator
 from icmsr_core.weights.hub import find_base, is_hub_id
-from icmsr_core.weights.merging import merged_part
 from icmsr_core.weights.sd_families import SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config
 from icmsr_core.weights.single_file import diffusers_name
+from tests.support.merging import merged_part
 from tests.support.model_files import write_base, write_generator
 from tests.support.sd_files import (
     CONTEXT_WIDTH,
@@ -226,7 +226,7 @@ def test_merging_one_by_one_is_merging_at_once(tmp_path, dtype: torch.dtype, fid
     backbone = load_backbone(folder, generator, dtype=dtype, fidelity=fidelity)
     base = open_base(folder)
     for network, part, state in ((backbone.unet, "unet", base.unet_state()), (backbone.vae, "vae", base.vae_state())):
-        expected = {**state, **merged_part("g", generator, part, state, fidelity)}
+        expected = {**state, **merged_part(generator.at_fidelity(fidelity), part, state)}
         found = network.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[key].to(dtype)) for key, value in found.items())

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ...backbone.noise_schedule import NoiseSchedule
 from ...backbone.prediction import Prediction
 from ...errors import IcmsrError
-from ...runtime.diffusers_backbone import merge_into
 from ...runtime.latents import decode_latent, encode_picture
 from ...weights.generator_file import Generator, PartWeights
+from ...weights.merging import merge_into
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
 WEIGHTS = ("lora", "whole")
@@ -93,7 +93,7 @@ class GeneratorNetworks(nn.Module):
             self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
         if start is not None:
             for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):
-                merge_into(config.start, network, getattr(start, part), start.info.alpha)
+                merge_into(network, start.faithful(), part)
         judges: dict[Role, int] = {"auxiliary": config.auxiliary_rank} if auxiliary else {}
         own: dict[Role, int] = {} if whole else {"generator": config.rank}
         shared = self.generator_unet is unet

@@ -97,7 +97,7 @@ with torch.inference_mode():
         report[name] = float((upscaled(*applied) - results[expected]).abs().max())
     faithful = replace(generator_file.load_generator(weights / "vae above.safetensors"), realistic={})
     above = upscaled(*apply_node.execute(model, vae, "vae above.safetensors").result)
-    below = upscaled(*patches.apply_generator(model, vae, faithful, "one set"))
+    below = upscaled(*patches.apply_generator(model, vae, faithful))
     report["vae above"] = float((above - below).abs().max())
 
     # The strength of both sets: how far the merged weights are from the base's, and whether half of it is half way.

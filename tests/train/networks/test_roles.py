@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.runtime.diffusers_backbone import build_networks, merge_into
+from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae
 from icmsr_core.train.networks.conditioning import ConditionConfig
@@ -23,7 +23,8 @@ from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfi
 from icmsr_core.train.networks.roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Roles, predict
 from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights
 from icmsr_core.weights.base import open_base
-from icmsr_core.weights.generator_file import PartWeights, load_generator
+from icmsr_core.weights.generator_file import Generator, GeneratorInfo, PartWeights, load_generator
+from icmsr_core.weights.merging import merge_into
 from tests.support.model_files import write_base
 from tests.support.sd_files import unet_config, vae_config
 
@@ -420,11 +421,17 @@ def test_lora_of_stable_diffusion_has_the_published_number_of_parameters():
 # 8. What is exported is what was trained.
 
 
+def lora_generator(unet: PartWeights | None = None, vae: PartWeights | None = None) -> Generator:
+    """A generator of LoRA of rank 4 and alpha 4."""
+    info = GeneratorInfo("nano", 200, "eps", rank=4, alpha=4.0)
+    return Generator(info, unet or PartWeights(), vae or PartWeights())
+
+
 @pytest.mark.parametrize("role", ["generator", "auxiliary"])
 def test_merged_lora_is_the_live_role(role):
     roles = roles_on(tiny_unet())
     bare, merged = tiny_unet(), tiny_unet()
-    merge_into("test", merged, PartWeights(lora=roles.lora(role)), alpha=4.0)
+    merge_into(merged, lora_generator(unet=PartWeights(lora=roles.lora(role))), "unet")
     with roles.use(role), torch.no_grad():
         live = run(roles.network)
     scale = float(live.abs().max())
@@ -438,7 +445,7 @@ def test_merged_vae_lora_is_the_live_role():
     merged, picture = copy.deepcopy(vae), normal(1, 3, 32, 32)
     roles = Roles(vae, {"generator": 4}, VAE_ENCODER_TARGETS)
     fill(vae)
-    merge_into("test", merged, PartWeights(lora=roles.lora("generator")), alpha=4.0)
+    merge_into(merged, lora_generator(vae=PartWeights(lora=roles.lora("generator"))), "vae")
     with roles.use("generator"), torch.no_grad():
         live = vae.encode(picture).latent_dist.mode()
     assert float((merged.encode(picture).latent_dist.mode() - live).abs().max()) < 1e-5 * float(live.abs().max())
