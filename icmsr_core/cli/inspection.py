@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import IcmsrError
-from ..weights.base import WEIGHTS_FILE, open_base
+from ..weights.base import open_base
+from ..weights.diffusers_folder import WEIGHTS_FILE
 from ..weights.generator_file import (
     ADAPTER_FORMAT,
     PARTS,

@@ -22,14 +22,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import IcmsrError
+from .diffusers_folder import CONFIG_FILE, WEIGHTS_STEM
 from .generator_file import first_names, read_tensors
 from .pickles import read_pickle
 
 ADAPTER_EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt")
 """Kinds of file that `read_adapter` takes: all but the first are pickles, of which plain tensors are read."""
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-"""How the weights of a diffusers folder are called, up to the first dot."""
-CONFIG_FILE = "config.json"
 XL_ADAPTER = "full_adapter_xl"
 KNOWN_CHANNELS = (1, 3, 4)
 """Channels of the hints there are: edges and the like; a colour picture; ICM-SR's colormap with edges."""
@@ -104,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     ]
     if wrong:
         raise IcmsrError(f"{path}: an adapter must hold float tensors only, these are not: {first_names(wrong)}")
-    if description is None and path.name.split(".")[0] == DIFFUSERS_STEM:
+    if description is None and path.name.split(".")[0] == WEIGHTS_STEM:
         config = path.parent / CONFIG_FILE
         description = _json(config, config.read_text(errors="replace")) if config.is_file() else None
     if description is not None and not isinstance(description, dict):
@@ -186,7 +184,7 @@ def _split_channels(path: Path, unshuffled: int, description: Mapping[str, Any])
     known = sorted({channels * factor**2 for channels in KNOWN_CHANNELS for factor in KNOWN_FACTORS})
     raise IcmsrError(
         f"{path}: the first layer takes {unshuffled} channels, known are {', '.join(map(str, known))}: put the "
-        f"{CONFIG_FILE} of the adapter's diffusers folder beside a file called {DIFFUSERS_STEM}.safetensors"
+        f"{CONFIG_FILE} of the adapter's diffusers folder beside a file called {WEIGHTS_STEM}.safetensors"
     )
 
 

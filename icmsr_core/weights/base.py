@@ -25,17 +25,13 @@ from ..backbone.noise_schedule import NoiseSchedule
 from ..backbone.prediction import Prediction, check_prediction
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, SCHEDULER_FILE, WEIGHTS_FILE
 from .generator_file import Generator, info_from_json, open_tensors, read_tensors
 from .generator_fit import check_family, check_prior
 from .sd_families import SD_SCALING, published_values
 from .single_file import diffusers_name, diffusers_tensor, read_checkpoint
 
 INFO_FILE = "icmsr_base.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-HALF_FILE = "diffusion_pytorch_model.fp16.safetensors"
-HALF_INDEX_FILE = f"{WEIGHTS_FILE}.index.fp16.json"
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
 
 REOPEN_AFTER = 1 << 22
@@ -209,7 +205,7 @@ def open_base(path: Path) -> BaseFolder:
             f"(a plain Stable Diffusion folder has {SCHEDULER_FILE} instead)"
         )
     for part in ("unet", "vae"):
-        if not (path / part / "config.json").is_file():
+        if not (path / part / CONFIG_FILE).is_file():
             raise IcmsrError(f"{path}: not a base folder of ICM-SR, {part}/config.json is missing")
         find_weights(path, part)
     info = None if plain else info_from_json(str(path / INFO_FILE), BaseInfo, _read_json(path / INFO_FILE))
@@ -218,7 +214,7 @@ def open_base(path: Path) -> BaseFolder:
         ("unet", ("block_out_channels", "cross_attention_dim")),
         ("vae", ("block_out_channels", "latent_channels")),
     ):
-        configs[part] = _read_json(path / part / "config.json")
+        configs[part] = _read_json(path / part / CONFIG_FILE)
         missing = [key for key in needed_keys if key not in configs[part]]
         if missing:
             raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IcmsrError
-from .base import HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, INFO_FILE, PROMPT_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from .base import INFO_FILE, PROMPT_FILE
+from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from .generator_file import PARTS
 from .sd_families import SD_HUB_IDS
 
-PARTS = ("unet", "vae")
 TEXT_WEIGHTS, TEXT_HALF = ["model.safetensors"], ["model.fp16.safetensors"]
 """Weights of the text encoder in full precision, and their fp16 variant."""
 TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/merges.txt")
@@ -42,7 +43,7 @@ def find_base(name: str, text: bool = False) -> Path:
             PROMPT_FILE,
             SCHEDULER_FILE,
             *(TOKENIZER_FILES if text else ()),
-            *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in ("config.json", *whole)),
+            *(f"{part}/{file}" for part, (whole, _) in wanted.items() for file in (CONFIG_FILE, *whole)),
         ]
     )
     without = [part for part, (whole, _) in wanted.items() if not any((folder / part / f).is_file() for f in whole[:2])]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from .diffusers_folder import CONFIG_FILE, WEIGHTS_FILE
 from .generator_file import read_tensors
 
-WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
 PAIR = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 CLAMP_LAYERS = 1
 """Layers that TAESD's own decoder has before the first convolution (a clamp) and diffusers' list has not."""

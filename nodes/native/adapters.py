@@ -11,7 +11,8 @@ import folder_paths
 from torch import Tensor, nn
 
 from ...icmsr_core.errors import IcmsrError
-from ...icmsr_core.weights.adapter_layouts import ADAPTER_EXTENSIONS, CONFIG_FILE, AdapterLayout, read_adapter
+from ...icmsr_core.weights.adapter_layouts import ADAPTER_EXTENSIONS, AdapterLayout, read_adapter
+from ...icmsr_core.weights.diffusers_folder import CONFIG_FILE
 from ...icmsr_core.weights.embedded import embedded_adapter
 from .folders import EMBEDDED, FOLDER, file_stamp, find_file
 

@@ -17,12 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import IcmsrError
-from ...weights.adapter_layouts import CONFIG_FILE
-from ...weights.base import WEIGHTS_FILE
+from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from ...weights.generator_file import ADAPTER_FORMAT, read_tensors, write_tensors
 from ...weights.pickles import read_pickle
 
-PICKLE_FILE = "diffusion_pytorch_model.bin"
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
 _BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
 

@@ -18,7 +18,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ...errors import IcmsrError
-from ...weights.base import PROMPT_FILE, WEIGHTS_FILE, BaseInfo, write_base_info
+from ...weights.base import PROMPT_FILE, BaseInfo, write_base_info
+from ...weights.diffusers_folder import WEIGHTS_FILE
 from ...weights.generator_file import write_tensors
 
 

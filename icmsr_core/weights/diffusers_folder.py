@@ -1,0 +1,12 @@
+"""Names of the files in a diffusers folder, as `save_pretrained` writes them."""
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""The name of every weights file up to its first dot."""
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+"""Which of several files (shards) holds which tensor."""
+HALF_FILE = f"{WEIGHTS_STEM}.fp16.safetensors"
+HALF_INDEX_FILE = f"{WEIGHTS_FILE}.index.fp16.json"
+PICKLE_FILE = f"{WEIGHTS_STEM}.bin"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
