@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "icmsr-prompts"
+PROMPTS_FORMAT = "icmsr-prompts"
 WEIGHTS_VARIANTS = {"model.safetensors": None, "model.safetensors.index.json": None, "model.fp16.safetensors": "fp16"}
 """What transformers calls the weights, and the variant that it must be asked for."""
 
@@ -60,7 +60,7 @@ def embed_prompts(
     if embedded is None:
         embedded = _embed(base, list(rows), tokens, torch.device(device), batch)
         if cache is not None:
-            write_tensors(cache, {"prompts": embedded}, {"format": FORMAT, **hashes})
+            write_tensors(cache, {"prompts": embedded}, {"format": PROMPTS_FORMAT, **hashes})
     return embedded if len(rows) == len(prompts) else embedded[[rows[prompt] for prompt in prompts]]
 
 
@@ -207,7 +207,7 @@ def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
         raise IcmsrError(
             f"{path}: the prompt cache cannot be read ({error}): delete it or choose another name"
         ) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != PROMPTS_FORMAT:
         raise IcmsrError(f"{path}: this file is not a prompt cache and would be overwritten: choose another name")
     if any(metadata.get(key) != value for key, value in hashes.items()):
         log.info("%s: made from other prompts or another text encoder: embedding again", path)

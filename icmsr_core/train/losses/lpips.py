@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...errors import IcmsrError
 from ...weights.generator_file import read_tensors, write_tensors
 
-FORMAT = "icmsr-lpips"
+LPIPS_FORMAT = "icmsr-lpips"
 FORMAT_VERSION = 1
 CONVERT = "python train/lpips_weights.py --vgg vgg16-397923af.pth --heads vgg.pth --out lpips_vgg.safetensors"
 VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
@@ -102,10 +102,10 @@ def _unit(features: Tensor) -> Tensor:
 def load_lpips(path: Path) -> Lpips:
     """The LPIPS in a converted file, on the CPU. Raises `IcmsrError` for a file that is missing, damaged or another."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != LPIPS_FORMAT:
         raise IcmsrError(
             f"{path}: not a converted LPIPS file (its format is {metadata.get('format', 'not stated')!r}, expected "
-            f"{FORMAT!r}): make one with {CONVERT}"
+            f"{LPIPS_FORMAT!r}): make one with {CONVERT}"
         )
     try:
         version = json.loads(metadata["icmsr"])["format_version"]
@@ -154,7 +154,7 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
     }
     # Clones: tensors of a pickle may share memory, which safetensors does not write.
     plain = {key: value.detach().float().clone() for key, value in tensors.items()}
-    write_tensors(out, plain, {"format": FORMAT, "icmsr": json.dumps(about, sort_keys=True)})
+    write_tensors(out, plain, {"format": LPIPS_FORMAT, "icmsr": json.dumps(about, sort_keys=True)})
 
 
 def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ...errors import IcmsrError
 from .lpips import CONVERT, Lpips, load_lpips
 
-KINDS = ("none", "decoder", "lpips")
+PERCEPTUAL_KINDS = ("none", "decoder", "lpips")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class PerceptualConfig:
     block. The fine ones reward blur more: see `feature_distance`, whose 48% at 3 levels is 41% at 5."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise IcmsrError(f"perceptual.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind not in PERCEPTUAL_KINDS:
+            raise IcmsrError(f"perceptual.kind must be one of {', '.join(PERCEPTUAL_KINDS)}, got {self.kind!r}")
         if self.levels < 1:
             raise IcmsrError(
                 f"perceptual.levels must be 1 or more, got {self.levels}: to train without, set perceptual.kind to none"

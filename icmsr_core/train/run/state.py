@@ -16,7 +16,7 @@ from ...weights.generator_file import read_tensors, write_tensors
 from ..tasks.task import Player
 from .loop_config import LoopConfig, learning_rate
 
-FORMAT = "icmsr-training-state"
+STATE_FORMAT = "icmsr-training-state"
 
 
 @dataclass
@@ -115,7 +115,7 @@ class RunState:
                     tensors[f"average/{player.name}/{name}"] = self.averages[player.name][name]
                 for key, value in self.optimizers[player.name].state.get(parameter, {}).items():
                     tensors[f"{key}/{player.name}/{name}"] = torch.as_tensor(value)
-        meta = {"format": FORMAT, "position": json.dumps(vars(self.position)), "fingerprint": self.mark}
+        meta = {"format": STATE_FORMAT, "position": json.dumps(vars(self.position)), "fingerprint": self.mark}
         write_tensors(path, {key: value.cpu() for key, value in tensors.items()}, meta)
 
     def load(self, path: Path) -> None:
@@ -125,7 +125,7 @@ class RunState:
         weights: going on would mix two runs.
         """
         tensors, metadata = read_tensors(path)
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") != STATE_FORMAT:
             raise IcmsrError(f"{path}: not a training state")
         if metadata["fingerprint"] != self.mark:
             raise IcmsrError(

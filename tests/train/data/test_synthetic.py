@@ -7,10 +7,10 @@ import pytest
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data import synthetic
-from icmsr_core.train.data.synthetic import KINDS, synthetic_picture
+from icmsr_core.train.data.synthetic import SYNTHETIC_KINDS, synthetic_picture
 
 
-@pytest.mark.parametrize("kind", [*KINDS, None])
+@pytest.mark.parametrize("kind", [*SYNTHETIC_KINDS, None])
 @pytest.mark.parametrize("size", [16, 97, 128])
 def test_pictures_are_8_bit_rgb_of_the_size_asked_for_and_not_flat(kind: str | None, size: int) -> None:
     for seed in range(4):
@@ -21,7 +21,7 @@ def test_pictures_are_8_bit_rgb_of_the_size_asked_for_and_not_flat(kind: str | N
         assert np.ptp(picture) > 20
 
 
-@pytest.mark.parametrize("kind", [*KINDS, None])
+@pytest.mark.parametrize("kind", [*SYNTHETIC_KINDS, None])
 def test_the_seed_decides_the_picture(kind: str | None) -> None:
     pictures = [synthetic_picture(64, np.random.default_rng(seed), kind) for seed in range(6)]
     again = [synthetic_picture(64, np.random.default_rng(seed), kind) for seed in range(6)]
@@ -41,15 +41,15 @@ def test_every_kind_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
         draw = synthetic._DRAW[kind]
         return lambda size, rng: (drawn.append(kind), draw(size, rng))[1]
 
-    monkeypatch.setattr(synthetic, "_DRAW", {kind: noted(kind) for kind in KINDS})
+    monkeypatch.setattr(synthetic, "_DRAW", {kind: noted(kind) for kind in SYNTHETIC_KINDS})
     rng = np.random.default_rng(0)
     for _ in range(120):
         synthetic_picture(16, rng)
-    assert set(drawn) == set(KINDS)
+    assert set(drawn) == set(SYNTHETIC_KINDS)
     assert len(drawn) > 125  # some pictures join two kinds
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SYNTHETIC_KINDS)
 def test_pictures_of_a_kind_differ_in_colour_and_brightness(kind: str) -> None:
     means = np.array([synthetic_picture(64, np.random.default_rng(seed), kind).mean(axis=(0, 1)) for seed in range(30)])
     assert means.std(axis=0).min() > 15
