@@ -248,11 +248,11 @@ def _colour_clusters(small: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
     # The first cluster starts at the most ordinary colour, each further one at the colour farthest from all others, as
     # long as that is 10 Lab units away: k-means from there needs no random numbers, and a plain picture few clusters.
     labels: npt.NDArray[Any] = np.zeros((len(colours), 1), np.int32)
-    middle = colours[np.square(colours - colours.mean(axis=0)).sum(axis=1).argmin()]
+    middle = colours[np.argmin(np.square(colours - colours.mean(axis=0)).sum(axis=1))]
     distance = np.square(colours - middle).sum(axis=1)
     count = 1
     while count < most and distance.max() > 10**2:
-        to_new = np.square(colours - colours[distance.argmax()]).sum(axis=1)
+        to_new = np.square(colours - colours[np.argmax(distance)]).sum(axis=1)
         labels[to_new < distance] = count
         distance, count = np.minimum(distance, to_new), count + 1
     if count > 1:

@@ -55,7 +55,7 @@ def motion_kernel(size: int, length: float, angle: float, bend: float) -> Kernel
     path += size // 2 - path.mean(axis=1, keepdims=True)
     y, x = path.astype(np.int64)
     down, right = path - (y, x)
-    kernel = np.zeros((size + 1, size + 1))  # the extra row and column get nothing but rounding
+    kernel: Kernel = np.zeros((size + 1, size + 1))  # the extra row and column get nothing but rounding
     for corner_y, weight_y in ((y, 1 - down), (y + 1, down)):
         np.add.at(kernel, (corner_y, x), weight_y * (1 - right))
         np.add.at(kernel, (corner_y, x + 1), weight_y * right)

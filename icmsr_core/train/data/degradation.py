@@ -79,7 +79,7 @@ def _blur(image: FloatArray, kernel: Kernel) -> FloatArray:
     margin = int(np.argmax(mass > 1e-6 * mass[middle]))
     kernel = kernel[margin : len(kernel) - margin, margin : len(kernel) - margin].astype(np.float32)
     row = kernel.sum(axis=0)
-    if np.abs(np.outer(row, row) - kernel).max() < 1e-6 * kernel.max():  # an isotropic Gaussian: two cheap passes
+    if np.max(np.abs(np.outer(row, row) - kernel)) < 1e-6 * np.max(kernel):  # an isotropic Gaussian: two cheap passes
         return cv2.sepFilter2D(image, -1, row, row)  # type: ignore[return-value]
     return cv2.filter2D(image, -1, kernel)  # type: ignore[return-value]
 

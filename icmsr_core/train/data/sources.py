@@ -146,7 +146,8 @@ class Photographs:
             if hold_out and falls_into_hold_out(name, hold_out)
         }
         known: dict[str, int] = {"": 0}
-        self.paths, counts, self._captions = [], [], np.zeros(0, dtype=np.int64)
+        self.paths, counts = [], []
+        self._captions: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         for source, paths in zip(sources, files):
             texts = [_caption(name, captions or {}) for name in source.names]
             numbers = [known.setdefault(text, len(known)) for text in texts]

@@ -212,7 +212,7 @@ def _lettering(size: int, rng: Rng) -> Canvas:
     tones = [_palette(1, rng)[0] for _ in range(3)]
     ground = canvas.mean(axis=(0, 1))
     tones = [tone if np.abs(tone - ground).max() > 50 else (ground + 128) % 256 for tone in tones]
-    mask = np.zeros((size, size), dtype=np.uint8)
+    mask: npt.NDArray[np.uint8] = np.zeros((size, size), dtype=np.uint8)
     for _ in range(1 if paragraph else int(rng.integers(3, 11))):
         mask[:] = 0
         height = float(np.exp(rng.uniform(math.log(14), math.log(40 if paragraph else max(size / 3, 16)))))
