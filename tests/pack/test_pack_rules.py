@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -186,13 +187,37 @@ def test_there_is_a_workflow():
     assert WORKFLOWS
 
 
+SHIPPED = {
+    "__init__.py",
+    "LICENSE",
+    "README.md",
+    "example_workflows",
+    "icmsr_core",
+    "locales",
+    "nodes",
+    "pyproject.toml",
+    "requirements.txt",
+    "web",
+}
+"""What a user's ComfyUI gets: the only names at the top of the registry's archive."""
+
+
 def test_the_archive_holds_the_pack_and_nothing_else():
+    """comfy-cli packs what git tracks, less what .comfyignore names."""
     lines = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert {"/tests/", "/train/", "/benchmarks/", "/docs/", "/.github/", "__pycache__/", "*.py[cod]"} <= set(lines)
-    # A name without a leading slash would be left out at every depth: web/docs would go with docs.
+    # A name without a leading slash is kept out at every depth: web/docs would go with docs.
     assert [line for line in lines if not line.startswith("/")] == ["__pycache__/", "*.py[cod]"]
-    shipped = {"nodes", "icmsr_core", "web", "locales", "example_workflows", "requirements.txt", "LICENSE", "README.md"}
-    assert not shipped & {line.strip("/") for line in lines}
+    kept_out = {line.strip("/") for line in lines}
+    assert not SHIPPED & kept_out
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so what git tracks is unknown")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split("/")[0] for line in tracked.splitlines()} - kept_out == SHIPPED
+
+
+def test_the_library_is_marked_as_typed():
+    """PEP 561: without the marker a type checker ignores the library's annotations."""
+    assert (ROOT / "icmsr_core" / "py.typed").read_bytes() == b""
 
 
 def test_the_pack_has_no_symbolic_links():
