@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock  # torch brings it
 
 from tests.support.comfy_harness import Server, find_comfyui, find_uv, prepare_python
+from tests.support.model_files import TINY, write_base
 from tests.support.script_process import ROOT, ScriptProcess
 from tests.support.workers import rank_of, scheduler, share_out
 
@@ -76,6 +77,15 @@ def comfy_server(comfyui: Path, comfy_python: Path, tmp_path_factory: pytest.Tem
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder of TINY's sizes with random weights. Many tests share it, so none writes into it.
+
+    Where a file's tests need another kind of base, the file has a fixture of this name.
+    """
+    return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
 @pytest.fixture(scope="session")

@@ -22,34 +22,32 @@ from safetensors.torch import load_file, save_file
 from icmsr_core.cli.main import main
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.embedded import demo_picture, embedded_base, embedded_generator
 from icmsr_core.weights.generator_file import load_generator, save_generator
-from tests.support.model_files import write_base, write_generator
+from tests.support.model_files import TINY, write_base, write_generator
 from tests.support.pictures import write_random_picture
 from tests.support.places import ROOT
-
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(64, 64), vae_groups=4)
 
 LARGE_LIBRARIES = ("torch", "numpy", "cv2", "PIL", "diffusers", "safetensors", "tqdm")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), TINY)
+    """With two channels a group in its UNet, so that a map of a single cell can be normalised."""
+    return write_base(tmp_path_factory.mktemp("base"), replace(TINY, unet_channels=(64, 64)))
 
 
 @pytest.fixture(scope="module")
-def generator(base) -> Path:
-    return write_generator(base / "generator.safetensors", base)
+def generator(base, tmp_path_factory) -> Path:
+    return write_generator(tmp_path_factory.mktemp("models") / "generator.safetensors", base)
 
 
 @pytest.fixture(scope="module")
-def two_sets(base) -> Path:
-    return write_generator(base / "two sets.safetensors", base, two_sets=True)
+def two_sets(base, tmp_path_factory) -> Path:
+    return write_generator(tmp_path_factory.mktemp("models") / "two sets.safetensors", base, two_sets=True)
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.sd_families import SD_SCALING
 from tests.support.comfy_harness import run_script
-from tests.support.model_files import random_generator, write_base
+from tests.support.model_files import TINY, random_generator, write_base
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
 pytestmark = pytest.mark.comfy
@@ -33,8 +32,7 @@ class Outcome(NamedTuple):
 def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     """One ComfyUI process that does everything these tests look at."""
     job: Path = tmp_path_factory.mktemp("tiny")
-    config = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), vae_groups=4, unet_channels=(32, 32))
-    base, weights = write_base(job / "base", config), job / "models" / "icmsr"
+    base, weights = write_base(job / "base", TINY), job / "models" / "icmsr"
     # Core divides TAESD's latents by Stable Diffusion's factor, so that the MODEL's own multiplies them by it again.
     vae_config = base / "vae" / "config.json"
     vae_config.write_text(json.dumps({**json.loads(vae_config.read_text()), "scaling_factor": SD_SCALING}))

@@ -9,6 +9,9 @@ from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, 
 from icmsr_core.weights.base import BaseInfo, default_prompt_embedding, open_base
 from icmsr_core.weights.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights, save_generator
 
+TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
+"""Few channels, with the latent of Stable Diffusion: 4 channels, a cell for 8 x 8 pixels."""
+
 
 def write_base(folder: Path, config: NetworkConfig | None = None, family: str = "nano", seed: int = 0) -> Path:
     """A base folder of nano's architecture with random weights whose biases and norms are not left at 0 and 1."""

@@ -18,16 +18,14 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
-from icmsr_core.train.networks.bases import NetworkConfig, make_unet
+from icmsr_core.train.networks.bases import make_unet
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.tiny_vae_file import read_tiny_vae
-from tests.support.model_files import random_generator, write_base
+from tests.support.model_files import TINY, random_generator
 from tests.support.pictures import random_picture
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
-
-FACTOR_8 = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 32), vae_groups=4)
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +40,16 @@ def theirs(folder) -> AutoencoderTiny:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "base", FACTOR_8)
-
-
-@pytest.fixture(scope="module")
-def generator(base) -> Path:
+def generator(base, tmp_path_factory) -> Path:
     """One that leaves the VAE as it is."""
-    path = base.parent / "generator.safetensors"
+    path = tmp_path_factory.mktemp("models") / "generator.safetensors"
     save_generator(path, replace(random_generator(base), vae=PartWeights()), torch.float32)
     return path
 
 
 def backbone_of(vae: AutoencoderTiny) -> DiffusersBackbone:
     descriptor = BackboneDescriptor("toy", vae.config.latent_channels, 8, 16, 200, "residual")
-    unet = make_unet(replace(FACTOR_8, latent_channels=vae.config.latent_channels))
+    unet = make_unet(replace(TINY, latent_channels=vae.config.latent_channels))
     return DiffusersBackbone(unet, vae, descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float32)
 
 
@@ -230,7 +223,7 @@ def test_a_tiny_vae_that_overflows_goes_on_in_float32(folder, base, generator, c
     assert (got - expected).abs().max() < 0.02
 
 
-def test_the_configuration_names_the_layers(tmp_path) -> None:
+def test_the_configuration_names_the_layers(base, tmp_path) -> None:
     """A narrower one with other numbers of blocks: what config.json says is what is built."""
     own = write_tiny_folder(
         tmp_path / "narrow",
@@ -240,7 +233,7 @@ def test_the_configuration_names_the_layers(tmp_path) -> None:
         num_decoder_blocks=[1, 2, 1, 1],
     )
     assert json.loads((own / "config.json").read_text())["num_encoder_blocks"] == [1, 1, 2, 1]
-    backbone = load_backbone(write_base(tmp_path / "base", FACTOR_8), tiny_vae=own)
+    backbone = load_backbone(base, tiny_vae=own)
     with torch.inference_mode():
         image = 2 * random_picture(16, 16) - 1
         expected = AutoencoderTiny.from_pretrained(own).eval().encode(image).latents

@@ -4,6 +4,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,18 +19,15 @@ from icmsr_core.train.data.draws import TimestepConfig, all_timesteps, timesteps
 from icmsr_core.train.losses.diagnostics import BINS, BinnedMeans, diagnostics, saturation, variety
 from icmsr_core.train.losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import Roles
 from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
 from icmsr_core.weights.base import BaseFolder, open_base
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY, write_base
 
 # Two tokens: attention over a single one is constant, and its to_q and to_k would have no gradient.
-TINY = NetworkConfig(
-    latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4, context_tokens=2
-)
+TWO_TOKENS = replace(TINY, context_tokens=2)
 SCHEDULE = NoiseSchedule()
 SHAPE = (5, 4, 6, 6)
 
@@ -298,7 +296,7 @@ def test_binned_means_are_exact():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> BaseFolder:
-    return open_base(write_base(tmp_path_factory.mktemp("base"), TINY))
+    return open_base(write_base(tmp_path_factory.mktemp("base"), TWO_TOKENS))
 
 
 def fill_lora(roles: Roles, seed: int) -> None:

@@ -15,7 +15,6 @@ from icmsr_core.conditions import canny_edges, colormap, register_structure, ske
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureConfig, StructureFeatures, picture_of
 from icmsr_core.train.run.loop import train
 from icmsr_core.train.run.loop_config import LoopConfig
@@ -24,9 +23,7 @@ from icmsr_core.train.tasks.building import build_generator_task
 from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights
 from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.base import open_base
-from tests.support.model_files import write_base
 
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 WIDTHS = [32, 64]
 
 
@@ -240,7 +237,7 @@ def test_adapters_that_do_not_fit_the_condition_are_refused(tmp_path):
 # A structure that nobody has thought of yet.
 
 
-def test_a_new_structure_trains_without_a_change_to_the_loop(tmp_path, monkeypatch):
+def test_a_new_structure_trains_without_a_change_to_the_loop(base, tmp_path, monkeypatch):
     monkeypatch.setattr(conditions, "_STRUCTURES", dict(conditions._STRUCTURES))
     calls = []
 
@@ -250,7 +247,6 @@ def test_a_new_structure_trains_without_a_change_to_the_loop(tmp_path, monkeypat
         halves = [half.mean(dim=(1, 2, 3)) for half in image.chunk(2, dim=-1)]
         return torch.stack(halves, 1)[..., None, None].expand(-1, -1, *image.shape[-2:]).clone()
 
-    base = open_base(write_base(tmp_path / "base", TINY))
     condition = ConditionConfig(kind="edges+brightness")
     assert condition.widths == [1, 2]
     condition = ConditionConfig(
@@ -258,7 +254,7 @@ def test_a_new_structure_trains_without_a_change_to_the_loop(tmp_path, monkeypat
     )
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
     generator = GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=1))
-    task = build_generator_task(base, generator, condition, pairs.captions, 0, {})
+    task = build_generator_task(open_base(base), generator, condition, pairs.captions, 0, {})
     seen = []
     inner = task.features.forward
     monkeypatch.setattr(task.features, "forward", lambda maps: seen.append(maps) or inner(maps))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae
+from icmsr_core.train.networks.bases import make_unet, make_vae
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Roles, predict
@@ -25,10 +25,9 @@ from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, Generato
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import Generator, GeneratorInfo, PartWeights, load_generator
 from icmsr_core.weights.merging import merge_into
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY
 from tests.support.sd_files import unet_config, vae_config
 
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 RANKS = {"generator": 4, "auxiliary": 4}
 
 
@@ -269,13 +268,13 @@ def test_trap_lora_in_the_bases_dtype():
         assert pair.down.dtype == pair.up.dtype == torch.float32
 
 
-def test_trap_saving_converts_the_live_model(tmp_path: Path):
+def test_trap_saving_converts_the_live_model(base: Path, tmp_path: Path):
     unet = peft_alone(dtype=torch.bfloat16)
     unet.save_lora_adapter(tmp_path / "peft", adapter_name="generator", upcast_before_saving=True)
     converted = {parameter.dtype for name, parameter in unet.named_parameters() if ".lora_" not in name}
     assert converted == {torch.float32}, "the trap is still there"
 
-    folder = open_base(write_base(tmp_path / "base", TINY))
+    folder = open_base(base)
     networks = GeneratorNetworks(
         *build_networks(folder, torch.bfloat16), folder.schedule, "eps", NetworksConfig(base_dtype="bf16"), True
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
-from icmsr_core.train.networks.bases import NetworkConfig
 from tests.support import script_process
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY, write_base
 
 # Two tokens: attention over one is constant, and AdamW would make whole steps of what rounding leaves of its gradient.
-TINY = NetworkConfig(
-    latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4, context_tokens=2
-)
+TWO_TOKENS = replace(TINY, context_tokens=2)
 SCRIPT = script_process.ROOT / "train" / "distill.py"
 
 
@@ -34,7 +32,7 @@ def parts(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(3)
     adapter = save_adapter(folder / "adapter", make_adapter(4, 8, TINY.unet_channels), {}, torch.float32)[0]
-    return write_base(folder / "base", TINY), adapter
+    return write_base(folder / "base", TWO_TOKENS), adapter
 
 
 def arguments(parts: tuple[Path, Path], run: Path, batch: int, images: int = 12, **loop: object) -> list[str]:

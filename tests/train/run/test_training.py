@@ -18,7 +18,6 @@ from icmsr_core.cli.main import main
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.run.launch import parse_config, run_script
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.tasks.adapter import AdapterConfig
@@ -27,11 +26,10 @@ from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY
 from tests.support.places import ROOT
 from tests.support.script_process import ScriptProcess, start_server
 
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 DATA = ["--data.synthetic=1", "--data.crop=32", "--data.folders=[]"]
 TINY_FLAGS = [
     "--networks.latent_channels=4",
@@ -58,11 +56,6 @@ def run(name: str, *arguments: object, folder: Path, code: int = 0) -> str:
     process = ScriptProcess(name, *arguments, folder=folder)
     assert process.wait() == code, process.output()
     return process.output()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,9 @@ from icmsr_core.train.tasks.building import build_generator_task, check_generato
 from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights, input_of
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator, save_generator
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY, write_base
 from tests.support.script_process import ScriptProcess
 
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 BATCH = {
     "sharp": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
     "low": torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
@@ -30,11 +29,6 @@ BATCH = {
     "caption": torch.zeros(4, dtype=torch.int64),
 }
 CONDITION = ConditionConfig("none")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
 def config(losses: LossWeights, **networks) -> GeneratorConfig:

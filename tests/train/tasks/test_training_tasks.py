@@ -18,7 +18,6 @@ from icmsr_core.train.losses.perceptual import PerceptualConfig
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.run.loop import autocast, compared_settings
@@ -31,9 +30,8 @@ from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
-from tests.support.model_files import write_base
+from tests.support.model_files import TINY
 
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32, 32, 32), unet_channels=(32, 64), vae_groups=4)
 RECONSTRUCTION = LossWeights(icm=0, perceptual=0)
 BATCH = {
     "sharp": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
@@ -41,11 +39,6 @@ BATCH = {
     "index": torch.tensor([4, 9]),
     "caption": torch.zeros(2, dtype=torch.int64),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), TINY)
 
 
 def make_task(base: Path, config: GeneratorConfig, condition: ConditionConfig | None = None) -> GeneratorTask:
