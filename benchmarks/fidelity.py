@@ -21,7 +21,7 @@ from _measurement import use_threads
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import silence_diffusers
-from icmsr_core.train.experiments.ablation_pictures import measure, pairs_of
+from icmsr_core.train.experiments.ablation_pictures import measure_pictures, pairs_of
 from icmsr_core.weights.embedded import embedded_base, embedded_generator
 from icmsr_core.weights.fidelity import check_fidelity, check_fidelity_applies
 from icmsr_core.weights.generator_file import holds_two_sets
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def means(generator: Path | None, fidelity: float | None) -> dict[str, float]:
         print("bicubic" if generator is None else f"fidelity {fidelity:g}", file=sys.stderr, flush=True)
-        rows = measure(options.base, generator, options.sets, list(METRICS), SET, None, fidelity)[SET].values()
+        rows = measure_pictures(options.base, generator, options.sets, list(METRICS), SET, None, fidelity)[SET].values()
         return {name: mean_of(row[name] for row in rows) for name in METRICS}
 
     try:

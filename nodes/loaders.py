@@ -12,7 +12,7 @@ from ..icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_base, embe
 from ..icmsr_core.weights.fidelity import MAX_FIDELITY
 from ..icmsr_core.weights.generator_file import load_generator
 from .category import CATEGORY
-from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_adapter
+from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_control_net
 from .native.core_objects import Model, Vae
 from .native.description import ATTACHMENT, ModelDescription
 from .native.folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
@@ -198,4 +198,4 @@ class LoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, adapter: str, second_adapter: str = NO_ADAPTER) -> io.NodeOutput:
         second = None if second_adapter == NO_ADAPTER else find_adapter(second_adapter)
-        return io.NodeOutput(load_adapter(find_adapter(adapter), second))
+        return io.NodeOutput(load_control_net(find_adapter(adapter), second))

@@ -15,7 +15,14 @@ import torch
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
-from icmsr_core.train.experiments.collapse import CONDITIONS, Bench, CollapseConfig, Condition, adapter_stem, load_crops
+from icmsr_core.train.experiments.collapse import (
+    COLLAPSE_ARMS,
+    Bench,
+    CollapseArm,
+    CollapseConfig,
+    adapter_stem,
+    load_crops,
+)
 from icmsr_core.train.experiments.collapse_report import markdown, write_report
 from icmsr_core.train.run.launch import parse_config, run_jobs, run_script, settings_of
 from icmsr_core.whole_file import replace_file
@@ -38,7 +45,7 @@ class Config:
 def train_adapter(config: Config, name: str) -> str:
     """The adapter of one condition."""
     torch.set_num_threads(1)
-    structure = condition_named(name).structure
+    structure = arm_named(name).structure
     bench(config, 0).features(structure, adapter_file(config, name))
     return name
 
@@ -46,8 +53,8 @@ def train_adapter(config: Config, name: str) -> str:
 def run_arm(config: Config, seed: int, name: str) -> str:
     """One condition with one seed, into its result file."""
     torch.set_num_threads(1)
-    condition, made = condition_named(name), bench(config, 1 + seed)
-    values = made.run(condition, made.features(condition.structure, adapter_file(config, name)))
+    arm, made = arm_named(name), bench(config, 1 + seed)
+    values = made.run(arm, made.features(arm.structure, adapter_file(config, name)))
     replace_file(result_file(config, seed, name), json.dumps(values).encode())
     return f"{name}, seed {seed}"
 
@@ -60,14 +67,14 @@ def bench(config: Config, seed: int) -> Bench:
     return made
 
 
-def condition_named(name: str) -> Condition:
+def arm_named(name: str) -> CollapseArm:
     """The arm of that name."""
-    return next(condition for condition in CONDITIONS if condition.name == name)
+    return next(arm for arm in COLLAPSE_ARMS if arm.name == name)
 
 
 def adapter_file(config: Config, name: str) -> Path:
     """Where the adapter of a condition is kept; the two "image" arms share one, trained on the truth."""
-    return Path(config.run) / "adapters" / f"{adapter_stem(condition_named(name).structure)}.safetensors"
+    return Path(config.run) / "adapters" / f"{adapter_stem(arm_named(name).structure)}.safetensors"
 
 
 def result_file(config: Config, seed: int, name: str) -> Path:
@@ -96,7 +103,7 @@ def main() -> None:
     logging.info("crops are there")
     bench(config, 0)
     logging.info("teacher and generator are there")
-    wanted = {adapter_file(config, name): name for name in collapse.conditions if condition_named(name).structure.names}
+    wanted = {adapter_file(config, name): name for name in collapse.conditions if arm_named(name).structure.names}
     work = [(train_adapter, config, name) for file, name in wanted.items() if not file.exists()]
     run_jobs(config.jobs, work, "adapters:")
     arms = [

@@ -19,7 +19,7 @@ from icmsr_core.train.experiments.teacher_view import (
     check_view,
     load_arms,
     markdown,
-    measure,
+    measure_view,
     open_teacher,
     read_crops,
     write_view,
@@ -47,7 +47,7 @@ def main() -> None:
     check_writable(out)
     logging.info("base %s, %d pictures, %s", base.info.name, len(names), device)
     teacher, arms = open_teacher(base, device), load_arms(config, base, device)
-    view = measure(
+    view = measure_view(
         teacher,
         arms,
         names,

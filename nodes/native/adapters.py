@@ -71,7 +71,7 @@ def wrong_channels(got: int, accepted: tuple[int, ...]) -> IcmsrError:
     )
 
 
-def load_adapter(path: Path, second: Path | None = None) -> comfy.controlnet.T2IAdapter:
+def load_control_net(path: Path, second: Path | None = None) -> comfy.controlnet.T2IAdapter:
     """The CONTROL_NET in `path`, or the pair of a colour and an edge adapter in `path` and `second`, in any order.
 
     Core's own loader takes 4 x 64 channels for an SDXL adapter with one channel, without a word, one factor and the

@@ -23,7 +23,7 @@ from icmsr_core.train.experiments.teacher_view import (
     error_figure,
     load_arms,
     markdown,
-    measure,
+    measure_view,
     open_teacher,
     read_crops,
     summary,
@@ -229,7 +229,7 @@ def test_measuring_is_determined_by_the_seed_and_hears_the_adapter(files):
 
     def run(**options):
         chosen = config(files, count=2, **options)
-        return measure(teacher, load_arms(chosen, base, cpu), *read_crops(chosen), chosen, cpu)
+        return measure_view(teacher, load_arms(chosen, base, cpu), *read_crops(chosen), chosen, cpu)
 
     first, again, other = run(), run(), run(seed=1)
     assert first.values == again.values

@@ -30,7 +30,7 @@ from ..run.processes import start_processes
 from ..tasks.adapter import AdapterConfig
 from ..tasks.building import build_adapter_task, build_generator_task, check_generator, check_run, training_base
 from ..tasks.generator import GeneratorConfig
-from .ablation_pictures import make_photographs, measure, pairs_of
+from .ablation_pictures import make_photographs, measure_pictures, pairs_of
 
 START = "start"
 BICUBIC = "bicubic"
@@ -43,7 +43,7 @@ CURVES = {
     "auxiliary": "loss/auxiliary/loss",
 }
 """What a result keeps of the training log, beside the diagnostics."""
-LEVELS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
+NOISE_BINS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
 """Bins of t / T at which the diagnostics say whether the regulariser has collapsed (see `icm.diagnostics`)."""
 
 
@@ -227,11 +227,11 @@ def evaluate(config: AblationConfig, generator: Path | None, pictures: Path | No
     # Of a start with two sets of weights, the arms go on from the faithful one.
     faithful = 0.0 if generator is not None and holds_two_sets(generator) else None
     base = training_base(config.base).path
-    return dict(measure(base, generator, sets, config.metrics, PHOTOGRAPHS, pictures, faithful))
+    return dict(measure_pictures(base, generator, sets, config.metrics, PHOTOGRAPHS, pictures, faithful))
 
 
 def read_training(run: Path) -> dict[str, Any]:
-    """From a run's log: ``diagnostics``, means over `LEVELS` and the last quarter, and ``curve``, line by line."""
+    """From a run's log: ``diagnostics``, means over `NOISE_BINS` and the last quarter, and ``curve``, line by line."""
     rows = read_metrics(run / METRICS_FILE)
     names = sorted({key.split("/")[1] for row in rows for key in row if key.startswith("icm/")})
     curve = []
@@ -239,7 +239,7 @@ def read_training(run: Path) -> dict[str, Any]:
         point: dict[str, Any] = {"images": row["images"]}
         point |= {name: row[key] for name, key in CURVES.items() if row.get(key) is not None}
         for name in names:
-            found = [row[f"icm/{name}/{level}"] for level in LEVELS if row.get(f"icm/{name}/{level}") is not None]
+            found = [row[f"icm/{name}/{level}"] for level in NOISE_BINS if row.get(f"icm/{name}/{level}") is not None]
             if found:
                 point[name] = sum(found) / len(found)
         curve.append(point)

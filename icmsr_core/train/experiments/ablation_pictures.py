@@ -21,7 +21,7 @@ from ..data.presets import PRESETS
 
 Pairs = Sequence[tuple[str, Path, Path]]
 """Name, input and truth of each picture."""
-Values = dict[str, dict[str, dict[str, float | None]]]
+PictureValues = dict[str, dict[str, dict[str, float | None]]]
 """By set of pictures, picture and measure; None where a measure is not defined."""
 
 
@@ -67,7 +67,7 @@ def pairs_of(folder: Path, every: int = 1) -> Pairs:
     return [(name, low[name], high[name]) for name in sorted(low)[::every]]
 
 
-def measure(
+def measure_pictures(
     base: Path,
     generator: Path | None,
     sets: Mapping[str, Pairs],
@@ -75,14 +75,14 @@ def measure(
     keep: str,
     folder: Path | None,
     fidelity: float | None = None,
-) -> Values:
+) -> PictureValues:
     """The values of `metrics`, and the shift of the mean colour against the input, for `generator` on `base`.
 
     Without a generator, of bicubic resizing. Results are rounded to 8 bits, as a file has them; those of the set `keep`
     are written into `folder`, if there is one. `fidelity` as in `load_backbone`.
     """
     backbone = None if generator is None else load_backbone(base, generator, fidelity=fidelity)
-    values: Values = {kind: {} for kind in sets}
+    values: PictureValues = {kind: {} for kind in sets}
     for kind, name, low_file, high_file in ((kind, *files) for kind, pairs in sets.items() for files in pairs):
         low, truth = to_tensor(read_picture(low_file).rgb), read_picture(high_file).rgb
         height, width = truth.shape[:2]

@@ -18,9 +18,9 @@ from ...pictures.files import FloatArray, read_picture
 from ...whole_file import replace_file
 from ..run.plots import DPI, write_figure
 from .ablation import ARMS, PAIRS, PHOTOGRAPHS, REFERENCES, START, AblationConfig
-from .collapse_report import spread
+from .collapse_report import DIAGNOSTIC_LABELS, spread
 
-Results = Mapping[str, Any]
+AblationResults = Mapping[str, Any]
 """What `load_results` returns."""
 Table = dict[str, dict[str, dict[str, tuple[float, float]]]]
 """By set of pictures, arm and measure: mean and deviation over the seeds."""
@@ -34,14 +34,8 @@ COLUMNS = {
     "color": ("colour shift", 2),
 }
 """Heading and digits of each measure; others go by their own name, with four."""
-DIAGNOSTICS = {
-    "rho": r"$\rho$ = mean$|\epsilon_\phi-\epsilon_\psi|$ / mean$|\epsilon_\phi-\epsilon|$",
-    "cos": r"cosine of $g$ and the SDS direction",
-    "mse_auxiliary": r"auxiliary's error, mse($\epsilon_\psi$, $\epsilon$)",
-    "mse_teacher": r"teacher's error, mse($\epsilon_\phi$, $\epsilon$)",
-}
 TITLES = {PAIRS: "Real pairs", PHOTOGRAPHS: "Held-out photographs"}
-COLOURS = dict(zip(ARMS, ("#444444", "#1b6ca8", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")))
+ARM_COLOURS = dict(zip(ARMS, ("#444444", "#1b6ca8", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")))
 BASELINE = "reconstruction"
 UNCONDITIONED = "none"
 CROP, CROPS = 112, 3
@@ -81,7 +75,7 @@ def run_means(values: Mapping[str, Any], pictures: str) -> dict[str, float]:
     return {name: sum(numbers) / len(numbers) for name, numbers in found.items() if numbers}
 
 
-def summary(results: Results) -> Table:
+def summary(results: AblationResults) -> Table:
     """Every arm's measures; of `REFERENCES` too, which are one run each."""
     runs = {name: [values] for name, values in results["references"].items()}
     runs |= {arm: list(seeds.values()) for arm, seeds in results["arms"].items()}
@@ -91,7 +85,7 @@ def summary(results: Results) -> Table:
     }
 
 
-def differences(results: Results, baseline: str = BASELINE) -> Table:
+def differences(results: AblationResults, baseline: str = BASELINE) -> Table:
     """Every arm's measures less those of `baseline` with the same seed; empty without that arm.
 
     Those of `BASELINE` itself stand against no other arm.
@@ -112,18 +106,18 @@ def differences(results: Results, baseline: str = BASELINE) -> Table:
     return table
 
 
-def diagnostics_table(results: Results) -> dict[str, dict[str, tuple[float, float]]]:
+def diagnostics_table(results: AblationResults) -> dict[str, dict[str, tuple[float, float]]]:
     """By arm that has a regulariser: its diagnostics at the end of training."""
     found = {arm: [values["diagnostics"] for values in seeds.values()] for arm, seeds in results["arms"].items()}
     return {arm: _spreads(rows) for arm, rows in found.items() if rows[0]}
 
 
-def picture_sets(results: Results) -> list[str]:
+def picture_sets(results: AblationResults) -> list[str]:
     """The sets of pictures that were measured, the real pairs first."""
     return [name for name in (PAIRS, PHOTOGRAPHS) if name in results["references"][START]]
 
 
-def markdown(results: Results) -> str:
+def markdown(results: AblationResults) -> str:
     """The tables in Markdown: for each set of pictures values and differences, then the diagnostics."""
     lines, apart = [], {arm: differences(results, arm) for arm in (BASELINE, UNCONDITIONED)}
     for pictures, rows in summary(results).items():
@@ -137,14 +131,14 @@ def markdown(results: Results) -> str:
                 lines += _table("arm", heads, names, table[pictures], "+")
     diagnostics = diagnostics_table(results)
     if diagnostics:
-        names = list(DIAGNOSTICS)
+        names = list(DIAGNOSTIC_LABELS)
         heads = [name.replace("_", " ") for name in names]
         lines += ["Diagnostics, t in [0.2, 0.8] T, last quarter of the run:", ""]
         lines += _table("arm", heads, names, diagnostics, "")
     return "\n".join(lines).rstrip()
 
 
-def tradeoff_figure(results: Results) -> Figure:
+def tradeoff_figure(results: AblationResults) -> Figure:
     """Detail against fidelity: a row for each set of pictures; small marks are runs, large ones the arms' means."""
     sets, table = picture_sets(results), summary(results)
     shown = [name for name in ("dss", "hf", "fsim") if name in table[sets[0]][START]]
@@ -155,7 +149,7 @@ def tradeoff_figure(results: Results) -> Figure:
     for line, pictures in zip(grid, sets):
         for axes, name in zip(line, shown):
             for arm, seeds in results["arms"].items():
-                runs, colour = [run_means(values, pictures) for values in seeds.values()], COLOURS[arm]
+                runs, colour = [run_means(values, pictures) for values in seeds.values()], ARM_COLOURS[arm]
                 axes.scatter(
                     [run["psnr"] for run in runs],
                     [run[name] for run in runs],
@@ -187,15 +181,15 @@ def tradeoff_figure(results: Results) -> Figure:
     return figure
 
 
-def curves_figure(results: Results) -> Figure:
+def curves_figure(results: AblationResults) -> Figure:
     """What the training logs say: fidelity in training, the auxiliary's loss, the diagnostics; bands are the seeds."""
     panels = {
         "psnr": "PSNR on the training crops, dB",
         "perceptual": "perceptual distance",
         "auxiliary": "auxiliary's loss, all t",
-        "rho": DIAGNOSTICS["rho"],
-        "cos": DIAGNOSTICS["cos"],
-        "mse_auxiliary": DIAGNOSTICS["mse_auxiliary"],
+        "rho": DIAGNOSTIC_LABELS["rho"],
+        "cos": DIAGNOSTIC_LABELS["cos"],
+        "mse_auxiliary": DIAGNOSTIC_LABELS["mse_auxiliary"],
     }
     figure = Figure(figsize=(13.5, 7), dpi=DPI, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items()):
@@ -209,8 +203,8 @@ def curves_figure(results: Results) -> Figure:
                 images = [images for images, _ in curves[0][:length]]
                 values = np.array([[value for _, value in curve[:length]] for curve in curves])
                 smooth = np.array([_smoothed(row) for row in values])
-                axes.plot(images, smooth.mean(0), color=COLOURS[arm], linewidth=1.6, label=arm)
-                axes.fill_between(images, smooth.min(0), smooth.max(0), color=COLOURS[arm], alpha=0.15, linewidth=0)
+                axes.plot(images, smooth.mean(0), color=ARM_COLOURS[arm], linewidth=1.6, label=arm)
+                axes.fill_between(images, smooth.min(0), smooth.max(0), color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("images")
         axes.grid(alpha=0.25)
@@ -254,7 +248,7 @@ def detailed_crop(picture: FloatArray) -> tuple[int, int, int]:
     return int(top) * 8, int(left) * 8, side
 
 
-def write_report(results: Results, config: AblationConfig) -> list[Path]:
+def write_report(results: AblationResults, config: AblationConfig) -> list[Path]:
     """``ablation.md`` (the tables), ``ablation.json`` (every value), two plots and the crops, in RUN/report."""
     folder = config.folder("report")
     files = [folder / "ablation.md", folder / "ablation.json"]

@@ -47,13 +47,13 @@ from ..networks.conditioning import StructureConfig, StructureFeatures
 from ..networks.roles import predict
 
 GENERATOR_TIMESTEP = 200
-LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+NOISE_LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Noise levels, as shares of T, of the diagnostics."""
 Values = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Condition:
+class CollapseArm:
     """One arm of the experiment."""
 
     name: str
@@ -64,18 +64,18 @@ class Condition:
     """Of the truth, or of the generator's own input."""
 
 
-CONDITIONS = (
-    Condition("none", StructureConfig("none")),
-    Condition("colormap 1", StructureConfig("colormap", cells=1)),
-    Condition("colormap 4", StructureConfig("colormap", cells=4)),
-    Condition("colormap 8", StructureConfig("colormap", cells=8)),
-    Condition("edges", StructureConfig("edges")),
-    Condition("icm", StructureConfig("icm", cells=8)),
-    Condition("colormap 16", StructureConfig("colormap", cells=16)),
-    Condition("colormap 32", StructureConfig("colormap", cells=32)),
-    Condition("colormap 64", StructureConfig("colormap", cells=64)),
-    Condition("image", StructureConfig("image")),
-    Condition("image of input", StructureConfig("image"), "input"),
+COLLAPSE_ARMS = (
+    CollapseArm("none", StructureConfig("none")),
+    CollapseArm("colormap 1", StructureConfig("colormap", cells=1)),
+    CollapseArm("colormap 4", StructureConfig("colormap", cells=4)),
+    CollapseArm("colormap 8", StructureConfig("colormap", cells=8)),
+    CollapseArm("edges", StructureConfig("edges")),
+    CollapseArm("icm", StructureConfig("icm", cells=8)),
+    CollapseArm("colormap 16", StructureConfig("colormap", cells=16)),
+    CollapseArm("colormap 32", StructureConfig("colormap", cells=32)),
+    CollapseArm("colormap 64", StructureConfig("colormap", cells=64)),
+    CollapseArm("image", StructureConfig("image")),
+    CollapseArm("image of input", StructureConfig("image"), "input"),
 )
 """From nothing to everything. "image of input" determines the generator's latent, as the lemma has it."""
 
@@ -110,11 +110,11 @@ class CollapseConfig:
     """Peak learning rate; adapters have twice this, joint training a tenth."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the auxiliary's and of joint training: their samples and noise."""
-    conditions: tuple[str, ...] = field(default_factory=lambda: tuple(condition.name for condition in CONDITIONS))
+    conditions: tuple[str, ...] = field(default_factory=lambda: tuple(arm.name for arm in COLLAPSE_ARMS))
     """Arms to run, by name."""
 
     def __post_init__(self) -> None:
-        known = [condition.name for condition in CONDITIONS]
+        known = [arm.name for arm in COLLAPSE_ARMS]
         unknown = [name for name in self.conditions if name not in known]
         if unknown or not self.conditions:
             raise IcmsrError(f"collapse.conditions must be among {', '.join(known)}, got {list(self.conditions)}")
@@ -226,7 +226,7 @@ class Bench:
         adapter.load_state_dict(read_tensors(file)[0])
         return StructureFeatures([adapter], [structure.channels], [1.0])
 
-    def run(self, condition: Condition, features: StructureFeatures | None) -> dict[str, list[Values]]:
+    def run(self, arm: CollapseArm, features: StructureFeatures | None) -> dict[str, list[Values]]:
         """One arm: diagnostics ``frozen`` and ``joint`` by noise level, the auxiliary's ``curve``, and ``health``."""
         auxiliary = copy.deepcopy(self.teacher).requires_grad_(True)
         curve, steps = [], self.config.auxiliary_steps
@@ -234,13 +234,13 @@ class Bench:
             for number, crops in enumerate(self._batches(steps), 1):
                 with torch.no_grad():
                     latent = self._generate(self.generator, crops.given)
-                step(self._auxiliary_loss(auxiliary, features, condition, crops, latent))
+                step(self._auxiliary_loss(auxiliary, features, arm, crops, latent))
                 if number % max(1, steps // 4) == 0:
-                    rows = self.measure(auxiliary, features, condition, self.generator)
+                    rows = self.measure(auxiliary, features, arm, self.generator)
                     curve.append({"step": float(number), **_mean(rows)})
-        frozen = self.measure(auxiliary, features, condition, self.generator)
-        generator = self._train_together(auxiliary, features, condition)
-        joint = self.measure(auxiliary, features, condition, generator)
+        frozen = self.measure(auxiliary, features, arm, self.generator)
+        generator = self._train_together(auxiliary, features, arm)
+        joint = self.measure(auxiliary, features, arm, generator)
         return {"curve": curve, "frozen": frozen, "joint": joint, "health": self._health(generator)}
 
     @torch.no_grad()
@@ -248,17 +248,17 @@ class Bench:
         self,
         auxiliary: nn.Module,
         features: StructureFeatures | None,
-        condition: Condition,
+        arm: CollapseArm,
         generator: UNet2DConditionModel,
     ) -> list[Values]:
-        """Means of the diagnostics on the held-out crops, a row for each of `LEVELS`; the same noise every time."""
+        """Means of the diagnostics on the held-out crops, one row per noise level; the noise is the same every time."""
         random = torch.Generator().manual_seed(1)
         crops = self.held_out
         latent = torch.cat([self._generate(generator, some) for some in crops.given.split(64)])
         parts = [crops.take(some) for some in torch.arange(len(crops)).split(64)]
-        seen = [self._see(features, condition, some) for some in parts]
+        seen = [self._see(features, arm, some) for some in parts]
         rows = []
-        for level in LEVELS:
+        for level in NOISE_LEVELS:
             sums: dict[str, list[Tensor]] = {}
             for z, given in zip(latent.split(64), seen):
                 t = torch.full((z.shape[0],), int(level * self.schedule.steps))
@@ -286,8 +286,8 @@ class Bench:
         t = torch.full((given.shape[0],), GENERATOR_TIMESTEP)
         return given - self._predict(generator, given, t, None)
 
-    def _see(self, features: StructureFeatures | None, condition: Condition, crops: Crops) -> list[Tensor] | None:
-        return None if features is None else features(condition_maps(condition, crops))
+    def _see(self, features: StructureFeatures | None, arm: CollapseArm, crops: Crops) -> list[Tensor] | None:
+        return None if features is None else features(condition_maps(arm, crops))
 
     def _train_teacher(self) -> None:
         with Descent(self.teacher.parameters(), self.config.prior_steps, self.config.learning_rate) as step:
@@ -307,15 +307,15 @@ class Bench:
         self,
         auxiliary: nn.Module,
         features: StructureFeatures | None,
-        condition: Condition,
+        arm: CollapseArm,
         crops: Crops,
         latent: Tensor,
     ) -> Tensor:
         noisy, eps, t = self._noised(latent, all_timesteps())
-        return auxiliary_loss(self._predict(auxiliary, noisy, t, self._see(features, condition, crops)), eps)
+        return auxiliary_loss(self._predict(auxiliary, noisy, t, self._see(features, arm, crops)), eps)
 
     def _train_together(
-        self, auxiliary: nn.Module, features: StructureFeatures | None, condition: Condition
+        self, auxiliary: nn.Module, features: StructureFeatures | None, arm: CollapseArm
     ) -> UNet2DConditionModel:
         generator: UNet2DConditionModel = copy.deepcopy(self.generator).requires_grad_(True)
         rate, steps = self.config.learning_rate / 10, self.config.joint_steps
@@ -325,11 +325,11 @@ class Bench:
                 latent = self._generate(generator, crops.given)
                 with torch.no_grad():
                     noisy, eps, t = self._noised(latent, TimestepConfig())
-                    seen = self._see(features, condition, crops)
+                    seen = self._see(features, arm, crops)
                     judged = [self._predict(network, noisy, t, seen) for network in (self.teacher, auxiliary)]
                     g = icm_gradient(judged[0], judged[1], eps)
                 move(F.mse_loss(latent, crops.truth) + self.config.icm_weight * icm_loss(latent, g))
-                follow(self._auxiliary_loss(auxiliary, features, condition, crops, latent.detach()))
+                follow(self._auxiliary_loss(auxiliary, features, arm, crops, latent.detach()))
         return generator.requires_grad_(False)
 
     @torch.no_grad()
@@ -353,11 +353,11 @@ def adapter_stem(structure: StructureConfig) -> str:
     return "_".join(re.findall("[a-z0-9]+", json.dumps(structure.describe(), sort_keys=True)))
 
 
-def condition_maps(condition: Condition, crops: Crops) -> Tensor:
+def condition_maps(arm: CollapseArm, crops: Crops) -> Tensor:
     """The condition [N, channels, H, W] of `crops`, from the truth or from the resized input."""
-    if condition.source == "truth":
-        return condition.structure.maps(bytes_to_unit(crops.sharp))
-    return condition.structure.maps(resize(bytes_to_unit(crops.low), *crops.sharp.shape[-2:]))
+    if arm.source == "truth":
+        return arm.structure.maps(bytes_to_unit(crops.sharp))
+    return arm.structure.maps(resize(bytes_to_unit(crops.low), *crops.sharp.shape[-2:]))
 
 
 def _detail(latent: Tensor) -> Tensor:

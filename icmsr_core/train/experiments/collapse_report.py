@@ -13,17 +13,19 @@ from matplotlib.figure import Figure
 from ...whole_file import replace_file
 from ..run.plots import DPI, write_figure
 
-Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+CollapseResults = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By condition and seed: what `Bench.run` returned."""
-MEASURES = {
-    "rho": (r"$\rho$ = mean$|\epsilon_\phi-\epsilon_\psi|$ / mean$|\epsilon_\phi-\epsilon|$", 1.0),
-    "cos": (r"cosine of $g$ and the SDS direction", 1.0),
-    "mse_auxiliary": (r"auxiliary's error, mse($\epsilon_\psi$, $\epsilon$)", 0.0),
-    "mse_teacher": (r"teacher's error, mse($\epsilon_\phi$, $\epsilon$)", None),
+DIAGNOSTIC_LABELS = {
+    "rho": r"$\rho$ = mean$|\epsilon_\phi-\epsilon_\psi|$ / mean$|\epsilon_\phi-\epsilon|$",
+    "cos": r"cosine of $g$ and the SDS direction",
+    "mse_auxiliary": r"auxiliary's error, mse($\epsilon_\psi$, $\epsilon$)",
+    "mse_teacher": r"teacher's error, mse($\epsilon_\phi$, $\epsilon$)",
 }
-"""Label, and where collapse lies."""
+"""What plots call each diagnostic of `diagnostics`."""
+COLLAPSED = {"rho": 1.0, "cos": 1.0, "mse_auxiliary": 0.0}
+"""The value of each sign of collapse when the regulariser has collapsed."""
 PHASES = {"frozen": "frozen generator", "joint": "after joint training"}
-COLOURS = {"frozen": "#1b6ca8", "joint": "#d1495b"}
+PHASE_COLOURS = {"frozen": "#1b6ca8", "joint": "#d1495b"}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -37,12 +39,14 @@ def over_levels(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
 
 
-def summary(results: Results) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+def summary(results: CollapseResults) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
     """By condition, phase and measure: mean and deviation over the seeds of the mean over noise levels."""
     table: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for condition, seeds in results.items():
         table[condition] = {
-            phase: {name: spread([over_levels(run[phase], name) for run in seeds.values()]) for name in MEASURES}
+            phase: {
+                name: spread([over_levels(run[phase], name) for run in seeds.values()]) for name in DIAGNOSTIC_LABELS
+            }
             for phase in PHASES
         }
         health = [run["health"] for run in seeds.values()]
@@ -53,7 +57,7 @@ def summary(results: Results) -> dict[str, dict[str, dict[str, tuple[float, floa
     return table
 
 
-def markdown(results: Results) -> str:
+def markdown(results: CollapseResults) -> str:
     """The table of `summary` in Markdown."""
     lines = [
         "| condition | rho | cos | mse auxiliary | mse teacher | rho, joint | cos, joint | mse auxiliary, joint "
@@ -61,7 +65,7 @@ def markdown(results: Results) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for condition, phases in summary(results).items():
-        cells = [phases["frozen"][name] for name in MEASURES]
+        cells = [phases["frozen"][name] for name in DIAGNOSTIC_LABELS]
         cells += [phases["joint"][name] for name in ("rho", "cos", "mse_auxiliary")]
         cells += [phases["health"][name] for name in ("mse", "detail")]
         text = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)
@@ -69,12 +73,12 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-def conditions_figure(results: Results) -> Figure:
+def conditions_figure(results: CollapseResults) -> Figure:
     """Every measure against the condition, from sparse to dense, for both phases."""
     table, names = summary(results), list(results)
     figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
-    for panel, (name, (label, collapse)) in zip(axes.flat, MEASURES.items()):
+    for panel, (name, label) in zip(axes.flat, DIAGNOSTIC_LABELS.items()):
         for offset, (phase, words) in zip((-0.08, 0.08), PHASES.items()):
             means, deviations = zip(*(table[condition][phase][name] for condition in names))
             places = [index + offset for index in range(len(names))]
@@ -86,17 +90,18 @@ def conditions_figure(results: Results) -> Figure:
                 markersize=5,
                 linewidth=1.4,
                 capsize=3,
-                color=COLOURS[phase],
+                color=PHASE_COLOURS[phase],
                 label=words,
             )
-        if collapse is not None:
-            panel.axhline(collapse, color="#777777", linestyle="--", linewidth=1)
+        collapsed = COLLAPSED.get(name)
+        if collapsed is not None:
+            panel.axhline(collapsed, color="#777777", linestyle="--", linewidth=1)
             panel.annotate(
-                f"full collapse: {collapse:g}",
-                (0.02, collapse),
+                f"full collapse: {collapsed:g}",
+                (0.02, collapsed),
                 xycoords=("axes fraction", "data"),
                 fontsize=9,
-                xytext=(0, 3 if collapse == 0 else -11),
+                xytext=(0, 3 if collapsed == 0 else -11),
                 textcoords="offset points",
                 color="#555555",
             )
@@ -111,12 +116,12 @@ def conditions_figure(results: Results) -> Figure:
     return figure
 
 
-def levels_figure(results: Results, shown: Sequence[str]) -> Figure:
+def levels_figure(results: CollapseResults, shown: Sequence[str]) -> Figure:
     """Every measure against the noise level, frozen generator, for a few conditions; one thin line a seed."""
     figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     palette = ("#777777", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")
-    for panel, (name, (label, collapse)) in zip(axes.flat, MEASURES.items()):
+    for panel, (name, label) in zip(axes.flat, DIAGNOSTIC_LABELS.items()):
         for colour, condition in zip(palette, shown):
             for number, run in enumerate(results[condition].values()):
                 rows = run["frozen"]
@@ -130,8 +135,9 @@ def levels_figure(results: Results, shown: Sequence[str]) -> Figure:
                     markersize=3,
                     label=condition if number == 0 else None,
                 )
-        if collapse is not None:
-            panel.axhline(collapse, color="#777777", linestyle="--", linewidth=1)
+        collapsed = COLLAPSED.get(name)
+        if collapsed is not None:
+            panel.axhline(collapsed, color="#777777", linestyle="--", linewidth=1)
         panel.set_title(label, fontsize=11)
         panel.grid(alpha=0.25)
     for panel in axes[1]:
@@ -142,7 +148,7 @@ def levels_figure(results: Results, shown: Sequence[str]) -> Figure:
     return figure
 
 
-def write_report(results: Results, folder: Path) -> list[Path]:
+def write_report(results: CollapseResults, folder: Path) -> list[Path]:
     """``collapse.md`` (the table), ``collapse.json`` (every value) and two plots in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "collapse.md", folder / "collapse.json"]

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ...pictures.files import FloatArray, Picture, find_pictures, from_tensor, r
 from ...pictures.ranges import unit_to_signed
 from ...runtime.diffusers_backbone import DiffusersBackbone, build_networks
 from ...runtime.prompts import check_prompts, constant_prompt
+from ...upscale.one_step import Progress
 from ...weights.base import BaseFolder
 from ...whole_file import replace_file
 from ..networks.conditioning import WITHOUT_ADAPTER, ConditionConfig, StructureFeatures
@@ -108,7 +109,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class View:
-    """What `measure` found."""
+    """What `measure_view` found."""
 
     timesteps: tuple[int, ...]
     """Noise levels."""
@@ -123,7 +124,6 @@ class View:
 
 
 Arms = Mapping[str, tuple[ConditionConfig, StructureFeatures]]
-Progress = Callable[[int, int], None]
 
 
 def check_view(config: ViewConfig, base: BaseFolder) -> None:
@@ -182,7 +182,7 @@ def load_arms(config: ViewConfig, base: BaseFolder, device: torch.device) -> Arm
 
 
 @torch.no_grad()
-def measure(
+def measure_view(
     backbone: Backbone,
     arms: Arms,
     names: tuple[str, ...],

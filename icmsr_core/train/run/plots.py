@@ -30,7 +30,7 @@ COLLAPSE_RANGE = (0.2, 0.8)
 """Timesteps, in T, for which collapse means something: below, no network knows the noise; above, every one does."""
 RED = "#c0392b"
 
-DIAGNOSTICS = {
+DIAGNOSTIC_TITLES = {
     "rho": ("gradient's size over SDS's, ρ", r"mean|$ε_φ − ε_ψ$| / mean|$ε_φ − ε$|"),
     "cos": ("gradient's direction against SDS's", r"cos($ε_φ − ε_ψ$, $ε_φ − ε$)"),
     "mse_teacher": ("teacher's error", r"mse($ε_φ$, $ε$)"),
@@ -87,7 +87,7 @@ def diagnostics_figure(rows: Rows) -> Figure | None:
 
     Where collapse lies is shaded. Bins outside `COLLAPSE_RANGE` are dashed: there the lines may enter it unharmed.
     """
-    found = {name: _bins(rows, f"icm/{name}/") for name in DIAGNOSTICS}
+    found = {name: _bins(rows, f"icm/{name}/") for name in DIAGNOSTIC_TITLES}
     found = {name: bins for name, bins in found.items() if bins}
     if not found:
         return None
@@ -101,7 +101,7 @@ def diagnostics_figure(rows: Rows) -> Figure | None:
                 inside = COLLAPSE_RANGE[0] <= bounds[0] and bounds[1] <= COLLAPSE_RANGE[1]
                 label = f"{bounds[0]:g}–{bounds[1]:g}"
                 handles[label] = _draw(axes, series(rows, keys[bounds]), colour, "-" if inside else (0, (4, 2)))
-        title, unit = DIAGNOSTICS[name]
+        title, unit = DIAGNOSTIC_TITLES[name]
         _finish(axes, title, unit, log="positive" if name.startswith("mse") else "never")
         band = _shade_collapse(axes, name)
         if band is not None:

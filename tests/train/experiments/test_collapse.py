@@ -10,11 +10,11 @@ from PIL import Image
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.experiments.collapse import (
-    CONDITIONS,
-    LEVELS,
+    COLLAPSE_ARMS,
+    NOISE_LEVELS,
     Bench,
+    CollapseArm,
     CollapseConfig,
-    Condition,
     Crops,
     condition_maps,
 )
@@ -39,9 +39,9 @@ def bench() -> Bench:
 
 
 def test_an_auxiliary_that_is_the_teacher_shows_no_difference(bench):
-    none = Condition("none", StructureConfig("none"))
+    none = CollapseArm("none", StructureConfig("none"))
     rows = bench.measure(bench.teacher, None, none, bench.generator)
-    assert [row["t"] for row in rows] == list(LEVELS)
+    assert [row["t"] for row in rows] == list(NOISE_LEVELS)
     assert all(row["rho"] == 0 and row["mse_auxiliary"] == row["mse_teacher"] for row in rows)
 
 
@@ -56,7 +56,7 @@ def test_an_auxiliary_that_knows_the_noise_is_full_collapse(bench, monkeypatch):
         return bench.schedule.eps_from_x0(noisy, latent, t)
 
     monkeypatch.setattr(bench, "_predict", omniscient)
-    rows = bench.measure("auxiliary", None, Condition("none", StructureConfig("none")), bench.generator)
+    rows = bench.measure("auxiliary", None, CollapseArm("none", StructureConfig("none")), bench.generator)
     for row in rows:
         assert row["rho"] == pytest.approx(1, abs=1e-3)
         assert row["cos"] == pytest.approx(1, abs=1e-3)
@@ -65,10 +65,10 @@ def test_an_auxiliary_that_knows_the_noise_is_full_collapse(bench, monkeypatch):
 
 def test_conditions_go_from_nothing_to_everything():
     some = crops(2)
-    channels = [condition.structure.channels for condition in CONDITIONS]
+    channels = [arm.structure.channels for arm in COLLAPSE_ARMS]
     assert channels[0] == 0
-    assert len({condition.name for condition in CONDITIONS}) == len(CONDITIONS) == 11
-    by_name = {condition.name: condition for condition in CONDITIONS}
+    assert len({arm.name for arm in COLLAPSE_ARMS}) == len(COLLAPSE_ARMS) == 11
+    by_name = {arm.name: arm for arm in COLLAPSE_ARMS}
     assert torch.equal(condition_maps(by_name["image"], some), some.sharp.float() / 255)
     assert not torch.equal(condition_maps(by_name["image of input"], some), some.sharp.float() / 255)
     one = condition_maps(by_name["colormap 1"], some)
@@ -76,7 +76,7 @@ def test_conditions_go_from_nothing_to_everything():
 
 
 def fake(rho: float) -> dict:
-    rows = [{"t": t, "rho": rho + t, "cos": rho, "mse_auxiliary": 0.1, "mse_teacher": 0.2} for t in LEVELS]
+    rows = [{"t": t, "rho": rho + t, "cos": rho, "mse_auxiliary": 0.1, "mse_teacher": 0.2} for t in NOISE_LEVELS]
     health = [{"mse": 0.5, "variety": 1.0, "detail": 0.7}, {"mse": 0.4, "variety": 0.9, "detail": 0.8}]
     return {"frozen": rows, "joint": rows, "curve": [], "health": health}
 
@@ -85,7 +85,7 @@ def test_the_report_means_over_levels_and_spreads_over_seeds():
     results = {"none": {0: fake(0.1), 1: fake(0.3)}, "icm": {0: fake(0.5), 1: fake(0.5)}}
     table = summary(results)
     assert table["none"]["frozen"]["cos"] == pytest.approx((0.2, np.std([0.1, 0.3], ddof=1)))
-    assert table["icm"]["joint"]["rho"] == pytest.approx((0.5 + np.mean(LEVELS), 0), abs=1e-9)
+    assert table["icm"]["joint"]["rho"] == pytest.approx((0.5 + np.mean(NOISE_LEVELS), 0), abs=1e-9)
     assert table["icm"]["health"]["mse"] == pytest.approx((0.8, 0))
     assert "| none | 0.700 ± 0.141 | 0.200 ± 0.141 |" in markdown(results)
     assert spread([3.0]) == (3.0, 0.0)
@@ -153,6 +153,6 @@ def test_errors_name_the_value():
 def test_the_committed_report_is_of_the_committed_conditions():
     """docs/collapse.md's table is what the script wrote."""
     results = json.loads((Path(ROOT) / "docs" / "collapse.json").read_text())
-    assert list(results) == [condition.name for condition in CONDITIONS]
+    assert list(results) == [arm.name for arm in COLLAPSE_ARMS]
     by_seed = {name: {int(seed): run for seed, run in seeds.items()} for name, seeds in results.items()}
     assert markdown(by_seed) in (Path(ROOT) / "docs" / "collapse.md").read_text()
