@@ -23,7 +23,7 @@ from .metadata import Metadata, read_metadata, save_arguments
 from .samples import upright_samples
 from .sixteen_bits import PNG_SIGNATURE, encode_png_16bit, encode_tiff_16bit
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -143,7 +143,7 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
                 # MPO: a photograph with a depth map or a second eye behind it; nobody expects those in the output.
                 frames = int(getattr(image, "n_frames", 1))
                 if frames > 1 and image.format != "MPO":
-                    logger.warning("%s: only the first of its %d frames is read", path, frames)
+                    log.warning("%s: only the first of its %d frames is read", path, frames)
                 return _decode(image, data, path)
     except (IcmsrError, MemoryError):
         raise
@@ -245,7 +245,7 @@ def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> byt
     alpha = picture.alpha
     on_white = alpha is not None and file_format == "JPEG"
     if on_white:
-        logger.warning("%s: JPEG has no transparency, the picture is laid on white", path)
+        log.warning("%s: JPEG has no transparency, the picture is laid on white", path)
     wide = picture.bits == 16 and file_format in ("PNG", "TIFF")
     kept = alpha is not None and not on_white
     grey = picture.grey and file_format != "WEBP" and not (wide and kept and file_format == "TIFF")

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ORIENTATION = 0x0112
 _EXIF_IFD = 0x8769
@@ -79,11 +79,11 @@ def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[
         if space == (b"GRAY" if grey and file_format != "WEBP" else b"RGB "):
             arguments["icc_profile"] = metadata.icc_profile
         else:
-            logger.warning("the colour profile is left out: it is for %r samples", space.decode("latin-1").strip())
+            log.warning("the colour profile is left out: it is for %r samples", space.decode("latin-1").strip())
     blocks = {"exif": metadata.exif, "xmp": metadata.xmp}
     for name, block in blocks.items():
         if block is not None and file_format == "JPEG" and len(block) > _JPEG_SEGMENT - 64:
-            logger.warning("%s is left out: its %d bytes are too many for JPEG", name.upper(), len(block))
+            log.warning("%s is left out: its %d bytes are too many for JPEG", name.upper(), len(block))
             blocks[name] = None
     exif, xmp = blocks["exif"], blocks["xmp"]
     if file_format == "TIFF":
@@ -115,7 +115,7 @@ def _exif_of(image: Image.Image) -> Image.Exif:
     try:
         return image.getexif()
     except Exception as error:  # a damaged block raises whatever its parser stumbles over
-        logger.warning("EXIF is left out, it cannot be read: %s", error)
+        log.warning("EXIF is left out, it cannot be read: %s", error)
         return Image.Exif()
 
 
@@ -133,7 +133,7 @@ def _exif_bytes(image: Image.Image) -> bytes | None:
         exif[ORIENTATION] = 1
         block = exif.tobytes()
     except Exception as error:
-        logger.warning("EXIF is left out, it cannot be read: %s", error)
+        log.warning("EXIF is left out, it cannot be read: %s", error)
         return None
     return block if block.startswith(b"Exif\0\0") else b"Exif\0\0" + block
 

@@ -15,7 +15,7 @@ from ..errors import IcmsrError
 from .metadata import orientation_of
 from .sixteen_bits import decode_16bit
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 _SIGNED = 2
@@ -46,7 +46,7 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
         samples = _color_samples(image, data, path, orientation, remaining)
         if samples is not None:
             return samples, 65535
-        logger.warning("%s: its 16-bit samples could only be read as 8 bits", path)
+        log.warning("%s: its 16-bit samples could only be read as 8 bits", path)
     return _turned(_eight_bit_samples(image, depth), remaining), 255
 
 
@@ -134,7 +134,7 @@ def _rgb_from_cmyk(image: Image.Image) -> Image.Image:
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, ImportError, OSError) as error:
-            logger.warning("the CMYK profile cannot be used, colours are converted without it: %s", error)
+            log.warning("the CMYK profile cannot be used, colours are converted without it: %s", error)
     return image.convert("RGB")
 
 
