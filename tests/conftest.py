@@ -3,10 +3,12 @@
 Fixtures that need a real ComfyUI skip their tests where there is none.
 """
 
+import importlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from filelock import FileLock  # torch brings it
 
 from tests.support.comfy_harness import Server, find_comfyui, find_uv, prepare_python
 from tests.support.model_files import TINY, write_base
-from tests.support.script_process import ROOT, ScriptProcess
+from tests.support.places import ROOT
+from tests.support.script_process import ScriptProcess, start_server
 from tests.support.workers import rank_of, scheduler, share_out
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, put the pack into its custom_nodes, or clone it to ~/.cache/icm-sr/ComfyUI"
@@ -105,6 +108,14 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
                 assert process.wait(400) == 0, process.output()
             shutil.move(unfinished, folder)
     return folder / "runs"
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of benchmarks/ by its name, as a script there does. What it measures runs in forks."""
+    start_server()  # its list of imports holds what the measuring processes need
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.hookimpl(wrapper=True)

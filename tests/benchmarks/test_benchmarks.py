@@ -1,11 +1,9 @@
 """The benchmarks at tiny sizes: what they count, what their reference does, and that each prints its table."""
 
-import importlib
 import json
 import os
 import signal
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
@@ -15,23 +13,10 @@ import torch.nn.functional as F
 
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
 from icmsr_core.weights.base import BaseInfo
-from tests.support.script_process import ROOT, start_server
 
 NARROW = 0.05
 """Share of SD2.1's widths: 64 channels in the UNet, 32 in the VAE."""
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """A module of benchmarks/ by its name, as a script there sees it."""
-    start_server()  # its list of imports holds what the measuring processes need
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-
-    def load_module(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load_module
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -41,11 +26,11 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 def test_inference_prints_a_line_for_each_procedure_and_compares_their_times(
-    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs.json"
     options = ["--width", str(NARROW), "--sizes", "64", "--runs", "2", "--warmup", "0", "--threads", "1"]
-    assert load("inference").main([*options, "--clock", "cpu", "--json", str(out)]) == 0
+    assert load_benchmark("inference").main([*options, "--clock", "cpu", "--json", str(out)]) == 0
     said = capsys.readouterr().out
     rows = table(said)
     assert [row["model, procedure, precision"] for row in rows] == [
@@ -74,11 +59,11 @@ def test_inference_prints_a_line_for_each_procedure_and_compares_their_times(
 
 
 def test_inference_counts_the_operations_of_a_tiny_vae(
-    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs.json"
     options = ["--models", "sd21", "--width", str(NARROW), "--sizes", "64", "--runs", "1", "--threads", "1"]
-    assert load("inference").main([*options, "--warmup", "0", "--tiny", "--json", str(out)]) == 0
+    assert load_benchmark("inference").main([*options, "--warmup", "0", "--tiny", "--json", str(out)]) == 0
     reference, _, tiny = table(capsys.readouterr().out)
     assert tiny["model, procedure, precision"] == "sd21 x 0.05, ICM-SR with a tiny VAE, fp32"
     ratio = float(reference["total s"]) / float(tiny["total s"])
@@ -90,17 +75,17 @@ def test_inference_counts_the_operations_of_a_tiny_vae(
 
 
 def test_a_line_that_fails_does_not_end_the_run(
-    load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load_benchmark, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inference = load("inference")
-    found = iter([load("_measurement").ChildFailed("the process died"), None])
+    inference = load_benchmark("inference")
+    found = iter([load_benchmark("_measurement").ChildFailed("the process died"), None])
 
     def in_child(function, case):
         error = next(found)
         if error is not None:
             raise error
-        run = load("_measurement").Run((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
-        return load("_measurement").Measurement((run,), (1e12, 2e12, 3e12), 5e9, 2e12, 1)
+        run = load_benchmark("_measurement").Run((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
+        return load_benchmark("_measurement").Measurement((run,), (1e12, 2e12, 3e12), 5e9, 2e12, 1)
 
     monkeypatch.setattr(inference, "in_child", in_child)
     assert inference.main(["--models", "nano", "--sizes", "64", "128"]) == 1
@@ -126,16 +111,16 @@ def test_a_line_that_fails_does_not_end_the_run(
     ],
 )
 def test_wrong_flags_end_with_2_and_name_the_value(
-    load, script: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    load_benchmark, script: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        load(script).main(options)
+        load_benchmark(script).main(options)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_scaling_prints_time_and_memory_for_each_size(load, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("scaling").main(["--megapixels", "0.01", "0.02", "--aspect", "2", "--threads", "1"]) == 0
+def test_scaling_prints_time_and_memory_for_each_size(load_benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_benchmark("scaling").main(["--megapixels", "0.01", "0.02", "--aspect", "2", "--threads", "1"]) == 0
     first, second = table(capsys.readouterr().out)
     assert (first["px"], second["px"]) == ("144 x 72", "204 x 104")
     assert first["against the first"] == "+0%"
@@ -144,7 +129,7 @@ def test_scaling_prints_time_and_memory_for_each_size(load, capsys: pytest.Captu
 
 
 def test_fidelity_measures_bicubic_and_every_fidelity_and_plots_them(
-    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random = np.random.default_rng(0)
     for name in ("a", "b", "c"):
@@ -153,7 +138,7 @@ def test_fidelity_measures_bicubic_and_every_fidelity_and_plots_them(
             cv2.imwrite(str(tmp_path / folder / f"{name}.png"), random.integers(0, 256, (side, side, 3), np.uint8))
     plot = tmp_path / "new" / "curve.png"
     options = ["--pairs", str(tmp_path), "--every", "2", "--threads", "1", "--plot", str(plot)]
-    assert load("fidelity").main([*options, "--fidelities", "1", "0"]) == 0
+    assert load_benchmark("fidelity").main([*options, "--fidelities", "1", "0"]) == 0
     said = capsys.readouterr().out
     assert "means of 2 pairs" in said
     bicubic, faithful, realistic = table(said)
@@ -163,7 +148,7 @@ def test_fidelity_measures_bicubic_and_every_fidelity_and_plots_them(
 
 
 def test_fidelity_takes_the_mean_of_the_pictures_that_a_measure_is_defined_for(
-    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A flat picture has no high frequencies to compare with."""
     random = np.random.default_rng(0)
@@ -172,19 +157,19 @@ def test_fidelity_takes_the_mean_of_the_pictures_that_a_measure_is_defined_for(
         cv2.imwrite(str(tmp_path / folder / "noise.png"), random.integers(0, 256, (side, side, 3), np.uint8))
         cv2.imwrite(str(tmp_path / folder / "flat.png"), np.full((side, side, 3), 90, np.uint8))
     options = ["--pairs", str(tmp_path), "--threads", "1", "--fidelities", "0"]
-    assert load("fidelity").main(options) == 0
+    assert load_benchmark("fidelity").main(options) == 0
     both = table(capsys.readouterr().out)
     for folder in ("lr", "hr"):
         (tmp_path / folder / "flat.png").unlink()
-    assert load("fidelity").main(options) == 0
+    assert load_benchmark("fidelity").main(options) == 0
     alone = table(capsys.readouterr().out)
     assert [row["high-frequency ratio"] for row in both] == [row["high-frequency ratio"] for row in alone]
     assert [row["PSNR-Y"] for row in both] != [row["PSNR-Y"] for row in alone]
 
 
-def test_tile_memory_grows_with_tile_and_batch(load, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tile_memory_grows_with_tile_and_batch(load_benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tiles", "128", "256", "--batches", "1", "2", "--parts", "unet", "decoder", "--threads", "1"]
-    assert load("tile_memory").main([*options, "--clock", "cpu"]) == 0
+    assert load_benchmark("tile_memory").main([*options, "--clock", "cpu"]) == 0
     rows = table(capsys.readouterr().out)
     assert [(row["part"], row["tile"], row["batch"]) for row in rows] == [
         ("unet", "128", "1"),
@@ -203,9 +188,9 @@ def test_tile_memory_grows_with_tile_and_batch(load, capsys: pytest.CaptureFixtu
 
 @pytest.mark.comfy
 def test_node_overhead_compares_the_node_with_the_library_on_the_same_result(
-    load, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]
+    load_benchmark, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load("node_overhead")
+    script = load_benchmark("node_overhead")
     assert script.main(["--size", "128", "--runs", "2", "--threads", "1", "--clock", "cpu"]) == 0
     said = capsys.readouterr().out
     (row,) = table(said)
@@ -215,9 +200,9 @@ def test_node_overhead_compares_the_node_with_the_library_on_the_same_result(
     assert row["overhead"][0] in "+-"
 
 
-def test_operations_are_counted(load) -> None:
+def test_operations_are_counted(load_benchmark) -> None:
     """2 per multiply-add, attention on the CPU too; each stage has its own."""
-    measurement = load("_measurement")
+    measurement = load_benchmark("_measurement")
     unet = torch.nn.Linear(8, 4, bias=False)
     q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 24, 8)
 
@@ -238,9 +223,9 @@ def test_operations_are_counted(load) -> None:
     assert not unet._forward_pre_hooks
 
 
-def test_counting_leaves_attention_in_one_piece(load) -> None:
+def test_counting_leaves_attention_in_one_piece(load_benchmark) -> None:
     """In inference mode the counter would turn it into matrix products and hold their matrix of scores, 64 MiB here."""
-    measurement, q = load("_measurement"), torch.randn(1, 1, 4096, 8)
+    measurement, q = load_benchmark("_measurement"), torch.randn(1, 1, 4096, 8)
     counter = measurement.FlopCounterMode(display=False, custom_mapping=measurement._uncounted())
     with torch.inference_mode(), counter:
         F.scaled_dot_product_attention(q, q, q)
@@ -265,8 +250,8 @@ def fail(by_signal: bool) -> None:
     raise ValueError("no\nsuch thing")
 
 
-def test_a_child_process_measures_its_own_peak_and_its_failure_is_told_in_one_line(load) -> None:
-    measurement = load("_measurement")
+def test_a_child_process_measures_its_own_peak_and_its_failure_is_told_in_one_line(load_benchmark) -> None:
+    measurement = load_benchmark("_measurement")
     small, large, small_again = (measurement.in_child(hold, size) for size in (1, 201, 1))
     assert large - small == pytest.approx(200 * 2**20, rel=0.1)
     assert small_again == pytest.approx(small, rel=0.1)
@@ -276,8 +261,8 @@ def test_a_child_process_measures_its_own_peak_and_its_failure_is_told_in_one_li
         measurement.in_child(fail, True)
 
 
-def test_processor_time_does_not_count_waiting(load) -> None:
-    measurement = load("_measurement")
+def test_processor_time_does_not_count_waiting(load_benchmark) -> None:
+    measurement = load_benchmark("_measurement")
     watches = [measurement.Stopwatch(CPU, clock) for clock in measurement.CLOCKS]
     before = [watch.now() for watch in watches]
     __import__("time").sleep(0.3)
@@ -286,9 +271,9 @@ def test_processor_time_does_not_count_waiting(load) -> None:
     assert processor < 0.2
 
 
-def test_the_reference_s_networks_have_as_many_parameters_as_the_published_ones(load) -> None:
+def test_the_reference_s_networks_have_as_many_parameters_as_the_published_ones(load_benchmark) -> None:
     """Parameters of SD2.1's UNet and VAE, from the configurations alone."""
-    networks = load("_sd_networks")
+    networks = load_benchmark("_sd_networks")
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -301,8 +286,8 @@ def test_the_reference_s_networks_have_as_many_parameters_as_the_published_ones(
     assert sum(map(len, networks.unet_targets(unet).values())) == 258
 
 
-def test_the_reference_does_what_osediff_does(load) -> None:
-    networks = load("_sd_networks")
+def test_the_reference_does_what_osediff_does(load_benchmark) -> None:
+    networks = load_benchmark("_sd_networks")
     settings = networks.ReferenceSettings(latent_tile=8, latent_overlap=2, encoder_tile=64, decoder_tile=8)
     torch.manual_seed(0)
     reference = networks.Reference(NARROW, CPU, torch.float32, settings)
@@ -325,8 +310,8 @@ def test_the_reference_does_what_osediff_does(load) -> None:
     assert reference.notes == () or reference.text_encoder is None
 
 
-def test_the_reference_s_tiles_overlap_under_a_gaussian_window(load) -> None:
-    networks = load("_sd_networks")
+def test_the_reference_s_tiles_overlap_under_a_gaussian_window(load_benchmark) -> None:
+    networks = load_benchmark("_sd_networks")
     assert networks.tile_starts(256, 96, 32) == [0, 64, 128, 160]
     assert networks.tile_starts(96, 96, 32) == [0]
     assert networks.tile_starts(97, 96, 32) == [0, 1]
@@ -338,14 +323,14 @@ def test_the_reference_s_tiles_overlap_under_a_gaussian_window(load) -> None:
 
 
 @pytest.mark.parametrize("name", ["inference", "scaling", "tile_memory"])
-def test_help_lists_the_flags_and_ends_with_0(load, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_flags_and_ends_with_0(load_benchmark, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        load(name).main(["--help"])
+        load_benchmark(name).main(["--help"])
     assert stopped.value.code == 0
     assert "--clock" in capsys.readouterr().out
 
 
-def test_autoencoder_prints_what_comes_back(load, tmp_path, capsys) -> None:
+def test_autoencoder_prints_what_comes_back(load_benchmark, tmp_path, capsys) -> None:
     """An untrained thumbnail codec knows plain colours and coarse shapes, and no fine ones."""
     torch.manual_seed(0)
     config = NetworkConfig(8, (32, 32, 32), unet_channels=(32, 32))
@@ -356,7 +341,7 @@ def test_autoencoder_prints_what_comes_back(load, tmp_path, capsys) -> None:
     fine = 255 * (np.indices((70, 90)).sum(0) % 2)
     cv2.imwrite(str(pictures / "fine.png"), fine.astype(np.uint8))
     cv2.imwrite(str(pictures / "plain.png"), np.full((64, 64, 3), 90, np.uint8))
-    benchmark = load("autoencoder")
+    benchmark = load_benchmark("autoencoder")
     assert benchmark.main([str(tmp_path / "base"), "--pictures", str(pictures)]) == 0
     line = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
     values = dict(zip(benchmark.COLUMNS, line))

@@ -1,8 +1,6 @@
 """Tile and batch from free memory: what is chosen, and the memory that it was chosen for against real runs."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,6 @@ from icmsr_core.upscale.tile_choice import (
     fit_to_memory,
     needed_memory,
 )
-from tests.support.places import ROOT
 
 NANO = SimpleNamespace(descriptor=BackboneDescriptor("nano", 8, 4, 8, 999, "residual"))
 SD21 = SimpleNamespace(descriptor=BackboneDescriptor("sd21", 4, 8, 64, 999, "eps"))
@@ -121,31 +118,11 @@ def test_a_card_takes_as_many_tiles_as_fit_in_batches_of_one_size():
 @pytest.mark.parametrize(
     ("part", "tile", "vae"), [("unet", 512, "bounded"), ("decoder", 256, "bounded"), ("encoder", 256, "exact")]
 )
-def test_real_runs_take_no_more_than_was_counted_on(part, tile, vae):
+def test_real_runs_take_no_more_than_was_counted_on(load_benchmark, part, tile, vae):
     """nano on the CPU, each part where it needs the most, by the benchmark that the numbers come from."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks" / "tile_memory.py",
-            "--parts",
-            part,
-            "--tiles",
-            str(tile),
-            "--batches",
-            "2",
-            "--threads",
-            "1",
-            "--vae",
-            vae,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    measured = 1e6 * float(done.stdout.splitlines()[-1].split("|")[6])
+    benchmark, measurement = load_benchmark("tile_memory"), load_benchmark("_measurement")
+    case = benchmark.Case("nano", part, "fp32", "cpu", tile, 2 if part == "unet" else 1, 1, "cpu", vae)
+    measured = measurement.in_child(benchmark.measure_case, case).memory
     settings, side = replace(PLAIN, tile=tile, batch=2, vae=vae), 2 * tile
     counted = needed_memory(side, side, settings, NANO.descriptor, 4, "cpu") - PICTURES * side**2
     print(json.dumps({"part": part, "measured": measured, "counted": counted}))
