@@ -94,11 +94,12 @@ def _measure(
 def load_ours(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, torch.nn.Module]:
     """The backbone of `case` and its UNet."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.runtime.recipe import Recipe
     from icmsr_core.weights.embedded import embedded_generator
 
     silence_diffusers()
     if case.model == "nano":
-        backbone = load_backbone(generator=embedded_generator(), device=device, dtype=dtype)
+        backbone = load_backbone(Recipe(generator=embedded_generator(), device=case.device, dtype=case.dtype))
     else:
         from _sd_networks import our_backbone
 

@@ -69,12 +69,13 @@ class Found(NamedTuple):
 def measure_case(case: Case) -> Found:
     """Loads nano and measures `case`; for a process of its own."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.runtime.recipe import Recipe
     from icmsr_core.weights.embedded import embedded_generator
 
     use_threads(case.threads)
     silence_diffusers()
     device = torch.device(case.device)
-    backbone = load_backbone(generator=embedded_generator(), device=device, dtype=DTYPES[case.dtype])
+    backbone = load_backbone(Recipe(generator=embedded_generator(), device=case.device, dtype=case.dtype))
     peak, watch = Peak(device), Stopwatch(device, case.clock)
     upscale(backbone, torch.rand(1, 3, 32, 32, device=device), case.settings)
     peak.reset()

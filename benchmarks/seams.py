@@ -26,6 +26,7 @@ from icmsr_core.backbone.protocol import Backbone
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import make_plan, upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     use_threads(options.threads)
     silence_diffusers()
-    backbone = load_backbone(generator=embedded_generator())
+    backbone = load_backbone(Recipe(generator=embedded_generator()))
     found: dict[UpscaleSettings, list[Seam]] = {settings: [] for settings in chosen}
     for index, image in enumerate(pictures(options.pictures, options.number, options.shortest)):
         print(f"picture {index + 1}", file=sys.stderr, flush=True)

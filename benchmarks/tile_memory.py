@@ -69,17 +69,18 @@ def measure_case(case: Case) -> Found:
     """Loads the networks of `case` and measures it; for a process of its own."""
     use_threads(case.threads)
     torch.manual_seed(0)
-    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    device = torch.device(case.device)
     if case.model == "nano":
         from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+        from icmsr_core.runtime.recipe import Recipe
         from icmsr_core.weights.embedded import embedded_generator
 
         silence_diffusers()
-        backbone = load_backbone(generator=embedded_generator(), device=device, dtype=dtype)
+        backbone = load_backbone(Recipe(generator=embedded_generator(), device=case.device, dtype=case.dtype))
     else:
         from _sd_networks import our_backbone
 
-        backbone = our_backbone(1.0, device, dtype)
+        backbone = our_backbone(1.0, device, DTYPES[case.dtype])
     descriptor = backbone.descriptor
     factor, channels = descriptor.latent_factor, descriptor.latent_channels
     side = case.tile // factor if case.part == "unet" else 2 * case.tile // factor

@@ -85,12 +85,13 @@ def mosaic(folder: Path, size: int) -> torch.Tensor:
 def measure_case(case: Case) -> Found:
     """Loads nano and measures `case`; for a process of its own."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.runtime.recipe import Recipe
     from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
     from icmsr_core.weights.embedded import embedded_generator
 
     use_threads(case.threads)
     silence_diffusers()
-    backbone = load_backbone(generator=embedded_generator())
+    backbone = load_backbone(Recipe(generator=embedded_generator()))
     tile = case.tile // backbone.descriptor.latent_factor
     with torch.inference_mode():
         warm = torch.rand(1, 3, 64, 64)

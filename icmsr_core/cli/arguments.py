@@ -11,11 +11,10 @@ from pathlib import Path
 from .. import __version__
 from ..backbone.prediction import PREDICTIONS
 from ..exchange.kinds import EXPORT_FORMATS, IMPORT_KINDS
+from ..runtime.recipe import DTYPES
 from ..upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IcmsrError
+from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
-from ..weights.embedded import embedded_generator
+from ..weights.embedded import embedded_base, embedded_generator
 from .arguments import make_parser
 
 if TYPE_CHECKING:
     from ..runtime.diffusers_backbone import DiffusersBackbone
-    from ..runtime.precision import DtypeChoice
     from ..upscale.one_step import Progress
 
 
@@ -60,13 +60,17 @@ def run_demo_command(options: argparse.Namespace) -> int:
     """``icmsr demo``."""
     from tqdm import tqdm
 
+    from ..runtime.ingredients import check_recipe
     from .demo import run_demo
 
+    recipe = Recipe(generator=embedded_generator(), device=options.device, dtype=options.dtype)
     loaded: list[DiffusersBackbone] = []
 
     def load() -> DiffusersBackbone:
-        loaded.append(load_model("nano", "nano", options.device, options.dtype))
+        loaded.append(load_networks(recipe))
         return loaded[0]
+
+    check_recipe(recipe)
 
     with tqdm(desc="upscaling", unit="tile", disable=None) as bar:
         result = run_demo(load, options.out, bar_progress(bar))
@@ -98,25 +102,14 @@ def run_upscale(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from ..weights.fidelity import check_fidelity_applies
-    from ..weights.generator_file import holds_two_sets
+    from ..runtime.ingredients import check_recipe
     from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
 
-    if options.fidelity is not None:
-        path = generator_path(options.model)
-        check_fidelity_applies(str(path), holds_two_sets(path), options.fidelity)
+    recipe = recipe_of(options)
+    check_recipe(recipe)
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
-    backbone = load_model(
-        options.model,
-        options.base,
-        options.device,
-        options.dtype,
-        options.fidelity,
-        options.prompt,
-        options.tiny_vae,
-        options.compile,
-    )
+    backbone = load_networks(recipe)
     with (
         tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
         tqdm(unit="tile", leave=False, disable=None) as tiles,
@@ -227,48 +220,26 @@ def bar_progress(bar: Any) -> Progress:
     return advance
 
 
-def generator_path(model: str) -> Path:
-    """The generator file that ``--model`` names."""
-    return embedded_generator() if model == "nano" else Path(model)
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """What ``icmsr upscale`` was asked to load."""
+    return Recipe(
+        base=embedded_base() if options.base == "nano" else options.base,
+        generator=embedded_generator() if options.model == "nano" else Path(options.model),
+        fidelity=options.fidelity,
+        prompt=options.prompt,
+        tiny_vae=options.tiny_vae,
+        device=options.device,
+        dtype=options.dtype,
+        compile_unet=options.compile,
+    )
 
 
-def load_model(
-    model: str,
-    base: str,
-    device: str,
-    dtype: str,
-    fidelity: float | None = None,
-    prompt: str | None = None,
-    tiny_vae: Path | None = None,
-    compile_unet: bool = False,
-) -> DiffusersBackbone:
-    """The generator and base that ``--model`` and ``--base`` name, on the device and in the precision asked for."""
-    import torch
-
-    from ..runtime.device import pick_device
-
-    chosen = pick_device(device)
-
+def load_networks(recipe: Recipe) -> DiffusersBackbone:
+    """The networks of `recipe`, loaded without advice from diffusers to programmers."""
     from ..runtime.diffusers_backbone import load_backbone, silence_diffusers
 
     silence_diffusers()
-    types: dict[str, DtypeChoice] = {
-        "auto": "auto",
-        "fp32": torch.float32,
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-    }
-    known = None if base == "nano" else base
-    return load_backbone(
-        known,
-        generator_path(model),
-        device=chosen,
-        dtype=types[dtype],
-        fidelity=fidelity,
-        prompt=prompt,
-        tiny_vae=tiny_vae,
-        compile_unet=compile_unet,
-    )
+    return load_backbone(recipe)
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {

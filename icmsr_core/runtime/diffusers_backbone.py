@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +15,17 @@ from ..backbone.context import repeated_context
 from ..backbone.protocol import BackboneDescriptor
 from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
-from ..weights.base import BaseFolder, open_base
-from ..weights.embedded import embedded_base
-from ..weights.fidelity import check_fidelity_applies
-from ..weights.generator_file import PARTS, Generator, load_generator
-from ..weights.hub import find_base
+from ..weights.base import BaseFolder
+from ..weights.generator_file import PARTS, Generator
 from ..weights.merging import check_fit, merged_parameter
-from ..weights.tiny_vae_file import TinyVae, read_tiny_vae
-from .compilation import check_compiler, compiled
+from ..weights.tiny_vae_file import TinyVae
+from .compilation import compiled
 from .diffusers_vae_steps import decoder_steps, encoder_steps
 from .fixed_step import fix_step
+from .ingredients import resolve
 from .latents import decode_latent, encode_picture
-from .precision import DtypeChoice, GuardedPart, choose_dtype, computes_bf16, dtype_name
-from .prompts import embed_prompts
-
-log = logging.getLogger(__name__)
+from .precision import GuardedPart, dtype_name
+from .recipe import Recipe
 
 
 class DiffusersBackbone:
@@ -45,7 +39,6 @@ class DiffusersBackbone:
         prompt_embedding: Tensor,
         device: torch.device,
         dtype: torch.dtype,
-        compile_unet: bool = False,
     ) -> None:
         if dtype not in descriptor.dtypes:
             names = ", ".join(dtype_name(entry) for entry in descriptor.dtypes)
@@ -64,13 +57,18 @@ class DiffusersBackbone:
             "unet": GuardedPart("the UNet", (unet,), dtype),
         }
         self._context = prompt_embedding.to(device, dtype)
-        self._compiled = compiled if compile_unet else None
+        self._compiled: Callable[..., Any] | None = None
         self._fix_step()
 
     @property
     def descriptor(self) -> BackboneDescriptor:
         """See `Backbone`."""
         return self._descriptor
+
+    def compile_unet(self) -> None:
+        """Has torch.compile make code for every size of tile that comes from now on (`compilation`)."""
+        self._compiled = compiled
+        self._fix_step()
 
     def encode(self, image: Tensor) -> Tensor:
         """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
@@ -212,73 +210,15 @@ def _merged(base: BaseFolder, generator: Generator, part: str) -> Iterator[tuple
         yield parameter, merged_parameter(generator, part, parameter, tensor)
 
 
-def load_backbone(
-    base: Path | str | None = None,
-    generator: Path | Generator | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: DtypeChoice = torch.float32,
-    fidelity: float | None = None,
-    prompt: str | None = None,
-    tiny_vae: Path | None = None,
-    compile_unet: bool = False,
-) -> DiffusersBackbone:
-    """A base with a generator merged into it, ready to run.
-
-    `base` is a diffusers folder, a checkpoint file, or as a text also a hub id (see `find_base`); it defaults to the
-    embedded nano. Without `generator` the bare prior is loaded. `dtype` "auto" is the fastest precision that is safe
-    for the family on the device (see `choose_dtype`). `fidelity`, for a generator with a faithful and a realistic set
-    of weights: 0 is faithful, 1 realistic, up to 2; None is what the file says, 1 if nothing. `prompt` replaces the
-    constant prompt embedding by a text, which the base's own text encoder embeds once (see `embed_prompts`); imported
-    generators without an embedding need it. `tiny_vae` takes the place of the base's VAE (see `read_tiny_vae`); a
-    generator that changes the VAE loses that, of which a warning is logged. `compile_unet` has torch.compile make code
-    for every size of tile that comes (see `compilation`). Raises `IcmsrError` for files that are missing, damaged or of
-    another family, for a fidelity that is out of range or has no two sets to choose between, and where there is no
-    prompt or no compiler.
-    """
-    device = torch.device(device)
-    if compile_unet:
-        check_compiler(device)
-    folder = open_base(find_base(base, prompt is not None) if isinstance(base, str) else base or embedded_base())
-    if isinstance(generator, Path):
-        generator = load_generator(generator)
-    name = "generator" if generator is None else generator.name
-    if generator is None:
-        check_fidelity_applies(name, False, fidelity)
-    else:
-        generator = generator.at_fidelity(fidelity)  # before the networks
-    descriptor = folder.descriptor(generator)
-    tiny = None if tiny_vae is None else read_tiny_vae(tiny_vae)
-    if tiny is not None:
-        tiny.check_fits(descriptor)
-        if generator is not None and any(generator.sets("vae")):
-            log.warning("%s changes the VAE, too, and the tiny VAE has none of that: a preview of its result", name)
-    if prompt is not None:
-        embedding: Tensor | None = embed_prompts(folder, [prompt], None, device)[0]
-    else:
-        embedding = generator.prompt_embedding if generator is not None else None
-        if embedding is None:
-            embedding = folder.prompt_embedding()
-    if embedding is None:
-        raise IcmsrError(
-            f"{name}: neither the generator nor the base {folder.path} holds a prompt embedding: give a prompt "
-            '(--prompt "" for the empty one) and a base with a text encoder, a whole Stable Diffusion folder or a hub '
-            "id; or import the generator again with both"
-        )
-    width = folder.unet_config["cross_attention_dim"]
-    if embedding.shape[-1] != width:
-        raise IcmsrError(
-            f"{name}: its prompt embedding has width {embedding.shape[-1]}, the base {folder.path} takes {width}: "
-            "choose files that belong together"
-        )
-    if generator is not None and generator.info.base_hash and generator.info.base_hash != folder.hash():
-        log.warning(
-            "%s was trained on other base weights than %s, or on another file of them (fp16, single file)",
-            name,
-            folder.path,
-        )
-    if dtype == "auto":
-        dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
-    networks = _build(folder, PARTS if tiny is None else ("unet",), dtype, generator)
-    vae = networks["vae"] if tiny is None else _tiny_vae(tiny, dtype)
-    return DiffusersBackbone(networks["unet"], vae, descriptor, embedding, device, dtype, compile_unet)
+def load_backbone(recipe: Recipe) -> DiffusersBackbone:
+    """The networks of `recipe`, ready to run. Raises `IcmsrError` as `resolve`, and for weights that do not fit."""
+    found = resolve(recipe)
+    parts = PARTS if found.tiny_vae is None else ("unet",)
+    networks = _build(found.base, parts, found.dtype, found.generator)
+    vae = networks["vae"] if found.tiny_vae is None else _tiny_vae(found.tiny_vae, found.dtype)
+    backbone = DiffusersBackbone(
+        networks["unet"], vae, found.descriptor, found.prompt_embedding, found.device, found.dtype
+    )
+    if recipe.compile_unet:
+        backbone.compile_unet()
+    return backbone

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from ..weights.sd_families import SD_FAMILIES
 
 log = logging.getLogger(__name__)
 
-DtypeChoice = torch.dtype | Literal["auto"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the names in `recipe.DTYPES` mean, ``auto`` aside."""
 
 LARGE_FAMILIES = frozenset(SD_FAMILIES.values())
 """Families that run in 16 bits on a CPU that computes in them: Stable Diffusion's sizes take half the time there
@@ -110,5 +110,5 @@ class GuardedPart:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of `dtype`, as the command line takes it."""
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    short = {own: name for name, own in PRECISIONS.items()}
     return short.get(dtype, str(dtype).removeprefix("torch."))

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from icmsr_core.cli.main import main
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import resize
@@ -76,7 +77,7 @@ def fails(capsys, arguments: list, code: int, *words: str) -> str:
 def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generator):
     source, target = write_random_picture(tmp_path / "in.png"), tmp_path / "new" / "out.png"
     assert main(["upscale", str(source), str(target), *model, "--color-fix", "adain"]) == 0
-    backbone = load_backbone(base, generator)
+    backbone = load_backbone(Recipe(base, generator))
     expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings(color_fix="adain"))
     written = to_tensor(read_picture(target).rgb)
     assert written.shape == (1, 3, 48, 80)
@@ -86,7 +87,7 @@ def test_upscale_writes_what_the_library_computes(tmp_path, model, base, generat
 def test_vae_mode_is_that_of_the_settings(tmp_path, model, base, generator):
     source, target = write_random_picture(tmp_path / "in.png", 40, 32), tmp_path / "out.png"
     run = ["upscale", str(source), str(target), *model, "--tile", "64", "--overlap", "16"]
-    backbone, written = load_backbone(base, generator), {}
+    backbone, written = load_backbone(Recipe(base, generator)), {}
     for mode in ("auto", "exact", "bounded"):
         assert main([*run, "--vae-mode", mode]) == 0
         written[mode] = to_tensor(read_picture(target).rgb)
@@ -121,7 +122,7 @@ def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
     for value in (None, "0", "0.5", "1"):
         assert main([*run, *(["--fidelity", value] if value else [])]) == 0
         written[value] = to_tensor(read_picture(tmp_path / "out.png").rgb)
-    backbone = load_backbone(base, two_sets, fidelity=0.5)
+    backbone = load_backbone(Recipe(base, two_sets, fidelity=0.5))
     expected = upscale(backbone, to_tensor(read_picture(source).rgb), UpscaleSettings())
     assert (written["0.5"] - expected).abs().max() <= 0.5 / 255 + 1e-6
     assert torch.equal(written[None], written["1"])
@@ -138,7 +139,7 @@ def test_fidelity_chooses_between_two_sets(tmp_path, base, two_sets):
 
 
 def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two_sets, capsys, monkeypatch):
-    monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("icmsr_core.cli.main.load_networks", lambda *_: pytest.fail("a model was loaded"))
     source = write_random_picture(tmp_path / "in.png")
     run = ["upscale", source, tmp_path / "new" / "out.png"]
     single = "faithful and a realistic set of weights, this one holds a single set: omit fidelity"
@@ -233,7 +234,7 @@ def test_missing_files_end_with_1_and_one_line_that_names_them(tmp_path, model, 
 
 
 def test_the_output_is_checked_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("icmsr_core.cli.main.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("icmsr_core.cli.main.load_networks", lambda *_: pytest.fail("a model was loaded"))
     source = write_random_picture(tmp_path / "in.png")
     fails(capsys, ["upscale", source, tmp_path / "in.png" / "out.png"], 1, "cannot write")
     fails(capsys, ["demo", "--out", source], 1, "cannot write")

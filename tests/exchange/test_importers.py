@@ -24,6 +24,7 @@ from icmsr_core.exchange.kinds import IMPORT_KINDS, LORA_KIND
 from icmsr_core.exchange.layouts import kohya_name, lora_keys, published_layout
 from icmsr_core.exchange.one_step_checkpoints import PICKLED_KINDS
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import PROMPT_FILE, open_base
 from icmsr_core.weights.generator_file import load_generator, read_tensors, save_generator
 from tests.support.merging import merged_part
@@ -184,11 +185,13 @@ def test_osediff_gives_the_latent_of_its_own_arithmetic(base, osediff, tmp_path)
         z = vae.encode(image.double()).latent_dist.mode() * 0.18215
         eps = unet(z, torch.tensor(999), encoder_hidden_states=prompt.double()).sample
         expected = (z - (1 - alphas[999]).sqrt() * eps) / alphas[999].sqrt()
-        backbone = load_backbone(base, tmp_path / "osediff.safetensors")
+        backbone = load_backbone(Recipe(base, tmp_path / "osediff.safetensors"))
         latent = backbone.encode(image)
         output = backbone.predict_noise(latent, backbone.descriptor.timestep)
         got = NoiseSchedule().x0_from_output(backbone.descriptor.prediction, latent, output, 999)
-        untouched = NoiseSchedule().x0_from_output("eps", z, load_backbone(base).predict_noise(z, 999).double(), 999)
+        untouched = NoiseSchedule().x0_from_output(
+            "eps", z, load_backbone(Recipe(base)).predict_noise(z, 999).double(), 999
+        )
     scale = float(expected.abs().max())
     difference = float((got - expected).abs().max())
     print(f"largest difference {difference:.2e} at scale {scale:.2f}")

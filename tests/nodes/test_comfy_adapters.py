@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.adapters import save_adapter
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
@@ -348,7 +349,9 @@ def test_upscaling_at_factor_4_agrees_with_the_library(outcome, name, cases):
         found = [adapter(channels_for(adapter, hint)) for adapter in adapters]
         return [0.7 * sum(levels) for levels in zip(*found)]
 
-    backbone = load_backbone(outcome.job / "base of factor 4", outcome.job / "models/icmsr/generator.safetensors")
+    backbone = load_backbone(
+        Recipe(outcome.job / "base of factor 4", outcome.job / "models/icmsr/generator.safetensors")
+    )
     picture, settings = outcome.inputs["picture"].movedim(-1, 1), UpscaleSettings(tile=128, overlap=32)
     expected = upscale(backbone, picture, settings, features=features)
     got = outcome.results[name].movedim(-1, 1)
@@ -414,7 +417,9 @@ def test_a_v_prediction_model_takes_the_generator_that_was_trained_for_it(outcom
     folder = outcome.job / "base like sd15"
     write_base_info(folder, replace(open_base(folder).info, family="sd15", prediction="v"))
     picture, settings = outcome.inputs["picture"].movedim(-1, 1), UpscaleSettings(tile=128, overlap=32)
-    expected = upscale(load_backbone(folder, outcome.job / "models/icmsr/sd15 v.safetensors"), picture, settings)
+    expected = upscale(
+        load_backbone(Recipe(folder, outcome.job / "models/icmsr/sd15 v.safetensors")), picture, settings
+    )
     got = outcome.results["v generator on v"].movedim(-1, 1)
     difference = float((got - expected).abs().max())
     print(f"largest difference {difference:.1e}")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator, save_generator
@@ -203,7 +204,7 @@ def test_a_checkpoint_with_its_text_encoder_brings_the_prompt(server, outcome, w
         context = encoder(torch.tensor([EMPTY_PROMPT])).last_hidden_state[0]
     generator = load_generator(server.base / "models" / "icmsr" / "whole.safetensors")
     picture = (outcome.results["picture"].movedim(-1, 1) * 255).round() / 255
-    expected = upscale(load_backbone(whole, replace(generator, prompt_embedding=context)), picture)
+    expected = upscale(load_backbone(Recipe(whole, replace(generator, prompt_embedding=context))), picture)
     levels = (expected[0].movedim(0, -1) * 255).round().int().numpy()
     difference = np.abs(got.pictures["save"] - levels).max()
     moved = np.abs(got.pictures["save"] - again.pictures["save"]).max()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -86,7 +87,7 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
 
 
 def library(outcome: Outcome, name: str = "a.safetensors"):
-    return load_backbone(outcome.job / "base", outcome.job / "models" / "icmsr" / name)
+    return load_backbone(Recipe(outcome.job / "base", outcome.job / "models" / "icmsr" / name))
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -107,7 +108,9 @@ def test_native_networks_agree_with_diffusers(outcome):
 
 def test_factor_4_without_self_attention_agrees_with_diffusers(outcome):
     """Core would attend over the picture and only cross-attend to the context unless it is told, without a word."""
-    backbone = load_backbone(outcome.job / "factor 4", outcome.job / "models" / "icmsr" / "factor 4.safetensors")
+    backbone = load_backbone(
+        Recipe(outcome.job / "factor 4", outcome.job / "models" / "icmsr" / "factor 4.safetensors")
+    )
     assert backbone.descriptor.latent_factor == 4
     results, latent = outcome.results, outcome.results["latent"][:, :8]
     with torch.inference_mode():
@@ -138,7 +141,7 @@ def test_fidelity_agrees_with_the_library(outcome, fidelity):
     """Both sets, LoRA and whole tensors, over each other in every way: `random_generator`."""
     weights = outcome.job / "models" / "icmsr" / "two sets.safetensors"
     expected = upscale(
-        load_backbone(outcome.job / "base", weights, fidelity=fidelity),
+        load_backbone(Recipe(outcome.job / "base", weights, fidelity=fidelity)),
         outcome.results["picture"].movedim(-1, 1),
         SETTINGS,
     )

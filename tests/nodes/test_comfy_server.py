@@ -17,6 +17,7 @@ from icmsr_core import conditions
 from icmsr_core.measures import manifold
 from icmsr_core.pictures.files import from_tensor, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, build_networks, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.adapters import load_adapter, save_adapter
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -188,7 +189,7 @@ def test_committed_workflow_gives_the_library_s_picture(comfy_server, object_inf
         features = load_adapter(embedded_adapter(), 4)(pad_to_multiple(hint, 8))
         expected = library_grid(picture, features, (200, 500, 800), 0, hint)
     else:
-        expected = upscale(load_backbone(None, embedded_generator()), tensor(picture))
+        expected = upscale(load_backbone(Recipe(generator=embedded_generator())), tensor(picture))
     assert_same_picture(comfy_server.picture(entry), expected)
 
 
@@ -263,9 +264,9 @@ def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
         return [0.8 * level for level in adapter(torch.cat(crops))]
 
     settings = UpscaleSettings(scale=3, tile=192, overlap=64, batch=2, color_fix="adain")
-    expected = upscale(load_backbone(None, generator), source, settings, features=features)
+    expected = upscale(load_backbone(Recipe(generator=generator)), source, settings, features=features)
     assert_same_picture(comfy_server.picture(entry), expected)
-    without = upscale(load_backbone(None, generator), source, settings)
+    without = upscale(load_backbone(Recipe(generator=generator)), source, settings)
     assert float((without - expected).abs().max()) > 4 / 255  # the condition does act
 
 
@@ -273,7 +274,7 @@ def test_the_vae_mode_of_a_graph_is_the_library_s(comfy_server):
     """A prompt from before the input was there takes the default."""
     picture = photograph(60, 48, seed=3)
     image = comfy_server.upload(picture, "vae mode.png")
-    backbone, results = load_backbone(None, embedded_generator()), {}
+    backbone, results = load_backbone(Recipe(generator=embedded_generator())), {}
     for mode in (None, "bounded"):
         prompt = graph(image, tile=128, overlap=32, **({} if mode is None else {"vae_mode": mode}))
         assert ("vae_mode" in prompt["upscale"]["inputs"]) == (mode is not None)
@@ -303,7 +304,7 @@ def test_what_the_toy_configurations_train_runs_in_a_graph(comfy_server, toy_run
     image = comfy_server.upload(picture, "toy.png")
     kind, data, entry = comfy_server.run(graph(image, before=base_with(generator.name)))
     assert kind == "execution_success", data
-    expected = upscale(load_backbone(None, generator), tensor(picture))
+    expected = upscale(load_backbone(Recipe(generator=generator)), tensor(picture))
     assert_same_picture(comfy_server.picture(entry), expected)
     kind, data, entry = comfy_server.run(graph(image, before=nodes, control_net=["adapter", 0], hint=["condition", 0]))
     assert kind == "execution_success", data
@@ -437,7 +438,7 @@ def test_interrupt_stops_between_tiles_and_leaves_a_working_server(comfy_server)
     assert seen[-1]["value"] < seen[-1]["max"] / 2
     kind, data, entry = comfy_server.run(graph(name, scale=1.0))
     assert kind == "execution_success", data
-    expected = upscale(load_backbone(None, embedded_generator()), tensor(picture), UpscaleSettings(scale=1))
+    expected = upscale(load_backbone(Recipe(generator=embedded_generator())), tensor(picture), UpscaleSettings(scale=1))
     assert_same_picture(comfy_server.picture(entry), expected)
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
 from tests.support.comfy_harness import run_script
 from tests.support.model_files import write_base, write_generator
@@ -33,7 +34,7 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
     image = rough * torch.rand(1, 3, 200, 144, generator=torch.Generator().manual_seed(0))
     save_file({"image": image}, job / "inputs.safetensors")
     run_script(comfy_python, comfyui, "tiled_vae_checks.py", job)
-    return Outcome(load_file(job / "results.safetensors"), image, load_backbone(base, generator))
+    return Outcome(load_file(job / "results.safetensors"), image, load_backbone(Recipe(base, generator)))
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-4) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.generator_file import PartWeights, save_generator
@@ -49,7 +50,7 @@ def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
         load_file(job / "results.safetensors"),
         json.loads((job / "errors.json").read_text()),
         picture,
-        load_backbone(base, weights / "plain.safetensors", tiny_vae=folder),
+        load_backbone(Recipe(base, weights / "plain.safetensors", tiny_vae=folder)),
     )
 
 

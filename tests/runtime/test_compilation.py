@@ -11,6 +11,7 @@ from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime import compilation
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -33,7 +34,7 @@ def compare(tmp_path: Path) -> None:
     settings = UpscaleSettings(tile=128, overlap=32)
     sizes = ((40, 60), (40, 60), (70, 40))
     pictures = [torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3)) for size in sizes]
-    plain, compiled = load_backbone(base, generator), load_backbone(base, generator, compile_unet=True)
+    plain, compiled = load_backbone(Recipe(base, generator)), load_backbone(Recipe(base, generator, compile_unet=True))
     counters = torch._dynamo.utils.counters
     counters.clear()
     results, graphs = [], []
@@ -78,7 +79,7 @@ def test_every_size_is_compiled_once_and_many_sizes_are_allowed(fresh_compiler, 
 
 def test_without_a_compiler_the_error_comes_before_the_model(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr("icmsr_core.runtime.diffusers_backbone.open_base", lambda *_: pytest.fail("a base was opened"))
+    monkeypatch.setattr("icmsr_core.runtime.ingredients.open_base", lambda *_: pytest.fail("a base was opened"))
     (tmp_path / "in.png").write_bytes(b"")
     arguments = ["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--compile", "--device", "cpu"]
     assert main(arguments) == 1

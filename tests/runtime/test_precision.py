@@ -8,6 +8,7 @@ import torch
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.precision import choose_dtype, computes_bf16
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -31,9 +32,9 @@ def generator(base):
 
 
 @torch.no_grad()
-def overflowing(base, generator, part: str, dtype: torch.dtype) -> DiffusersBackbone:
+def overflowing(base, generator, part: str, dtype: str) -> DiffusersBackbone:
     """A backbone with one convolution whose result is beyond float16, before a norm that takes the size out again."""
-    backbone = load_backbone(base, generator, dtype=dtype)
+    backbone = load_backbone(Recipe(base, generator, dtype=dtype))
     layer = {
         "encoder": backbone.vae.encoder.conv_in,
         "unet": backbone.unet.conv_in,
@@ -48,8 +49,8 @@ def overflowing(base, generator, part: str, dtype: torch.dtype) -> DiffusersBack
 
 def rounded(base, generator, part: str) -> DiffusersBackbone:
     """The same networks with all weights rounded to float16, computed in float32 throughout."""
-    exact = overflowing(base, generator, part, torch.float32)
-    half = overflowing(base, generator, part, torch.float16)
+    exact = overflowing(base, generator, part, "fp32")
+    half = overflowing(base, generator, part, "fp16")
     for name in ("unet", "vae"):
         getattr(exact, name).load_state_dict(getattr(half, name).state_dict())
     exact._context.copy_(half._context)
@@ -90,8 +91,8 @@ def test_bf16_is_computed_where_the_hardware_says_so(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_load_backbone_takes_auto(tmp_path, monkeypatch, family, native, dtype) -> None:
-    monkeypatch.setattr("icmsr_core.runtime.diffusers_backbone.computes_bf16", lambda _: native)
-    backbone = load_backbone(write_base(tmp_path / "base", family=family), dtype="auto")
+    monkeypatch.setattr("icmsr_core.runtime.ingredients.computes_bf16", lambda _: native)
+    backbone = load_backbone(Recipe(write_base(tmp_path / "base", family=family), dtype="auto"))
     assert backbone.dtype == dtype
     assert backbone.vae.decoder.conv_in.weight.dtype == backbone.unet.conv_in.weight.dtype == dtype
 
@@ -102,7 +103,7 @@ def test_a_part_that_overflows_goes_on_in_float32(base, generator, part: str, ti
     settings = UpscaleSettings(tile=tile, overlap=16 if tile else 0, vae=vae, color_fix="none")
     image = random_picture(24, 16)
     expected = upscale(rounded(base, generator, part), image, settings)
-    backbone = overflowing(base, generator, part, torch.float16)
+    backbone = overflowing(base, generator, part, "fp16")
     steps: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING):
         first = upscale(backbone, image, settings, progress=lambda *done: steps.append(done))
@@ -128,7 +129,7 @@ def test_a_part_that_overflows_goes_on_in_float32(base, generator, part: str, ti
 @torch.inference_mode()
 @pytest.mark.parametrize("part", NAMES)
 def test_the_part_itself_is_then_exactly_float32(base, generator, part: str) -> None:
-    backbone, exact = overflowing(base, generator, part, torch.float16), rounded(base, generator, part)
+    backbone, exact = overflowing(base, generator, part, "fp16"), rounded(base, generator, part)
     latent = torch.randn(1, backbone.descriptor.latent_channels, 8, 16, generator=torch.Generator().manual_seed(0))
     run = {
         "encoder": lambda it: it.encode(2 * random_picture(64, 32) - 1),
@@ -141,8 +142,8 @@ def test_the_part_itself_is_then_exactly_float32(base, generator, part: str) -> 
 @pytest.mark.parametrize("part", NAMES)
 @pytest.mark.parametrize("tile", [0, 64])
 def test_damaged_weights_are_an_error_that_names_the_part(base, generator, part: str, tile: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        backbone = load_backbone(base, generator, dtype=dtype)
+    for dtype in ("fp32", "bf16"):
+        backbone = load_backbone(Recipe(base, generator, dtype=dtype))
         network = backbone.unet if part == "unet" else getattr(backbone.vae, part)
         with torch.no_grad():
             network.conv_out.weight[0, 0, 0, 0] = torch.nan
@@ -151,7 +152,7 @@ def test_damaged_weights_are_an_error_that_names_the_part(base, generator, part:
 
 
 def test_finite_results_stay_in_16_bits(base, generator, caplog) -> None:
-    backbone = load_backbone(base, generator, dtype=torch.float16)
+    backbone = load_backbone(Recipe(base, generator, dtype="fp16"))
     upscale(backbone, random_picture(24, 16), UpscaleSettings(tile=64, overlap=16))
     assert not caplog.records
     assert backbone.unet.conv_in.weight.dtype == backbone.vae.encoder.conv_in.weight.dtype == torch.float16

@@ -14,6 +14,7 @@ from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
 from icmsr_core.pictures.files import Picture, read_picture, to_tensor, write_picture
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.prompts import embed_prompts
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import PROMPT_FILE, open_base
@@ -82,21 +83,19 @@ def test_the_prompt_is_the_context_of_the_one_step(base, promptless, source):
         embedding = embed_prompts(open_base(base), [prompt], None, "cpu")[0]
         generator = replace(load_generator(promptless), prompt_embedding=embedding)
         settings = UpscaleSettings(color_fix="none")
-        expected = upscale(load_backbone(base, generator), to_tensor(read_picture(source).rgb), settings)
+        expected = upscale(load_backbone(Recipe(base, generator)), to_tensor(read_picture(source).rgb), settings)
         assert float((got - expected).abs().max()) <= 1 / 255
 
 
 def test_a_prompt_replaces_the_generator_s_own_and_the_base_s(base, promptless):
     own = replace(load_generator(promptless), prompt_embedding=torch.randn(7, WIDTH))
     asked = embed_prompts(open_base(base), ["a cat"], None, "cpu")
-    assert torch.equal(load_backbone(base, own, prompt="a cat")._context[None], asked)
-    assert load_backbone(base, own)._context.shape == (7, WIDTH)
+    assert torch.equal(load_backbone(Recipe(base, own, prompt="a cat"))._context[None], asked)
+    assert load_backbone(Recipe(base, own))._context.shape == (7, WIDTH)
 
 
 def test_without_a_prompt_the_error_says_how_to_give_one(base, promptless, source, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("weights were read")
-    )
+    monkeypatch.setattr("icmsr_core.weights.base.BaseFolder.tensors", lambda *_: pytest.fail("weights were read"))
     assert main(["upscale", str(source), str(source.with_name("o.png")), *files(promptless, base)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"icmsr: error: {promptless}: neither the generator nor the base {base} holds a prompt")
@@ -180,6 +179,6 @@ def test_the_hub_s_text_encoder_is_fetched_for_a_prompt_alone(tmp_path, monkeypa
     assert ("text_encoder/model.fp16.safetensors" in asked) == (variant == "fp16")
     asked.clear()
     generator = replace(complete_generator(open_base(folder)), prompt_embedding=None)
-    context = load_backbone("owner/name", generator, prompt="a cat")._context
+    context = load_backbone(Recipe("owner/name", generator, prompt="a cat"))._context
     assert torch.equal(context[None], embed_prompts(open_base(folder), ["a cat"], None, "cpu"))
     assert "text_encoder/config.json" in asked

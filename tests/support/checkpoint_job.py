@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple
@@ -88,7 +89,7 @@ def library(outcome: Outcome, name: str, source: str, generator: str | None = No
     """The base `name` in diffusers with its generator, or another's; `source` is "folder" or "checkpoint"."""
     places = {"folder": f"folders/{name}", "checkpoint": f"models/checkpoints/{name}.safetensors"}
     path = outcome.job / "models" / "icmsr" / f"{generator or name}.safetensors"
-    backbone = load_backbone(outcome.job / places[source], path)
+    backbone = load_backbone(Recipe(outcome.job / places[source], path))
     backbone.__class__ = NotingBackbone
     return backbone
 

@@ -30,6 +30,7 @@ from icmsr_core.cli.demo import demo_picture
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.tiled_vae import estimate as tiled_vae_statistics
 from icmsr_core.tiled_vae import held_map as tiled_vae_held
 from icmsr_core.tiled_vae import stream as tiled_vae_stream
@@ -674,7 +675,7 @@ def test_calibration_meets_the_features_without_negative_weights() -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> DiffusersBackbone:
-    return load_backbone(generator=embedded_generator())
+    return load_backbone(Recipe(generator=embedded_generator()))
 
 
 @torch.inference_mode()

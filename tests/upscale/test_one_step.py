@@ -18,6 +18,7 @@ from icmsr_core.backbone.protocol import Backbone, BackboneDescriptor
 from icmsr_core.backbone.vae_steps import Pointwise, VaeHalf
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.tiled_vae import tiled as tiled_vae
 from icmsr_core.upscale.one_step import count_tiles, make_plan, upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -79,7 +80,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def nano(base) -> DiffusersBackbone:
-    return load_backbone(base, write_generator(base.parent / "generator.safetensors", base))
+    return load_backbone(Recipe(base, write_generator(base.parent / "generator.safetensors", base)))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import BaseInfo, open_base
 from icmsr_core.weights.generator_file import Generator
 from tests.support.model_files import write_base
@@ -258,7 +259,7 @@ def measure_loading(path: Path, generator: Generator | None, answer) -> None:
     def load() -> tuple[UNet2DConditionModel, AutoencoderKL]:
         if generator is None:
             return build_networks(open_base(path), torch.bfloat16)
-        backbone = load_backbone(path, generator, dtype=torch.bfloat16)
+        backbone = load_backbone(Recipe(path, generator, dtype="bf16"))
         return backbone.unet, backbone.vae
 
     load()  # the libraries themselves come into memory on first use

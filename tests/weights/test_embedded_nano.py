@@ -8,6 +8,7 @@ from skimage import data
 from icmsr_core.measures.metrics import high_frequency_ratio, psnr_y, ssim_y
 from icmsr_core.pictures.files import from_tensor, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.data.degradation import degrade
 from icmsr_core.train.data.presets import PRESETS
 from icmsr_core.upscale.one_step import upscale
@@ -22,7 +23,7 @@ PICTURES = ("coffee", "brick", "gravel", "text", "page", "rocket")
 
 @pytest.fixture(scope="module")
 def nano() -> DiffusersBackbone:
-    return load_backbone(generator=embedded_generator())
+    return load_backbone(Recipe(generator=embedded_generator()))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,6 @@ def test_fidelity_trades_detail_for_closeness() -> None:
     low = to_tensor(degrade(truth.astype(np.float32) / 255, PRESETS["camera"], np.random.default_rng(0)))
     ratios = []
     for fidelity in (0.0, 0.5, 1.0):
-        result = upscale(load_backbone(generator=embedded_generator(), fidelity=fidelity), low)
+        result = upscale(load_backbone(Recipe(generator=embedded_generator(), fidelity=fidelity)), low)
         ratios.append(high_frequency_ratio(from_tensor(result), truth))
     assert ratios[0] > ratios[1] > ratios[2] > 0.1

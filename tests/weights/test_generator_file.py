@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from icmsr_core.cli.inspection import describe
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.weights.base import BaseInfo, open_base, write_base_info
 from icmsr_core.weights.embedded import embedded_generator
@@ -339,9 +340,9 @@ def test_both_sets_in_float64(base: Path, two_sets: Generator, part: str, fideli
 def test_fidelity_zero_is_the_faithful_file_bit_for_bit(tmp_path, two_sets: Generator, base: Path) -> None:
     save_generator(tmp_path / "two.safetensors", two_sets)
     save_generator(tmp_path / "one.safetensors", replace(two_sets, realistic={}))
-    one = load_backbone(base, tmp_path / "one.safetensors")
+    one = load_backbone(Recipe(base, tmp_path / "one.safetensors"))
     faithful, default, realistic = (
-        load_backbone(base, tmp_path / "two.safetensors", fidelity=fidelity) for fidelity in (0.0, None, 1.0)
+        load_backbone(Recipe(base, tmp_path / "two.safetensors", fidelity=fidelity)) for fidelity in (0.0, None, 1.0)
     )
     for part in ("unet", "vae"):
         states = [getattr(backbone, part).state_dict() for backbone in (one, faithful, default, realistic)]
@@ -353,20 +354,18 @@ def test_fidelity_zero_is_the_faithful_file_bit_for_bit(tmp_path, two_sets: Gene
 @pytest.mark.parametrize("fidelity", [-0.05, 2.05, float("nan"), float("inf")])
 def test_a_fidelity_out_of_range_is_refused(base: Path, two_sets: Generator, fidelity: float) -> None:
     with pytest.raises(IcmsrError, match=f"fidelity must be a number from 0 to 2, got {fidelity}"):
-        load_backbone(base, two_sets, fidelity=fidelity)
+        load_backbone(Recipe(base, two_sets, fidelity=fidelity))
     with pytest.raises(IcmsrError, match="fidelity must be a number"):
         two_sets.at_fidelity(fidelity)
 
 
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
 def test_fidelity_needs_two_sets(base: Path, generator: Generator, fidelity: float, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "icmsr_core.runtime.diffusers_backbone.build_networks", lambda *_: pytest.fail("networks were built")
-    )
+    monkeypatch.setattr("icmsr_core.runtime.ingredients.open_base", lambda *_: pytest.fail("a base was opened"))
     words = "needs a generator with a faithful and a realistic set of weights, this one holds a single set"
     for held in (generator, None):
         with pytest.raises(IcmsrError, match=rf"{words}: omit fidelity .*, got {fidelity:g}"):
-            load_backbone(base, held, fidelity=fidelity)
+            load_backbone(Recipe(base, held, fidelity=fidelity))
 
 
 def test_a_generator_is_merged_at_the_fidelity_of_its_file_until_another_is_chosen(two_sets: Generator) -> None:
@@ -425,7 +424,7 @@ def test_merging_is_done_in_float32() -> None:
 def test_load_backbone_merges_both_networks(tmp_path, base: Path, generator: Generator) -> None:
     path = tmp_path / "generator.safetensors"
     save_generator(path, generator, torch.float32)
-    backbone = load_backbone(base, path)
+    backbone = load_backbone(Recipe(base, path))
     folder = open_base(base)
     for network, part, state in (
         (backbone.unet, generator.unet, folder.unet_state()),
@@ -667,28 +666,28 @@ def test_weights_that_do_not_fit_the_base_are_refused(
         {name: torch.ones(shape) for name, shape in tensors.items()},
     )
     with pytest.raises(IcmsrError, match=f"does not fit this base model: unet\\.{text}"):
-        load_backbone(base, replace(generator, unet=weights))
+        load_backbone(Recipe(base, replace(generator, unet=weights)))
     with pytest.raises(IcmsrError, match=f"does not fit this base model: realistic\\.unet\\.{text}"):
-        load_backbone(base, replace(generator, realistic={"unet": weights}), fidelity=0.0)
+        load_backbone(Recipe(base, replace(generator, realistic={"unet": weights}), fidelity=0.0))
 
 
 def test_generators_of_another_base_are_refused(tmp_path, base: Path, generator: Generator, caplog) -> None:
     other = write_base(tmp_path / "other", TINY, family="sd21", seed=5)
     with pytest.raises(IcmsrError, match="family 'nano', the base 'random' is 'sd21': choose files of one family"):
-        load_backbone(other, generator)
+        load_backbone(Recipe(other, generator))
     retrained = write_base(tmp_path / "retrained", TINY, seed=6)
     with caplog.at_level(logging.WARNING):
-        load_backbone(base, generator)
+        load_backbone(Recipe(base, generator))
         assert caplog.text == ""
-        load_backbone(retrained, generator)
+        load_backbone(Recipe(retrained, generator))
     assert "was trained on other base weights" in caplog.text
 
 
 def test_timestep_and_embedding_must_fit_the_base(base: Path, generator: Generator) -> None:
     with pytest.raises(IcmsrError, match="timestep must be between 0 and 999, got 1000"):
-        load_backbone(base, replace(generator, info=replace(generator.info, timestep=1000)))
+        load_backbone(Recipe(base, replace(generator, info=replace(generator.info, timestep=1000))))
     with pytest.raises(IcmsrError, match=r"prompt embedding has width 64, the base .* takes 32"):
-        load_backbone(base, replace(generator, prompt_embedding=torch.ones(1, 64)))
+        load_backbone(Recipe(base, replace(generator, prompt_embedding=torch.ones(1, 64))))
 
 
 # --- atomic writing --------------------------------------------------------------------------------------------------
@@ -751,12 +750,12 @@ def test_base_folder_describes_itself(own_base: Path) -> None:
 
 
 def test_the_bare_prior_loads_without_a_generator(own_base: Path) -> None:
-    backbone = load_backbone(own_base)
+    backbone = load_backbone(Recipe(own_base))
     state = open_base(own_base).unet_state()
     assert all(torch.equal(value, state[key]) for key, value in backbone.unet.state_dict().items())
     (own_base / "prompt_embedding.safetensors").unlink()
     with pytest.raises(IcmsrError, match=r"neither the generator nor the base .* holds a prompt embedding"):
-        load_backbone(own_base)
+        load_backbone(Recipe(own_base))
 
 
 @pytest.mark.parametrize(
@@ -809,10 +808,10 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(own_base: Path)
     state = load_file(path)
     save_file({key: value for key, value in state.items() if key != "decoder.conv_in.bias"}, path)
     with pytest.raises(IcmsrError, match=r"base/vae: the weights do not fit .*decoder\.conv_in\.bias"):
-        load_backbone(own_base)
+        load_backbone(Recipe(own_base))
     path.write_bytes(b"text")
     with pytest.raises(IcmsrError, match=r"not a readable \.safetensors"):
-        load_backbone(own_base)
+        load_backbone(Recipe(own_base))
 
 
 def test_a_prompt_file_without_the_embedding_is_refused(own_base: Path) -> None:

@@ -21,6 +21,8 @@ from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.precision import PRECISIONS
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import BaseInfo, open_base
 from icmsr_core.weights.generator_file import Generator, PartWeights, save_generator
 from icmsr_core.weights.hub import find_base, is_hub_id
@@ -166,7 +168,7 @@ def test_folder_and_file_compute_the_same(pair, tmp_path) -> None:
     """With LoRA on every matrix: encode, one UNet pass and decode, bitwise."""
     _, folder, file = pair
     generator = lora_everywhere(open_base(file))
-    one, two = load_backbone(folder, generator), load_backbone(file, generator)
+    one, two = load_backbone(Recipe(folder, generator)), load_backbone(Recipe(file, generator))
     assert one.unet.config.attention_head_dim == two.unet.config.attention_head_dim
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -176,7 +178,7 @@ def test_folder_and_file_compute_the_same(pair, tmp_path) -> None:
     for first, second in (latents, outputs, pictures):
         assert torch.equal(first, second)
     with torch.no_grad():
-        plain = load_backbone(folder, replace(generator, unet=PartWeights()))
+        plain = load_backbone(Recipe(folder, replace(generator, unet=PartWeights())))
         assert not torch.equal(plain.predict_noise(latents[0], 999), outputs[0])
 
 
@@ -215,21 +217,21 @@ def test_attention_that_is_already_linear_is_read_too(tmp_path, narrow: Path) ->
 # --- merging while reading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fidelity", [None, 0.0, 0.4, 1.0])
-def test_merging_one_by_one_is_merging_at_once(tmp_path, dtype: torch.dtype, fidelity: float | None) -> None:
+def test_merging_one_by_one_is_merging_at_once(tmp_path, dtype: str, fidelity: float | None) -> None:
     """In float32 and cast afterwards, bitwise; both sets, LoRA and whole tensors."""
     from icmsr_core.weights.generator_file import load_generator
 
     folder = write_base(tmp_path / "base")
     generator = load_generator(write_generator(folder / "generator.safetensors", folder, two_sets=True))
-    backbone = load_backbone(folder, generator, dtype=dtype, fidelity=fidelity)
+    backbone = load_backbone(Recipe(folder, generator, dtype=dtype, fidelity=fidelity))
     base = open_base(folder)
     for network, part, state in ((backbone.unet, "unet", base.unet_state()), (backbone.vae, "vae", base.vae_state())):
         expected = {**state, **merged_part(generator.at_fidelity(fidelity), part, state)}
         found = network.state_dict()
         assert found.keys() == expected.keys()
-        assert all(torch.equal(value, expected[key].to(dtype)) for key, value in found.items())
+        assert all(torch.equal(value, expected[key].to(PRECISIONS[dtype])) for key, value in found.items())
 
 
 def test_what_does_not_fit_is_said_before_weights_are_read(narrow: Path, monkeypatch) -> None:
@@ -237,7 +239,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(narrow: Path, monkeyp
     vae = PartWeights(tensors={"encoder.attic.weight": torch.ones(3)})
     monkeypatch.setattr("icmsr_core.weights.base.BaseFolder.tensors", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(IcmsrError, match=r"does not fit this base model: vae\.encoder\.attic\.weight \[3\]"):
-        load_backbone(narrow, replace(generator, vae=vae))
+        load_backbone(Recipe(narrow, replace(generator, vae=vae)))
 
 
 # --- published files: full-size shapes without their bytes -----------------------------------------------------------
@@ -453,9 +455,9 @@ def test_a_v_prediction_model_takes_the_generators_that_were_trained_for_it(tmp_
     assert v.descriptor(for_v).prediction == "v"
     assert eps.descriptor(for_eps).prediction == "eps"
     with pytest.raises(IcmsrError, match=r"base that predicts eps, this one predicts v \(the base 'sd21-768'.*512 px"):
-        load_backbone(v.path, for_eps)
+        load_backbone(Recipe(v.path, for_eps))
     with pytest.raises(IcmsrError, match=r"base that predicts v, this one predicts eps .*diffusers folder .*768 px"):
-        load_backbone(eps.path, for_v)
+        load_backbone(Recipe(eps.path, for_v))
 
 
 def test_a_residual_is_for_eps_unless_this_very_base_is_named(tmp_path, narrow: Path) -> None:
@@ -473,7 +475,7 @@ def test_a_residual_is_for_eps_unless_this_very_base_is_named(tmp_path, narrow: 
 def test_another_family_is_told_where_its_base_is(narrow: Path) -> None:
     generator = lora_everywhere(open_base(narrow))
     with pytest.raises(IcmsrError, match=rf"family 'sd21', the base 'nano-2' is 'nano': .*--base {HUB_ID}"):
-        load_backbone(None, generator)
+        load_backbone(Recipe(generator=generator))
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -529,7 +531,7 @@ def test_only_what_is_needed_is_fetched(hub, form: dict) -> None:
 def test_the_library_takes_an_id_as_text(hub) -> None:
     write_sd_folder(hub[0], "sd21", 10)
     generator = lora_everywhere(open_base(hub[0]))
-    backbone = load_backbone(HUB_ID, generator)
+    backbone = load_backbone(Recipe(HUB_ID, generator))
     assert hub[1] == [HUB_ID]
     assert torch.equal(backbone.unet.conv_out.bias, open_base(hub[0]).unet_state()["conv_out.bias"])
 
@@ -550,7 +552,7 @@ def test_local_paths_never_ask_the_hub(hub, narrow: Path, tmp_path) -> None:
         assert find_base(name) == Path(name)
     assert hub[1] == []
     with pytest.raises(IcmsrError, match="no such file or folder"):
-        load_backbone("models/sd22")
+        load_backbone(Recipe("models/sd22"))
     assert is_hub_id(HUB_ID)
 
 

@@ -17,6 +17,7 @@ from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
 from icmsr_core.train.networks.bases import make_unet
 from icmsr_core.upscale.one_step import upscale
@@ -58,7 +59,7 @@ def backbone_of(vae: AutoencoderTiny) -> DiffusersBackbone:
 @torch.inference_mode()
 def test_stripes_give_diffusers_untiled_result(base, folder, theirs, cells, tile: int, exact: bool) -> None:
     """Along either axis, one cell wide at the least, in either mode: there is no GroupNorm to estimate."""
-    backbone = load_backbone(base, tiny_vae=folder)
+    backbone = load_backbone(Recipe(base, tiny_vae=folder))
     image = random_picture(8 * cells[0], 8 * cells[1])
     assert (plan_stripes(*cells, tile).number > 2) == (tile > 0)
     expected = theirs.encode(2 * image - 1).latents
@@ -149,9 +150,9 @@ def test_what_is_no_tiny_vae_is_refused(folder, base, tmp_path) -> None:
         else:
             write_tiny_folder(broken, latent_channels=16)
         with pytest.raises(IcmsrError, match=words if change == "drop" else "16 latent channels and 8 pixels"):
-            load_backbone(base, tiny_vae=broken)
+            load_backbone(Recipe(base, tiny_vae=broken))
     with pytest.raises(IcmsrError, match="TAESD is for sd15 and sd21"):
-        load_backbone(tiny_vae=folder)  # nano's latent is another
+        load_backbone(Recipe(tiny_vae=folder))  # nano's latent is another
 
 
 def test_the_command_writes_what_the_library_computes(folder, base, generator, tmp_path) -> None:
@@ -175,14 +176,14 @@ def test_the_command_writes_what_the_library_computes(folder, base, generator, t
     written = to_tensor(read_picture(target).rgb)
     settings = UpscaleSettings(tile=64, overlap=16)
     image = to_tensor(read_picture(source).rgb)
-    expected = upscale(load_backbone(base, generator, tiny_vae=folder), image, settings)
+    expected = upscale(load_backbone(Recipe(base, generator, tiny_vae=folder)), image, settings)
     assert (written - expected).abs().max() <= 0.5 / 255 + 1e-6
-    assert (expected - upscale(load_backbone(base, generator), image, settings)).abs().max() > 2 / 255
+    assert (expected - upscale(load_backbone(Recipe(base, generator)), image, settings)).abs().max() > 2 / 255
 
 
 def test_a_step_runs_in_the_latents_of_the_unet(folder, base, generator, theirs) -> None:
     """Encoder, UNet, closed form, decoder, by hand: TAESD's latents are the scaled ones, whatever the base's factor."""
-    backbone, image = load_backbone(base, generator, tiny_vae=folder), random_picture(64, 48)
+    backbone, image = load_backbone(Recipe(base, generator, tiny_vae=folder)), random_picture(64, 48)
     with torch.inference_mode():
         latent = theirs.encode(2 * image - 1).latents
         output = backbone.predict_noise(latent, backbone.descriptor.timestep)
@@ -195,18 +196,18 @@ def test_a_generator_that_changes_the_vae_loses_that_with_a_warning(folder, base
     path = tmp_path / "changes the vae.safetensors"
     save_generator(path, random_generator(base), torch.float32)
     with caplog.at_level(logging.WARNING):
-        load_backbone(base, generator, tiny_vae=folder)
+        load_backbone(Recipe(base, generator, tiny_vae=folder))
         assert not caplog.records
-        load_backbone(base, path, tiny_vae=folder)
+        load_backbone(Recipe(base, path, tiny_vae=folder))
     (record,) = caplog.records
-    assert "changes the vae.safetensors changes the VAE, too" in record.getMessage()
+    assert "changes the vae.safetensors also changes the VAE" in record.getMessage()
 
 
 def test_a_tiny_vae_that_overflows_goes_on_in_float32(folder, base, generator, caplog) -> None:
     image, settings = random_picture(24, 16), UpscaleSettings(tile=64, overlap=16, color_fix="none")
 
-    def overflowing(dtype: torch.dtype) -> DiffusersBackbone:
-        backbone = load_backbone(base, generator, tiny_vae=folder, dtype=dtype)
+    def overflowing(dtype: str) -> DiffusersBackbone:
+        backbone = load_backbone(Recipe(base, generator, tiny_vae=folder, dtype=dtype))
         with torch.no_grad():  # 1e6 in, 1e6 out: activations too large for fp16, weights and result not
             backbone.vae.decoder.layers[0].weight.mul_(1e3)
             backbone.vae.decoder.layers[0].bias.mul_(1e3)
@@ -215,8 +216,8 @@ def test_a_tiny_vae_that_overflows_goes_on_in_float32(folder, base, generator, c
             last.register_forward_pre_hook(lambda _m, inputs: (inputs[0] / 1e6,))
         return backbone
 
-    expected = upscale(overflowing(torch.float32), image, settings)
-    got = upscale(overflowing(torch.float16), image, settings)
+    expected = upscale(overflowing("fp32"), image, settings)
+    got = upscale(overflowing("fp16"), image, settings)
     (record,) = caplog.records
     assert record.getMessage().startswith("the VAE's decoder gave NaN or infinite values in fp16")
     assert expected.std() > 0.02
@@ -233,7 +234,7 @@ def test_the_configuration_names_the_layers(base, tmp_path) -> None:
         num_decoder_blocks=[1, 2, 1, 1],
     )
     assert json.loads((own / "config.json").read_text())["num_encoder_blocks"] == [1, 1, 2, 1]
-    backbone = load_backbone(base, tiny_vae=own)
+    backbone = load_backbone(Recipe(base, tiny_vae=own))
     with torch.inference_mode():
         image = 2 * random_picture(16, 16) - 1
         expected = AutoencoderTiny.from_pretrained(own).eval().encode(image).latents

@@ -13,6 +13,7 @@ from ...measures.evaluation import COLOR
 from ...measures.metrics import mean_color_difference, metric
 from ...pictures.files import Picture, find_pictures, from_tensor, read_picture, to_tensor, write_picture
 from ...runtime.diffusers_backbone import load_backbone
+from ...runtime.recipe import Recipe
 from ...upscale.one_step import upscale
 from ...upscale.settings import UpscaleSettings
 from ...upscale.sizes import resize
@@ -79,9 +80,9 @@ def measure_pictures(
     """The values of `metrics`, and the shift of the mean colour against the input, for `generator` on `base`.
 
     Without a generator, of bicubic resizing. Results are rounded to 8 bits, as a file has them; those of the set `keep`
-    are written into `folder`, if there is one. `fidelity` as in `load_backbone`.
+    are written into `folder`, if there is one. `fidelity` as in `Recipe`.
     """
-    backbone = None if generator is None else load_backbone(base, generator, fidelity=fidelity)
+    backbone = None if generator is None else load_backbone(Recipe(base, generator, fidelity=fidelity))
     values: PictureValues = {kind: {} for kind in sets}
     for kind, name, low_file, high_file in ((kind, *files) for kind, pairs in sets.items() for files in pairs):
         low, truth = to_tensor(read_picture(low_file).rgb), read_picture(high_file).rgb

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from icmsr_core.cli.main import main
 from icmsr_core.runtime.diffusers_backbone import load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.run.launch import parse_config, run_script
@@ -99,7 +100,7 @@ def test_prior_then_distill_then_upscale(tmp_path):
     done = subprocess.run(list(map(str, prior)), capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     base = tmp_path / "prior" / "prior" / "base"
-    latents = load_backbone(base).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
+    latents = load_backbone(Recipe(base)).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
     assert latents.shape == (8, 4, 4, 4)
     adapter = ["--run", tmp_path / "adapter", "--base", base, *DATA, *loop_flags("loop", 8)]
     run("adapter.py", *adapter, folder=tmp_path)
@@ -107,7 +108,7 @@ def test_prior_then_distill_then_upscale(tmp_path):
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert generator.info.base_hash == open_base(base).hash()
     assert generator.info.training["loop"]["images"] == 8
-    backbone = load_backbone(base, tmp_path / "run" / "generator.safetensors")
+    backbone = load_backbone(Recipe(base, tmp_path / "run" / "generator.safetensors"))
     result = upscale(backbone, torch.rand(1, 3, 9, 14), UpscaleSettings())
     assert result.shape == (1, 3, 36, 56)
     assert bool(result.isfinite().all())
@@ -211,7 +212,7 @@ def test_checkpoints_are_pruned_and_hold_a_generator(uninterrupted, base):
     assert kept == ["000000020", "000000024"]
     last = uninterrupted / "checkpoints" / "000000024" / "generator.safetensors"
     assert_same_tensors(last, uninterrupted / "generator.safetensors")
-    assert load_backbone(base, last).descriptor.timestep == 200
+    assert load_backbone(Recipe(base, last)).descriptor.timestep == 200
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])

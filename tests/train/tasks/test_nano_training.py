@@ -11,6 +11,7 @@ from scipy.fft import dctn
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.losses.spectra import local_spectrum
 from icmsr_core.train.networks.bases import NetworkConfig, make_vae
 from icmsr_core.train.networks.conditioning import ConditionConfig
@@ -85,7 +86,7 @@ def test_generator_and_new_base_give_what_the_run_saw(base, tmp_path):
     task = build(base, config(losses, weights="whole", train_decoder=True, zero_output=True))
     step(task)
     task.export(tmp_path)
-    backbone = load_backbone(tmp_path / "base", tmp_path / "generator.safetensors")
+    backbone = load_backbone(Recipe(tmp_path / "base", tmp_path / "generator.safetensors"))
     with torch.no_grad():
         wanted = task.generate(BATCH)[0]
         again = build(
@@ -148,7 +149,7 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
     with torch.no_grad():
         wanted = task.generate(BATCH)[0]
         for fidelity, same in ((1.0, True), (0.0, False)):
-            backbone = load_backbone(faithful / "base", tmp_path / "generator.safetensors", fidelity=fidelity)
+            backbone = load_backbone(Recipe(faithful / "base", tmp_path / "generator.safetensors", fidelity=fidelity))
             latent = backbone.encode(input_of(BATCH))
             clean = latent - backbone.predict_noise(latent, 200)
             assert bool((clean - wanted).abs().max() < 0.02 * wanted.abs().max()) is same

@@ -13,6 +13,7 @@ from torch import nn
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.data.draws import draw_noise, draw_uniform
 from icmsr_core.train.losses.perceptual import PerceptualConfig
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
@@ -127,7 +128,7 @@ def test_exported_generator_is_the_trained_network(tmp_path, base, weights):
         for parameter in task.players()[0].parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             parameter.copy_(parameter.half().float())  # the file holds 16 bits: nothing is then rounded
-    backbone = load_backbone(base, task.export(tmp_path)[0])
+    backbone = load_backbone(Recipe(base, task.export(tmp_path)[0]))
     result = upscale(backbone, BATCH["low"].float() / 255, UpscaleSettings(color_fix="none"))
     with torch.no_grad():
         expected = task.generate(BATCH)[1].add(1).div(2).clamp(0, 1)
