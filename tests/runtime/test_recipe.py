@@ -10,27 +10,19 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.ingredients import check_recipe, resolve
 from icmsr_core.runtime.precision import PRECISIONS
 from icmsr_core.runtime.recipe import DTYPES, Recipe
-from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.weights.embedded import embedded_base, embedded_generator
 from icmsr_core.weights.generator_file import load_generator, save_generator
-from tests.support.model_files import write_base, write_generator
-
-TINY = NetworkConfig(latent_channels=4, vae_channels=(32, 32), unet_channels=(32, 32))
+from tests.support.model_files import TINY, write_base, write_generator
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("models") / "base", TINY)
+def generator(tmp_path_factory, base) -> Path:
+    return write_generator(tmp_path_factory.mktemp("one set") / "generator.safetensors", base)
 
 
 @pytest.fixture(scope="module")
-def generator(base) -> Path:
-    return write_generator(base.parent / "generator.safetensors", base)
-
-
-@pytest.fixture(scope="module")
-def two_sets(base) -> Path:
-    return write_generator(base.parent / "two sets.safetensors", base, two_sets=True)
+def two_sets(tmp_path_factory, base) -> Path:
+    return write_generator(tmp_path_factory.mktemp("two sets") / "two sets.safetensors", base, two_sets=True)
 
 
 def test_a_recipe_without_a_base_is_nano_s_prior() -> None:
