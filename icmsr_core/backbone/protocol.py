@@ -42,7 +42,11 @@ class BackboneDescriptor:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """VAE and UNet behind three functions. Tensors are NCHW on any device; results come back in float32."""
+    """VAE and UNet behind three functions.
+
+    Tensors are NCHW and may be on any device. Results are float32: latents and the UNet's outputs on the UNet's device,
+    images on the VAE's, which may be another.
+    """
 
     @property
     def descriptor(self) -> BackboneDescriptor:

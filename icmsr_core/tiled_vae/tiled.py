@@ -65,7 +65,7 @@ def encode_tiled(
     exact: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Scaled latent [1, C, H/f, W/f] of `image` [1, 3, H, W] in [0, 1], float32, on the backbone's device.
+    """Scaled latent [1, C, H/f, W/f] of `image` [1, 3, H, W] in [0, 1], float32, on the UNet's device.
 
     `tile` in latent cells sets the memory (`plan_stripes`), `exact` the mode. `progress` is called with the number of
     stripes just done, as many in all as the plan has, and may raise to stop. Raises `UnknownLayer` for a VAE whose
@@ -82,10 +82,13 @@ def encode_tiled(
             whole = backbone.encode(unit_to_signed(image))
             ticker.reach(1)
             return whole
-        latent = torch.empty(shape, dtype=torch.float32, device=half.device)
+        latent: Tensor | None = None
         half = replace(half, steps=(Pointwise(unit_to_signed), *half.steps))
         for position, chunk in _run(half, image, factor, factor, tile, stripes, exact, ticker):
+            if latent is None:
+                latent = torch.empty(shape, dtype=torch.float32, device=chunk.device)
             latent.narrow(stripes.axis, position, chunk.shape[stripes.axis]).copy_(chunk)
+        assert latent is not None  # a picture has at least one stripe
         return latent
 
     return again_when_widened(encode)

@@ -80,13 +80,14 @@ class ComfyBackbone:
         vae = self._vae
         self._load(vae.patcher, image.shape[0] * vae.memory_used_encode(image.shape, vae.vae_dtype))
         latent = vae.first_stage_model.encode(image.to(vae.device, vae.vae_dtype)).float()
-        return self._model.model.process_latent_in(_finite(latent, "the VAE's encoder", vae.vae_dtype))
+        return self._scaled(_finite(latent, "the VAE's encoder", vae.vae_dtype))
 
     def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
         """See `Backbone`. Raises `IcmsrError` when the features are not of this UNet's widths."""
         patcher, network = self._model, self._model.model
         self._load(patcher, patcher.memory_required(list(latent.shape)))
         device, dtype = patcher.load_device, self.dtype
+        self._context = self._context.to(device, dtype)  # copied once, and then left as it is
         given = latent.to(device, dtype)
         output = network.diffusion_model(
             given,
@@ -116,7 +117,7 @@ class ComfyBackbone:
                 *encoder_steps(vae.first_stage_model, vae.device),
                 Pointwise(lambda moments: moments.float()[:, : self._descriptor.latent_channels]),
                 Pointwise(lambda latent: _finite(latent, "the VAE's encoder", vae.vae_dtype)),
-                Pointwise(model.process_latent_in),
+                Pointwise(self._scaled),
             )
         else:
             cells = (1, self._descriptor.latent_channels, 1, pixels // factor**2)
@@ -140,6 +141,10 @@ class ComfyBackbone:
         rows, columns = plan.boxes[0].rows, plan.boxes[0].columns
         cells = [self._descriptor.latent_channels, rows.stop - rows.start, columns.stop - columns.start]
         return batch_for(len(plan), lambda count: patcher.memory_required([count, *cells]) <= room)
+
+    def _scaled(self, latent: Tensor) -> Tensor:
+        """The VAE's latent, scaled for the UNet and on its device: with --cpu-vae that is another than the VAE's."""
+        return self._model.model.process_latent_in(latent).to(self._model.load_device)
 
     def _load(self, patcher: Patcher, memory: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

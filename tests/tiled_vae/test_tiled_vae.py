@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -262,6 +263,27 @@ def test_half_precision_rounds_as_the_untiled_one_does() -> None:
     assert 0 < (tiled - whole).square().mean().sqrt() < 1.2 * error
     error = (coarse.encode(2 * image - 1) - latent).square().mean().sqrt()
     assert 0 < (encode_tiled(coarse, image, tile=4) - latent).square().mean().sqrt() < 1.2 * error
+
+
+class OtherUnetDevice:
+    """A backbone whose encoder hands its latent over to another device, as in ComfyUI with --cpu-vae."""
+
+    def __init__(self, backbone: DiffusersBackbone) -> None:
+        self.backbone, self.descriptor = backbone, backbone.descriptor
+
+    def vae_half(self, part: str, pixels: int) -> VaeHalf:
+        half = self.backbone.vae_half(part, pixels)
+        return replace(half, steps=(*half.steps, Pointwise(lambda latent: latent.to("meta"))))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_latent_is_on_the_device_where_the_encoder_leaves_it(exact: bool) -> None:
+    backbone = backbone_of(random_vae(2, attention=True, quant=True))
+    image = picture(64, 48)
+    latent = encode_tiled(OtherUnetDevice(backbone), image, tile=8, exact=exact)
+    expected = encode_tiled(backbone, image, tile=8, exact=exact)
+    assert latent.device.type == "meta"
+    assert (latent.shape, latent.dtype) == (expected.shape, expected.dtype)
 
 
 def test_whole_maps_go_where_there_is_room() -> None:
