@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 SCALE = 4
 
@@ -36,11 +37,12 @@ def main() -> None:
     image = torch.rand(1, options.size // SCALE, options.size // SCALE, 3, generator=torch.Generator().manual_seed(0))
 
     def by_node() -> torch.Tensor:
-        return node.execute(model, vae, image, scale=float(SCALE), **tiles).result[0].movedim(-1, 1)
+        return node.execute(model, vae, image, scale=float(SCALE), **tiles).result[0]
 
     def by_library() -> torch.Tensor:
         with backbones.ComfyBackbone(model, vae) as backbone:
-            return one_step.upscale(backbone, image.movedim(-1, 1), settings)
+            pictures = one_step.upscale(backbone, rearrange(image, "n h w c -> n c h w"), settings)
+        return rearrange(pictures, "n c h w -> n h w c")
 
     watch = Stopwatch(torch.device("cpu"), options.clock)
     times: dict[str, list[float]] = {"node": [], "library": []}

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .errors import IcmsrError
@@ -136,9 +137,9 @@ def _per_picture(image: Tensor, work: Callable[[npt.NDArray[np.uint8]], npt.NDAr
         )
     # Half precision cannot tell all 256 levels apart after the multiplication, hence float32 first.
     levels = image.detach().to("cpu", torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8)
-    pictures = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = rearrange(levels, "n c h w -> n h w c").contiguous().numpy()
     maps = torch.from_numpy(np.stack([work(picture) for picture in pictures]))
-    return maps.permute(0, 3, 1, 2).contiguous().to(image.device).to(torch.float32).div_(255)
+    return rearrange(maps, "n h w c -> n c h w").contiguous().to(image.device).to(torch.float32).div_(255)
 
 
 @register_structure("colormap", 3, "colours on a coarse grid, one cell for every 64 pixels")

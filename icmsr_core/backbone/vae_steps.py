@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import IcmsrError
@@ -109,11 +110,11 @@ class Attention:
             bias = torch.cat([far.new_zeros(near), far]).to(asking)[None, None, None]
         every = torch.cat(maps, 2)[..., None]
         query, key, value = (
-            projected.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+            rearrange(projected, "n (heads d) h w -> n heads (h w) d", heads=self.heads)
             for projected in (self.query(asking), self.key(every), self.value(every))
         )
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.output(found.transpose(2, 3).reshape(asking.shape))
+        return self.output(rearrange(found, "n heads (h w) d -> n (heads d) h w", h=asking.shape[2]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import IcmsrError
@@ -78,7 +79,7 @@ def to_tensor(array: FloatArray) -> torch.Tensor:
     The range stays as it is ([0, 1] for a Picture's arrays). The tensor is contiguous, on the CPU, and owns its memory.
     """
     stacked = array if array.ndim == 3 else array[..., None]
-    return torch.from_numpy(np.array(stacked.transpose(2, 0, 1), np.float32, order="C"))[None]
+    return torch.from_numpy(np.array(rearrange(stacked, "h w c -> 1 c h w"), np.float32, order="C"))
 
 
 def from_tensor(tensor: torch.Tensor) -> FloatArray:
@@ -89,7 +90,7 @@ def from_tensor(tensor: torch.Tensor) -> FloatArray:
     """
     if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[1] not in (1, 3):
         raise IcmsrError(f"a picture's tensor must be [1, 3 or 1, height, width], got {list(tensor.shape)}")
-    image = tensor.detach()[0].permute(1, 2, 0).to("cpu", torch.float32).contiguous()
+    image = rearrange(tensor.detach(), "1 c h w -> h w c").to("cpu", torch.float32).contiguous()
     return np.asarray((image if image.shape[2] == 3 else image[..., 0]).numpy(), np.float32)
 
 

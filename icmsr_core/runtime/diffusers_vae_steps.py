@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from ..backbone.tiny_vae_steps import layer_steps
 from ..backbone.vae_steps import (
@@ -83,4 +84,4 @@ def _norm(module: torch.nn.GroupNorm) -> Norm:
 
 def _on_channels(layer: torch.nn.Linear) -> TensorMap:
     # In order, or torch multiplies row by row.
-    return lambda x: layer(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+    return lambda x: rearrange(layer(rearrange(x, "n c h w -> n h w c").contiguous()), "n h w c -> n c h w")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import IcmsrError
@@ -225,14 +226,14 @@ class _ToContext(_Layer):
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[N, L, heads * d] as [1, heads, N * L, d]: a query sees the same context wherever it stands in the batch."""
-        return projected.reshape(1, -1, self.module.heads, projected.shape[-1] // self.module.heads).transpose(1, 2)
+        return rearrange(projected, "n tokens (heads d) -> 1 heads (n tokens) d", heads=self.module.heads)
 
     def short(self, hidden: Tensor) -> Tensor:
         if self.constant is not None:
             return self.constant  # the block adds it to its map
         attention = self.module
         found = F.scaled_dot_product_attention(self._heads(attention.to_q(hidden)), self._key, self._value)
-        return attention.to_out[0](found.transpose(1, 2).reshape(*hidden.shape[:2], -1))
+        return attention.to_out[0](rearrange(found, "1 heads (n tokens) d -> n tokens (heads d)", n=hidden.shape[0]))
 
 
 class _Norm(_Layer):

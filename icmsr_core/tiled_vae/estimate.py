@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..backbone.vae_steps import Attention, Pointwise, Sample, VaeHalf
@@ -142,17 +143,16 @@ class _SampledStream(ExactStream):
         # All windows in one row: each looks at all fields, which is what the picture looks like from there.
         held = self.store(flow)
         windows = held.joined().to(self.half.device)
-        number, channels, height, width = windows.shape
         fields = torch.cat(list(self._frame.cut(held, 0))).to(self.half.device)
         places = fields.shape[2] * fields.shape[3]
         shares = (self._frame.fields.weights / places).float().repeat_interleave(places)
         total = self._frame.cells[0] * self._frame.cells[1] * self._frame.scale**2
         sample = self.samples[step] = Sample(
-            fields.transpose(0, 1).reshape(1, channels, -1), shares.to(fields.device), total
+            rearrange(fields, "n c h w -> 1 c (n h w)"), shares.to(fields.device), total
         )
-        row = windows.transpose(0, 1).reshape(1, channels, number * height, width)
-        found = step.run(row, None, sample).reshape(channels, number, height, width).transpose(0, 1)
-        return self.source(found, flow.nominal)
+        row = rearrange(windows, "n c h w -> 1 c (n h) w")
+        found = step.run(row, None, sample)
+        return self.source(rearrange(found, "1 c (n h) w -> n c h w", n=windows.shape[0]), flow.nominal)
 
 
 def drawn_windows(height: int, width: int, factor: int) -> tuple[int, int]:

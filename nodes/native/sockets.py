@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import comfy.model_management
+from einops import rearrange
 from torch import Tensor
 
 
 def to_pictures(image: Tensor) -> Tensor:
     """RGB pictures [N, 3, H, W], float32, of an IMAGE; an alpha channel is left out, grey is tripled."""
-    pictures = image[..., :3].movedim(-1, 1).float()
+    pictures = rearrange(image[..., :3], "n h w c -> n c h w").float()
     return pictures if pictures.shape[1] == 3 else pictures[:, :1].expand(-1, 3, -1, -1)
 
 
 def to_image(pictures: Tensor) -> Tensor:
     """An IMAGE [N, H, W, C], float32, in [0, 1], where core keeps what passes between nodes (as a rule the CPU)."""
-    return pictures.movedim(1, -1).float().clamp(0, 1).contiguous().to(comfy.model_management.intermediate_device())
+    image = rearrange(pictures.float().clamp(0, 1), "n c h w -> n h w c")
+    return image.contiguous().to(comfy.model_management.intermediate_device())

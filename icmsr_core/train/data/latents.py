@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -154,7 +155,7 @@ class CachedLatents(Samples):
         device = next(vae.parameters()).device
         latents: dict[str, Tensor] = {}
         for name, picture in tqdm(self._pictures(cache), unit="picture", desc="encoding", disable=None):
-            pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(device)
+            pixels = rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").to(device)
             latent = encode_picture(vae, bytes_to_signed(pixels))
             latents[name] = latent[0].to("cpu", torch.float16).contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)

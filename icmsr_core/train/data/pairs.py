@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -254,7 +255,7 @@ def _resized(picture: Pixels, side: int, how: int) -> Pixels:
 
 
 def _tensor(picture: Pixels) -> Tensor:
-    return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+    return rearrange(torch.from_numpy(picture), "h w c -> c h w").contiguous()
 
 
 class Tally:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...pictures.ranges import signed_to_unit
@@ -77,7 +77,7 @@ class Task(nn.Module, ABC):
 
 def stack_rows(*rows: Tensor) -> Tensor:
     """Batches [N, 3, H, W] in [-1, 1] as one picture [3, rows * H, N * W] in [0, 1]."""
-    return signed_to_unit(torch.cat([torch.cat(list(row.float()), dim=-1) for row in rows], dim=-2)).clamp(0, 1)
+    return signed_to_unit(rearrange([row.float() for row in rows], "rows n c h w -> c (rows h) (n w)")).clamp(0, 1)
 
 
 PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
