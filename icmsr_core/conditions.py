@@ -25,7 +25,7 @@ CELL = 64
 """Side of a colormap cell in pixels: 512 px give 8x8 cells, as in the T2I-Adapter's own preprocessing."""
 
 MOST_SEGMENTS = 64
-"""Largest number of colours of a segmentation: with more, it is no sparse condition any longer."""
+"""Largest number of colours of a segmentation: with more, the condition would no longer be sparse."""
 
 Function = Callable[..., Tensor]  # pictures first, then options with defaults
 AnyFunction = TypeVar("AnyFunction", bound=Function)

@@ -1,4 +1,4 @@
-"""The one exception that a user can mend."""
+"""The exception for problems that a user can fix."""
 
 
 class IcmsrError(ValueError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` for the block to write a file to, which is then flushed to the disk and renamed to `path`.
+    """A place next to `path` for the block to write a file to, which is then flushed to the disk and renamed to `path`.
 
     An error in the block, or an interruption, leaves what was at `path` and nothing else. The folder must be there.
     """

@@ -1,4 +1,4 @@
-"""What a diffusion prior takes a noised latent for: its clean estimate, with a condition and without.
+"""What a diffusion prior sees in a noised latent: its clean estimate, with a condition and without.
 
 The regulariser of ICM-SR rests on these estimates (arXiv 2511.22048, section 3 and its second figure): at high noise a
 teacher without a condition guesses any picture, one that sees the sparse structure stays near the truth. The grid of

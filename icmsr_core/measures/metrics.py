@@ -1,4 +1,4 @@
-"""How good a restored picture is: with the truth beside it, or without.
+"""How good a restored picture is, compared with the truth or judged alone.
 
 Pictures are arrays [height, width, 3], R, G, B: uint8, or floating point in [0, 1]. PSNR and SSIM are computed as pyiqa
 does with test_y_channel=True and color_space="ycbcr", in float64 and without cropping a border, because the published

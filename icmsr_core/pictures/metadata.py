@@ -34,7 +34,7 @@ _JPEG_SEGMENT = 65533  # bytes that one marker segment of a JPEG file can hold
 
 @dataclass(frozen=True)
 class Metadata:
-    """What goes from the input file to the output file beside the pixels."""
+    """What goes from the input file to the output file, apart from the pixels."""
 
     icc_profile: bytes | None = None
     """ICC profile of the RGB or grey samples; never a CMYK one. None: sRGB is assumed by everyone."""
@@ -55,7 +55,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """The metadata of a loaded Pillow image. Damaged parts are left out with a logged warning; nothing is raised."""
+    """The metadata of a loaded Pillow image. Damaged parts are dropped with a logged warning; nothing is raised."""
     return Metadata(
         icc_profile=_icc_profile(image),
         exif=_exif_bytes(image),
@@ -79,11 +79,11 @@ def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[
         if space == (b"GRAY" if grey and file_format != "WEBP" else b"RGB "):
             arguments["icc_profile"] = metadata.icc_profile
         else:
-            log.warning("the colour profile is left out: it is for %r samples", space.decode("latin-1").strip())
+            log.warning("the colour profile is dropped: it is for %r samples", space.decode("latin-1").strip())
     blocks = {"exif": metadata.exif, "xmp": metadata.xmp}
     for name, block in blocks.items():
         if block is not None and file_format == "JPEG" and len(block) > _JPEG_SEGMENT - 64:
-            log.warning("%s is left out: its %d bytes are too many for JPEG", name.upper(), len(block))
+            log.warning("%s is dropped: its %d bytes are too many for JPEG", name.upper(), len(block))
             blocks[name] = None
     exif, xmp = blocks["exif"], blocks["xmp"]
     if file_format == "TIFF":
@@ -115,7 +115,7 @@ def _exif_of(image: Image.Image) -> Image.Exif:
     try:
         return image.getexif()
     except Exception as error:  # a damaged block raises whatever its parser stumbles over
-        log.warning("EXIF is left out, it cannot be read: %s", error)
+        log.warning("EXIF is dropped, it cannot be read: %s", error)
         return Image.Exif()
 
 
@@ -133,7 +133,7 @@ def _exif_bytes(image: Image.Image) -> bytes | None:
         exif[ORIENTATION] = 1
         block = exif.tobytes()
     except Exception as error:
-        log.warning("EXIF is left out, it cannot be read: %s", error)
+        log.warning("EXIF is dropped, it cannot be read: %s", error)
         return None
     return block if block.startswith(b"Exif\0\0") else b"Exif\0\0" + block
 

@@ -183,12 +183,12 @@ def _split_channels(path: Path, unshuffled: int, description: Mapping[str, Any])
         raise _for_xl(path)
     known = sorted({channels * factor**2 for channels in KNOWN_CHANNELS for factor in KNOWN_FACTORS})
     raise IcmsrError(
-        f"{path}: the first layer takes {unshuffled} channels, known are {', '.join(map(str, known))}: put the "
-        f"{CONFIG_FILE} of the adapter's diffusers folder beside a file called {WEIGHTS_STEM}.safetensors"
+        f"{path}: the first layer takes {unshuffled} channels, known are {', '.join(map(str, known))}: name the file "
+        f"{WEIGHTS_STEM}.safetensors and put the {CONFIG_FILE} of its diffusers folder next to it"
     )
 
 
 def _for_xl(path: Path) -> IcmsrError:
     return IcmsrError(
-        f"{path}: an adapter for SDXL, ICM-SR runs on Stable Diffusion 1.5 and 2.1 and on nano: choose one for these"
+        f"{path}: an adapter for SDXL, but ICM-SR runs on Stable Diffusion 1.5, 2.1 and nano: choose one for these"
     )

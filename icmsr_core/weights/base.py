@@ -35,7 +35,7 @@ INFO_FILE = "icmsr_base.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
 
 REOPEN_AFTER = 1 << 22
-"""Bytes of tensors that are read before a weights file is opened anew."""
+"""Bytes of tensors that are read before a weights file is opened again."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in VAE checkpoints from before diffusers 0.17, and today's."""
 

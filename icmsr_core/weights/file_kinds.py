@@ -1,4 +1,4 @@
-"""What a weights file is when it is not the one that was asked for, in words for an error."""
+"""Says what a file holds when it is not the kind of weights that was asked for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ AGAIN = "download or export it again"
 
 
 def unreadable(path: Path, reason: str) -> str:
-    """Why the file at `path` is no .safetensors, and what to do; `reason` is the reader's, for a damaged one."""
+    """The error for a file at `path` that is not a readable .safetensors; `reason` is what the reader said."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     way_out = AGAIN
     # Eight bytes of length and a brace begin a .safetensors, so none of these is one.
     if head.startswith((b"PK\x03\x04", b"\x80")):
-        reason = "a pickle, which can run code when it is read, and none of it was"
+        reason = "a pickle, which can run code when it is read; no code in it was run"
         way_out = "choose the .safetensors file of the same model; OSEDiff's and PiSA-SR's go through `icmsr import`"
     elif head.startswith(b"version https://git-lfs"):
         reason, way_out = "a Git LFS pointer in the file's place", "fetch the file itself with `git lfs pull`"

@@ -224,7 +224,7 @@ def load_generator(path: Path, name: str = "") -> Generator:
     strange = sorted(key for key in tensors if not key.startswith(tuple(prefixes)))
     if strange:
         allowed = f"{', '.join(prefixes[:-1])} or {prefixes[-1]}"
-        raise IcmsrError(f"{path}: surplus tensors {first_names(strange)}: keys begin with {allowed}")
+        raise IcmsrError(f"{path}: unexpected tensors {first_names(strange)}: keys must begin with {allowed}")
     faithful = _read_set(f"{path}: the {'faithful set' if two else 'file'}", "", tensors, info.rank)
     realistic = _read_set(f"{path}: the realistic set", REALISTIC, tensors, info.realistic_rank) if two else {}
     return Generator(info, faithful["unet"], faithful["vae"], embedding, realistic, name or str(path))
@@ -258,7 +258,7 @@ def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = (
     version = values.get("format_version", 1) if isinstance(values, dict) else 1
     if version not in FORMAT_VERSIONS:  # before the rest, which another version may lay out differently
         known = " and ".join(str(entry) for entry in FORMAT_VERSIONS)
-        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {known}: update it")
+        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
     info = info_from_json(name, GeneratorInfo, values)
     check_prediction(info.prediction)
     if not 0 <= info.realistic_default <= 2:
@@ -278,7 +278,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def info_from_json(name: str, kind: type[Info], values: Any) -> Info:
-    """The dataclass `kind` from a JSON object; keys that it does not know are left out.
+    """The dataclass `kind` from a JSON object; keys that it does not know are ignored.
 
     Raises `IcmsrError`, which says `name`, when a key is missing, of another type or not finite.
     """
@@ -303,7 +303,7 @@ def _read_set(name: str, prefix: str, tensors: Mapping[str, Tensor], rank: int) 
     if not any(parts.values()):
         raise IcmsrError(f"{name} holds no weights ({prefix}unet. or {prefix}vae.): export it again")
     if rank < 1 and any(weights.lora for weights in parts.values()):
-        raise IcmsrError(f"{name} holds LoRA matrices but its rank is {rank}")
+        raise IcmsrError(f"{name} holds LoRA matrices, but its description gives the rank {rank}: export it again")
     return parts
 
 

@@ -53,7 +53,7 @@ def find_base(name: str, text: bool = False) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form ``owner/name`` of a model on the hub, and is no path to a file."""
+    """Whether `name` has the form ``owner/name`` of a model on the hub, and not that of a path."""
     half = r"[A-Za-z0-9][A-Za-z0-9._-]*"
     return re.fullmatch(f"{half}/{half}", name) is not None and not name.endswith((".safetensors", ".ckpt"))
 

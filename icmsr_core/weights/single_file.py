@@ -189,23 +189,23 @@ def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) 
 
     kind = ""
     if metadata.get("format") == GENERATOR_FORMAT:
-        kind = "a generator file, which is no base: name it as the generator"
+        kind = "a generator file, not a base: use it as the generator"
     elif metadata.get("format") == ADAPTER_FORMAT:
-        kind = "a T2I-Adapter, which is no base"
+        kind = "a T2I-Adapter, not a base"
     elif (known := known_kind(keys)) != "a checkpoint":
         kind = known + {
-            "a T2I-Adapter": ", which is no base",
-            "a LoRA": ", which is no base",
+            "a T2I-Adapter": ", not a base",
+            "a LoRA": ", not a base",
             "a VAE alone": "",
             "a diffusers UNet alone": ": name the folder that holds unet/ and vae/",
-            "": f"not a Stable Diffusion checkpoint, none of its keys begins with {PREFIXES['unet']}",
+            "": f"not a Stable Diffusion checkpoint: no key begins with {PREFIXES['unet']}",
         }.get(known, ": Stable Diffusion 1.5 or 2.1 is needed")
     elif f"{PREFIXES['unet']}input_blocks.0.0.weight" not in keys:
         kind = "a model of another kind, without Stable Diffusion's UNet"
     elif not any_starts(PREFIXES["vae"]):
         kind = f"a checkpoint without its VAE ({PREFIXES['vae']}*)"
     if kind:
-        raise IcmsrError(f"{path}: {kind} (a base is a diffusers folder or a whole checkpoint as .safetensors)")
+        raise IcmsrError(f"{path}: {kind} (a base is a diffusers folder or a full .safetensors checkpoint)")
 
 
 def _configurations(shape: Callable[[str, str], list[int]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

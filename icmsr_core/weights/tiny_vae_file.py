@@ -22,7 +22,7 @@ from .generator_file import read_tensors
 PAIR = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 CLAMP_LAYERS = 1
 """Layers that TAESD's own decoder has before the first convolution (a clamp) and diffusers' list has not."""
-FORMS = f"a diffusers folder ({CONFIG_FILE}, {WEIGHTS_FILE}), or {PAIR[0]} with {PAIR[1]} beside it"
+FORMS = f"a diffusers folder ({CONFIG_FILE}, {WEIGHTS_FILE}), or {PAIR[0]} with {PAIR[1]} next to it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class TinyVae:
         return int(2 ** (len(self.config.get("num_decoder_blocks", (3, 3, 3, 1))) - 1))
 
     def check_fits(self, descriptor: BackboneDescriptor) -> None:
-        """Raises `IcmsrError` where this is no VAE for the latents of `descriptor`."""
+        """Raises `IcmsrError` when this VAE does not fit the latents of `descriptor`."""
         own = self.latent_channels, self.latent_factor
         wanted = descriptor.latent_channels, descriptor.latent_factor
         if own != wanted:
@@ -85,7 +85,7 @@ def _read_pair(path: Path) -> TinyVae:
     for part, shift in (("encoder", 0), ("decoder", CLAMP_LAYERS)):
         file = path.with_name(path.name.replace("encoder", part).replace("decoder", part))
         if not file.is_file():
-            raise IcmsrError(f"{file}: missing beside {path.name}: a tiny VAE needs both, encoder and decoder")
+            raise IcmsrError(f"{file}: not found next to {path.name}: a tiny VAE needs both encoder and decoder")
         for key, tensor in read_tensors(file)[0].items():
             number, _, rest = key.partition(".")
             if not number.isdigit():

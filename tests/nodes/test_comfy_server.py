@@ -487,7 +487,10 @@ def _damaged(folder: Path, kind: str) -> str:
         ("truncated", "not a readable .safetensors file"),
         ("foreign", "not an ICM-SR generator file (a LoRA; "),
         ("vae", "not an ICM-SR generator file (a VAE alone; "),
-        ("code", "not a readable .safetensors file (a pickle, which can run code when it is read, and none of it was)"),
+        (
+            "code",
+            "not a readable .safetensors file (a pickle, which can run code when it is read; no code in it was run)",
+        ),
         ("prior", "the generator is for a base that predicts v, this one predicts eps (the MODEL, nano"),
     ],
 )

@@ -328,7 +328,7 @@ CONTEXT_KEY = f"{KEYS}input_blocks__1__1__transformer_blocks__0__attn2__to_k__we
 )
 def test_checkpoints_of_other_models_are_refused_by_kind(tmp_path, changes: dict, text: str) -> None:
     path = write_hollow(tmp_path / "other.safetensors", "sd21", **changes)
-    ways_out = "choose a checkpoint of one of these|is needed|a base is a diffusers folder or a whole checkpoint"
+    ways_out = "choose a checkpoint of one of these|is needed|a base is a diffusers folder or a full"
     with pytest.raises(IcmsrError, match=rf"other\.safetensors: .*{text}.*({ways_out})"):
         open_base(path)
 
@@ -339,23 +339,23 @@ def test_checkpoints_of_other_models_are_refused_by_kind(tmp_path, changes: dict
 @pytest.mark.parametrize(
     ("keys", "metadata", "text"),
     [
-        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], {}, "a LoRA, which is no base"),
-        (["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"], {}, "a LoRA, which is no base"),
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], {}, "a LoRA, not a base"),
+        (["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"], {}, "a LoRA, not a base"),
         (["first_stage_model.encoder.conv_in.weight"], {}, "a VAE alone"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], {}, "a VAE alone"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], {}, "a diffusers UNet alone: name the folder"),
         (["adapter.conv_in.weight"], {}, "a T2I-Adapter"),
         (["body.0.block1.weight"], {}, "a T2I-Adapter"),
-        (["unet.conv_in.weight"], {"format": "icmsr-generator"}, "a generator file, .*name it as the generator"),
+        (["unet.conv_in.weight"], {"format": "icmsr-generator"}, "a generator file, .*use it as the generator"),
         (["conditioner.embedders.1.model.positional_embedding"], {}, "a checkpoint of SDXL"),
         (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], {}, "a model of another kind"),
-        (["double_blocks.0.img_attn.proj.weight"], {}, "not a Stable Diffusion checkpoint, none of its keys b"),
+        (["double_blocks.0.img_attn.proj.weight"], {}, "not a Stable Diffusion checkpoint: no key b"),
     ],
 )
 def test_files_that_are_not_a_base_are_refused(tmp_path, keys: list[str], metadata: dict, text: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file({key: torch.ones(2, 2) for key in keys}, path, metadata=metadata)
-    with pytest.raises(IcmsrError, match=rf"model\.safetensors: {text}.*a base is a diffusers folder or a whole"):
+    with pytest.raises(IcmsrError, match=rf"model\.safetensors: {text}.*a base is a diffusers folder or a full"):
         open_base(path)
 
 

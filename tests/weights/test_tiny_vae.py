@@ -133,7 +133,7 @@ def test_what_is_no_tiny_vae_is_refused(folder, base, tmp_path) -> None:
     for path, words in (
         (tmp_path / "none", "no such file"),
         (tmp_path / "empty", "holds no tiny VAE"),
-        (pair, "taesd_decoder.safetensors: missing"),
+        (pair, "taesd_decoder.safetensors: not found next to"),
         (pickled, "never opened"),
         (other, "not a tiny VAE"),
         (named, "not of TAESD's layout"),

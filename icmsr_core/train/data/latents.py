@@ -167,7 +167,7 @@ class CachedLatents(Samples):
             try:
                 photograph = read_photograph(path)
             except IcmsrError as error:
-                log.warning("left out of training: %s", error)
+                log.warning("skipped in training: %s", error)
                 continue
             for scale in cache.scales:
                 height, width = (round(length * scale) for length in photograph.shape[:2])

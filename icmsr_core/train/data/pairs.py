@@ -281,7 +281,7 @@ class Tally:
             path = self._photographs[number]
             if str(path) not in self.unreadable:
                 self.unreadable = sorted([*self.unreadable, str(path)])
-                log.warning("left out of training: %s", _why_unreadable(path))
+                log.warning("skipped in training: %s", _why_unreadable(path))
 
     def take(self) -> dict[str, int]:
         """How many samples there were since the last call, and how often an unreadable and a small photograph were met

@@ -33,7 +33,7 @@ class Source:
 
 
 def folder_source(folder: str) -> Source:
-    """The pictures below `folder` (`READ_EXTENSIONS`), sorted by path; hidden files and folders are left out.
+    """The pictures below `folder` (`READ_EXTENSIONS`), sorted by path; hidden files and folders are skipped.
 
     Raises IcmsrError for a folder that is missing, cannot be read, or holds no picture.
     """
@@ -69,7 +69,7 @@ def list_source(file: str) -> Source:
         if name.startswith("#"):
             continue
         if not (root / name).is_file():
-            raise IcmsrError(f"{file}, line {number}: there is no file {root / name}: fix or remove the line")
+            raise IcmsrError(f"{file}, line {number}: the file {root / name} does not exist: fix or remove the line")
         names.append(Path(os.path.normpath(name)).as_posix())
     if not names:
         raise IcmsrError(f"{file}: the list names no picture")

@@ -72,7 +72,7 @@ class BinnedMeans:
             table[1].index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
 
     def take(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """Means as ``NAME/0.2-0.4`` since the last call, over all processes; empty bins are left out."""
+        """Means as ``NAME/0.2-0.4`` since the last call, over all processes, without empty bins."""
         found = {}
         if accelerator is not None and accelerator.num_processes > 1:
             for name in sorted(self.sums):

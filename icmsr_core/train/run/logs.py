@@ -138,7 +138,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for any other line that is no JSON object with ``images``.
     """
     if not path.is_file():
-        raise IcmsrError(f"{path}: there is no such file: name a run's {METRICS_FILE}")
+        raise IcmsrError(f"{path}: no such file: give a run's {METRICS_FILE}")
     lines = path.read_bytes().splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):

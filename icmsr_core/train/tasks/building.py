@@ -104,7 +104,7 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
     if config.losses.icm and any(map(in_decoder, changed)):
         raise IcmsrError(
             f"networks.start {path} has a decoder of its own, but losses.icm judges latents of the base's "
-            "decoder: use the base that was exported beside it, or set losses.icm to 0"
+            "decoder: use the base that was exported with it, or set losses.icm to 0"
         )
 
 
