@@ -27,9 +27,9 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.upscale.one_step import make_plan, upscale
+from icmsr_core.upscale.one_step import run_plan, upscale
+from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
-from icmsr_core.upscale.sizes import pad_to_multiple
 from icmsr_core.upscale.tiling import Span, TilePlan
 from icmsr_core.weights.embedded import embedded_generator
 
@@ -72,15 +72,15 @@ def energy(image: Tensor, plan: TilePlan, factor: int) -> float:
 def measure(backbone: Backbone, image: Tensor, whole: Tensor, settings: UpscaleSettings) -> Seam | None:
     """What the tiles of `settings` do to `image`, whose untiled result is `whole`; None if there is one tile only."""
     factor = backbone.descriptor.latent_factor
-    padded = pad_to_multiple(whole, backbone.descriptor.multiple_of)
-    plan = make_plan(backbone, padded.shape[2], padded.shape[3], settings)
-    if len(plan) == 1:
+    plan = plan_upscale(backbone.descriptor, image.shape[2], image.shape[3], settings)
+    tiles = plan.tiles
+    if len(tiles) == 1:
         return None
-    tiled = upscale(backbone, image, settings)
-    area = sum((box.rows.stop - box.rows.start) * (box.columns.stop - box.columns.start) for box in plan.boxes)
+    tiled = run_plan(backbone, image, plan)
+    area = sum((box.rows.stop - box.rows.start) * (box.columns.stop - box.columns.start) for box in tiles.boxes)
     psnr = -10 * torch.log10((tiled - whole).square().mean())
-    work = area / (plan.height * plan.width)
-    return Seam(energy(tiled, plan, factor) / energy(whole, plan, factor), float(psnr), work)
+    work = area / (tiles.height * tiles.width)
+    return Seam(energy(tiled, tiles, factor) / energy(whole, tiles, factor), float(psnr), work)
 
 
 def pictures(folder: Path, number: int, shortest: int) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from _measurement import CLOCKS, DTYPES, ChildFailed, Peak, Stopwatch, in_child,
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.device import pick_device
-from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
+from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
 from icmsr_core.upscale.settings import TILE_MULTIPLE
 
 COLUMNS = ("model, precision", "part", "tile", "batch", "s per megapixel", "MB", "bytes per cell", "bytes per pixel")
@@ -84,13 +84,13 @@ def measure_case(case: Case) -> Found:
     descriptor = backbone.descriptor
     factor, channels = descriptor.latent_factor, descriptor.latent_channels
     side = case.tile // factor if case.part == "unet" else 2 * case.tile // factor
-    exact = case.vae == "exact"
+    exact, stripes = case.vae == "exact", plan_stripes(side, side, case.tile // factor)
     latent = torch.randn(case.batch, channels, side, side, device=device)
     picture = torch.rand(1, 3, side * factor, side * factor, device=device)
     run: Callable[[], object] = {
         "unet": lambda: backbone.predict_noise(latent, descriptor.timestep),
-        "encoder": lambda: encode_tiled(backbone, picture, tile=case.tile // factor, exact=exact),
-        "decoder": lambda: decode_tiled(backbone, latent, picture, tile=case.tile // factor, exact=exact),
+        "encoder": lambda: encode_tiled(backbone, picture, stripes, exact=exact),
+        "decoder": lambda: decode_tiled(backbone, latent, picture, stripes, exact=exact),
     }[case.part]
     if case.model == "nano":  # a first small pass pays for what is set up once; sd21's own size hides it
         backbone.decode(backbone.encode(picture[:, :, :64, :64]))

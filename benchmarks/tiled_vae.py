@@ -86,16 +86,18 @@ def measure_case(case: Case) -> Found:
     """Loads nano and measures `case`; for a process of its own."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
     from icmsr_core.runtime.recipe import Recipe
-    from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
+    from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
     from icmsr_core.weights.embedded import embedded_generator
 
     use_threads(case.threads)
     silence_diffusers()
     backbone = load_backbone(Recipe(generator=embedded_generator()))
-    tile = case.tile // backbone.descriptor.latent_factor
+    factor = backbone.descriptor.latent_factor
+    cells = case.size // factor
+    stripes, one = plan_stripes(cells, cells, case.tile // factor), plan_stripes(64 // factor, 64 // factor, 0)
     with torch.inference_mode():
         warm = torch.rand(1, 3, 64, 64)
-        decode_tiled(backbone, encode_tiled(backbone, warm, tile=0), warm, tile=0)
+        decode_tiled(backbone, encode_tiled(backbone, warm, one), warm, one)
         image = resize(mosaic(case.folder, case.size // SCALE), case.size, case.size)
         peak, watch = Peak(torch.device("cpu")), Stopwatch(torch.device("cpu"), case.clock)
         peak.reset()
@@ -106,8 +108,8 @@ def measure_case(case: Case) -> Found:
             decoded = backbone.decode(backbone.encode(unit_to_signed(image)))
             out.copy_(signed_to_unit(decoded))
         else:
-            latent = encode_tiled(backbone, image, tile=tile, exact=case.mode == "exact")
-            decode_tiled(backbone, latent, out, tile=tile, exact=case.mode == "exact")
+            latent = encode_tiled(backbone, image, stripes, exact=case.mode == "exact")
+            decode_tiled(backbone, latent, out, stripes, exact=case.mode == "exact")
         seconds = watch.now() - started
         found = Found(seconds, peak.bytes(), before)
     torch.save(out, case.result)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.pictures.ranges import unit_to_signed
+from ..icmsr_core.steps import Steps
 from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
 from ..icmsr_core.upscale.tiling import plan_tiles
 from .category import CATEGORY
@@ -120,11 +121,13 @@ class InspectManifold(io.ComfyNode):
         size = _size_to_show(*pictures.shape[-2:])
         label = "truth" if size == pictures.shape[-2:] else "truth, shrunk"
         rows = 1 if condition is None else 2
-        bar = comfy.utils.ProgressBar(len(pictures) * rows * len(levels.timesteps))
+        total = len(pictures) * rows * len(levels.timesteps)
+        steps = Steps(comfy.utils.ProgressBar(total).update_absolute)
+        steps.begin(total)
         grids = []
         with ComfyBackbone(model, vae, conditioning, bare=True) as backbone:
             for index, picture in enumerate(pictures.split(1)):
-                view = PriorView(backbone, resize(picture, *size), levels, bar)
+                view = PriorView(backbone, resize(picture, *size), levels, steps)
                 grids.append(view.grid(label, condition, index))
         return io.NodeOutput(to_image(torch.cat(grids)))
 
@@ -176,13 +179,11 @@ def _size_to_show(height: int, width: int) -> tuple[int, int]:
 class PriorView:
     """One picture [1, 3, H, W] in [0, 1] as the prior of `backbone` sees it through noise."""
 
-    def __init__(
-        self, backbone: ComfyBackbone, picture: Tensor, levels: NoiseLevels, bar: comfy.utils.ProgressBar
-    ) -> None:
+    def __init__(self, backbone: ComfyBackbone, picture: Tensor, levels: NoiseLevels, steps: Steps) -> None:
         # OpenCV draws the grid, so its module is imported only once it is needed.
         from ..icmsr_core.measures.manifold import seeded_noise
 
-        self._backbone, self._picture, self._timesteps, self._bar = backbone, picture, levels.timesteps, bar
+        self._backbone, self._picture, self._timesteps, self._steps = backbone, picture, levels.timesteps, steps
         self._size: tuple[int, int] = (picture.shape[2], picture.shape[3])
         self._latent = backbone.encode(unit_to_signed(pad_to_multiple(picture, backbone.descriptor.multiple_of)))
         self._noise = seeded_noise(self._latent, levels.seed)
@@ -214,7 +215,7 @@ class PriorView:
         found = []
         for t in self._timesteps:
             found += clean_estimates(self._backbone, self._latent, [t], self._noise, features)
-            self._bar.update(1)
+            self._steps.advance()
         return found
 
     def _decoded(self, latent: Tensor) -> FloatArray:

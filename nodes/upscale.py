@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import comfy.model_management
 import comfy.utils
@@ -11,9 +10,11 @@ import torch
 from comfy_api.latest import io
 
 from ..icmsr_core.errors import IcmsrError
-from ..icmsr_core.upscale.one_step import count_tiles, make_plan, upscale
+from ..icmsr_core.steps import Steps
+from ..icmsr_core.upscale.one_step import run_plan
+from ..icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from ..icmsr_core.upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
-from ..icmsr_core.upscale.sizes import padded_size
+from ..icmsr_core.upscale.tile_choice import smaller_settings
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
@@ -21,10 +22,6 @@ from .native.core_objects import Conditioning, Model, Vae
 from .native.sockets import to_image, to_pictures
 
 log = logging.getLogger(__name__)
-
-SMALLEST_TILE = 128
-LARGEST_TILE_AFTER_NONE = 1024
-"""Tile to try when the whole picture at once does not fit."""
 
 
 class Upscale(io.ComfyNode):
@@ -147,11 +144,10 @@ class Upscale(io.ComfyNode):
         if strength == 0:
             condition = None
         with ComfyBackbone(model, vae, conditioning) as backbone:
+            plan = plan_upscale(backbone.descriptor, image.shape[1], image.shape[2], settings)
             if tile_batch == 0:
-                size = settings.target_size(*image.shape[1:3])
-                plan = make_plan(backbone, *padded_size(*size, backbone.descriptor), settings)
-                settings = replace(settings, batch=backbone.tiles_together(plan))
-            return io.NodeOutput(_Batch(backbone, image, settings, condition).upscaled())
+                plan = plan.with_batch(backbone.tiles_together(plan.tiles))
+            return io.NodeOutput(_Batch(backbone, image, plan, condition).upscaled())
 
 
 class _Batch:
@@ -161,27 +157,27 @@ class _Batch:
     """
 
     def __init__(
-        self, backbone: ComfyBackbone, image: torch.Tensor, settings: UpscaleSettings, condition: Condition | None
+        self, backbone: ComfyBackbone, image: torch.Tensor, plan: UpscalePlan, condition: Condition | None
     ) -> None:
         self._backbone, self._image, self._condition = backbone, image, condition
-        self._settings = settings  # for the next picture
+        self._plan = plan  # for the next picture
         self._features: AdapterFeatures | None = None
         self._bar = comfy.utils.ProgressBar(image.shape[0])
         self._done = 0  # steps of the bar, for the pictures that are finished
 
     def upscaled(self) -> torch.Tensor:
         """The results as one IMAGE, which is the only memory that grows with the batch."""
-        count, height, width = self._image.shape[:3]
-        result = _empty_image(count, *self._settings.target_size(height, width))
+        count = self._image.shape[0]
+        result = _empty_image(count, *self._plan.target)
         _check_finite(self._image)
         for index in range(count):
             result[index] = self._upscale_until_it_fits(index)
-            self._done += self._steps()
+            self._done += self._plan.steps
         return result
 
     def _upscale_until_it_fits(self, index: int) -> torch.Tensor:
         while True:
-            smaller = _smaller(self._settings)
+            smaller = smaller_settings(self._plan.settings)
             try:
                 return self._upscale(index)
             except Exception as error:
@@ -193,29 +189,27 @@ class _Batch:
                 "picture %d of %d: out of memory with %s: trying again with %s",
                 index + 1,
                 self._image.shape[0],
-                _words(self._settings),
+                _words(self._plan.settings),
                 _words(smaller),
             )
-            self._settings, self._features = smaller, None  # the kept features are those of the larger tiles
+            self._plan = plan_upscale(self._backbone.descriptor, *self._plan.source, smaller)
+            self._features = None  # the kept ones are those of the larger tiles
             comfy.model_management.soft_empty_cache()
 
     def _upscale(self, index: int) -> torch.Tensor:
-        """The result [H', W', 3] of one picture with the present settings."""
-        size, condition = self._settings.target_size(*self._image.shape[1:3]), self._condition
+        """The result [H', W', 3] of one picture with the present plan."""
+        condition = self._condition
         if condition is not None and (self._features is None or not condition.shared):
-            self._features = condition.features(index, size, self._backbone)
-        total = self._done + (self._image.shape[0] - index) * self._steps()
+            self._features = condition.features(index, self._plan.target, self._backbone)
+        total = self._done + (self._image.shape[0] - index) * self._plan.steps
 
-        def progress(done: int, _own: int) -> None:
+        def show(done: int, _own: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             self._bar.update_absolute(self._done + done, total)
 
         picture = to_pictures(self._image[index : index + 1])
-        upscaled = upscale(self._backbone, picture, self._settings, progress=progress, features=self._features)
+        upscaled = run_plan(self._backbone, picture, self._plan, steps=Steps(show), features=self._features)
         return to_image(upscaled)[0]
-
-    def _steps(self) -> int:
-        return count_tiles(self._backbone, *self._image.shape[1:3], self._settings)
 
 
 def _check_finite(image: torch.Tensor) -> None:
@@ -239,16 +233,6 @@ def _empty_image(count: int, height: int, width: int) -> torch.Tensor:
             f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, more than is "
             "free: upscale fewer pictures at a time or at a smaller scale"
         ) from error
-
-
-def _smaller(settings: UpscaleSettings) -> UpscaleSettings | None:
-    """Settings that need less memory: first one tile at a time, then half the tile; None when there is no less."""
-    if settings.batch > 1:
-        return replace(settings, batch=1)
-    tile = settings.tile // 2 // TILE_MULTIPLE * TILE_MULTIPLE if settings.tile else LARGEST_TILE_AFTER_NONE
-    if tile < SMALLEST_TILE:
-        return None
-    return replace(settings, tile=tile, overlap=min(settings.overlap, tile // 4))
 
 
 def _words(settings: UpscaleSettings) -> str:

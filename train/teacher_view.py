@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from icmsr_core.cli.picture_jobs import check_writable
 from icmsr_core.runtime.device import pick_device
+from icmsr_core.steps import Steps
 from icmsr_core.train.experiments.teacher_view import (
     ViewConfig,
     check_view,
@@ -54,7 +55,7 @@ def main() -> None:
         crops,
         config,
         device,
-        lambda done, count: logging.info("picture %d of %d done", done, count),
+        Steps(lambda done, count: logging.info("picture %d of %d done", done, count)),
     )
     print(markdown(view))
     for path in write_view(view, settings_of(config), out):

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..backbone.protocol import Backbone
 from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
 from ..pictures.panels import side_by_side
-from ..upscale.one_step import Progress
+from ..steps import Steps
+from ..upscale.plan import plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..weights.embedded import demo_picture
@@ -31,13 +32,14 @@ class DemoResult:
     """Input, result, side by side."""
 
 
-def run_demo(load: Callable[[], Backbone], folder: Path, progress: Progress | None = None) -> DemoResult:
+def run_demo(load: Callable[[], Backbone], folder: Path, steps: Steps | None = None) -> DemoResult:
     """Upscales the bundled photograph into `folder`, which is checked before `load` is called."""
     check_writable(folder)
     picture = read_picture(demo_picture())
     backbone = load()
     started = time.perf_counter()
-    result = upscale_picture(backbone, picture, UpscaleSettings(), progress)
+    plan = plan_upscale(backbone.descriptor, picture.rgb.shape[0], picture.rgb.shape[1], UpscaleSettings())
+    result = upscale_picture(backbone, picture, plan, steps)
     seconds = time.perf_counter() - started
     names = ("input.png", "result.png", "side_by_side.png")
     files = tuple(folder / name for name in names)

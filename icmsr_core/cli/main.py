@@ -25,7 +25,7 @@ from .arguments import make_parser
 
 if TYPE_CHECKING:
     from ..runtime.diffusers_backbone import DiffusersBackbone
-    from ..upscale.one_step import Progress
+    from ..steps import Steps
 
 
 def run() -> None:
@@ -73,7 +73,7 @@ def run_demo_command(options: argparse.Namespace) -> int:
     check_recipe(recipe)
 
     with tqdm(desc="upscaling", unit="tile", disable=None) as bar:
-        result = run_demo(load, options.out, bar_progress(bar))
+        result = run_demo(load, options.out, bar_steps(bar))
     backbone = loaded[0]
     print(f"model    nano (embedded), family {backbone.descriptor.family}")
     print(f"device   {backbone.device}, {str(backbone.dtype).removeprefix('torch.')}")
@@ -103,32 +103,31 @@ def run_upscale(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..runtime.ingredients import check_recipe
-    from .picture_jobs import Job, memory_fit, plan_jobs, run_jobs
+    from ..upscale.tile_choice import Automatic
+    from .picture_jobs import Job, plan_jobs, planner, run_jobs
 
     recipe = recipe_of(options)
     check_recipe(recipe)
     jobs = plan_jobs(options.input, options.output)
     started = time.perf_counter()
     backbone = load_networks(recipe)
+    automatic = Automatic(tile=tile_too, batch=batch_too)
     with (
         tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
         tqdm(unit="tile", leave=False, disable=None) as tiles,
     ):
 
-        def progress(job: Job) -> Progress:
+        def steps(job: Job) -> Steps:
             tiles.set_description(job.source.name)
             tiles.reset()
-            return bar_progress(tiles)
+            return bar_steps(tiles)
 
         failed = run_jobs(
             backbone,
             jobs,
-            settings,
+            planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype),
             report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
-            fit=memory_fit(backbone, backbone.device, backbone.dtype, tile=tile_too, batch=batch_too)
-            if tile_too or batch_too
-            else None,
-            progress=progress,
+            steps=steps,
             done=lambda _: files.update(),
         )
     done = len(jobs) - failed
@@ -171,7 +170,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with tqdm(unit="picture", leave=False, disable=None) as bar:
-        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_progress(bar))
+        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar))
     print(evaluation.table())
     if options.json is not None:
         options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n")
@@ -210,14 +209,15 @@ def run_export(options: argparse.Namespace) -> int:
     return 0
 
 
-def bar_progress(bar: Any) -> Progress:
-    """A `Progress` that drives a tqdm bar."""
+def bar_steps(bar: Any) -> Steps:
+    """Steps that a tqdm bar shows."""
+    from ..steps import Steps
 
-    def advance(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
 
-    return advance
+    return Steps(show)
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from ..backbone.protocol import Backbone
+from ..backbone.protocol import Backbone, BackboneDescriptor
 from ..errors import IcmsrError
 from ..pictures.files import (
     WRITE_EXTENSIONS,
@@ -25,11 +26,13 @@ from ..pictures.files import (
     to_tensor,
     write_picture,
 )
+from ..steps import Steps
 from ..upscale.free_memory import free_memory
-from ..upscale.one_step import Progress, upscale
+from ..upscale.one_step import run_plan
+from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
-from ..upscale.tile_choice import TILES, fit_to_memory
+from ..upscale.tile_choice import TILES, Automatic, DeviceMemory, plan_for_memory
 
 log = logging.getLogger(__name__)
 
@@ -92,75 +95,73 @@ def _writable_name(path: Path) -> str:
     return path.name if path.suffix.lower() in WRITE_EXTENSIONS else f"{path.stem}.png"
 
 
-def upscale_picture(
-    backbone: Backbone, picture: Picture, settings: UpscaleSettings, progress: Progress | None = None
-) -> Picture:
-    """`picture` at its new size: colours through the model, alpha by bicubic resizing, all else kept."""
-    result = from_tensor(upscale(backbone, to_tensor(picture.rgb), settings, progress=progress))
+def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, steps: Steps | None = None) -> Picture:
+    """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, all else kept."""
+    result = from_tensor(run_plan(backbone, to_tensor(picture.rgb), plan, steps=steps))
     alpha = picture.alpha
     if alpha is not None:
         alpha = from_tensor(resize(to_tensor(alpha), *result.shape[:2]))
     return replace(picture, rgb=result, alpha=alpha)
 
 
-Fit = Callable[[UpscaleSettings, int, int], UpscaleSettings]
-"""Settings for an input of that height and width."""
+PlanFor = Callable[[int, int], UpscalePlan]
+"""Gives the plan for a picture of that height and width in pixels."""
 
 
-def memory_fit(backbone: Backbone, device: torch.device, dtype: torch.dtype, *, tile: bool, batch: bool) -> Fit:
-    """Chooses tile and batch, or one of them, from what is free on the backbone's `device` when a picture's turn comes.
+def planner(
+    descriptor: BackboneDescriptor,
+    settings: UpscaleSettings,
+    automatic: Automatic,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PlanFor:
+    """Plans with `settings`, of which those that `automatic` names are chosen when a picture's turn comes.
 
-    Says so in the log where memory is too short for the first choice, because the result is then another.
+    They follow the memory that is free on `device` then, for networks in `dtype`. Logs a warning where it is too little
+    for the first choice, because the result is then another. Without automatic settings pictures of one size share a
+    plan.
     """
+    if not (automatic.tile or automatic.batch):
+        return lru_cache(maxsize=16)(lambda height, width: plan_upscale(descriptor, height, width, settings))
 
-    def fit(settings: UpscaleSettings, height: int, width: int) -> UpscaleSettings:
-        free = free_memory(device)
-        chosen = fit_to_memory(
-            backbone,
-            height,
-            width,
-            settings,
-            free,
-            device.type,
-            itemsize=dtype.itemsize,
-            tile=tile,
-            batch=batch,
-        )
-        if free is not None and (chosen.tile, chosen.vae) != (TILES[0] if tile else settings.tile, settings.vae):
+    def plan_for(height: int, width: int) -> UpscalePlan:
+        memory = DeviceMemory(device.type, free_memory(device), dtype.itemsize)
+        plan = plan_for_memory(descriptor, height, width, settings, memory, automatic)
+        first = TILES[0] if automatic.tile else settings.tile
+        if memory.free is not None and (plan.settings.tile, plan.settings.vae) != (first, settings.vae):
             log.warning(
                 "%d x %d: %.1f GB of memory are free: tile %d, vae %s",
                 width,
                 height,
-                free / 1e9,
-                chosen.tile,
-                chosen.vae,
+                memory.free / 1e9,
+                plan.settings.tile,
+                plan.settings.vae,
             )
-        return chosen
+        return plan
 
-    return fit
+    return plan_for
 
 
 def run_jobs(
     backbone: Backbone,
     jobs: Sequence[Job],
-    settings: UpscaleSettings,
+    plan_for: PlanFor,
     *,
     report: Callable[[str], None],
-    fit: Fit | None = None,
-    progress: Callable[[Job], Progress | None] = lambda _: None,
+    steps: Callable[[Job], Steps | None] = lambda _: None,
     done: Callable[[Job], object] = lambda _: None,
 ) -> int:
-    """All of `jobs`, going on past pictures that fail; returns how many did.
+    """Runs all of `jobs`, also when some fail; returns how many did.
 
-    While a picture is computed, a thread reads the next one and another writes the last result. No more than that: the
-    next but one is not read before the next begins, and a result waits until the one before it is written. So memory
-    holds at most two pictures that were read and two results, however many jobs there are.
+    While a picture is computed, one thread reads the next picture and one writes the last result. They do not run
+    further ahead or behind: memory holds at most two pictures that were read and two results, however many jobs there
+    are.
 
-    The functions are called in this thread and in the order of the jobs: `fit` for the settings of a picture, given its
-    height and width (see `memory_fit`), `progress` when a picture's turn comes,
-    `report` with one line that names the file for each that failed, whatever the reason (a lack of memory for one
-    picture, say), and `done` when a result stands under its name or has failed. An interrupt is no such failure and
-    ends the run: what is being read or written at that moment is finished first, so that no half file is left.
+    The functions are called in this thread, in the order of the jobs: `steps` when a picture's turn comes, for the
+    object that counts its steps; `plan_for` for its plan; `report` for each picture that failed, for whatever reason
+    (too little memory for it, say), with one line that names the file; `done` when a result has been written or has
+    failed. An interrupt ends the run: what is being read or written at that moment is finished first, so that no file
+    is left half written.
     """
     failed = 0
     writing: deque[tuple[Job, Future[None]]] = deque()
@@ -185,15 +186,15 @@ def run_jobs(
     with _thread("reader") as reader, _thread("writer") as writer:
         reading = deque(reader.submit(read_picture, job.source) for job in jobs[:1])
         for index, job in enumerate(jobs):
-            advance = progress(job)
+            counted = steps(job)
             picture = reading.popleft()
             reading.extend(reader.submit(read_picture, following.source) for following in jobs[index + 1 : index + 2])
             try:
                 read = picture.result()
-                fitted = settings if fit is None else fit(settings, read.rgb.shape[0], read.rgb.shape[1])
-                result = upscale_picture(backbone, read, fitted, advance)
+                plan = plan_for(read.rgb.shape[0], read.rgb.shape[1])
+                result = upscale_picture(backbone, read, plan, counted)
             except Exception as error:
-                settle()  # what came before is told of before
+                settle()  # the pictures before this one are reported first
                 fail(job, error)
                 continue
             settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from ..errors import IcmsrError
 from ..pictures.files import find_pictures, read_picture
 from ..pictures.metadata import orientation_of
+from ..steps import Steps
 from .metrics import mean_color_difference, metric
 
 DEFAULT_METRICS = ("psnr", "ssim", "hf")
@@ -60,13 +61,13 @@ def evaluate_folders(
     hr: str | os.PathLike[str],
     lq: str | os.PathLike[str] | None = None,
     metrics: Iterable[str] = DEFAULT_METRICS,
-    progress: Callable[[int, int], None] | None = None,
+    steps: Steps | None = None,
 ) -> Evaluation:
     """Measure every picture of the folder `sr` against the one of the same name (without extension) in `hr`.
 
     `metrics` are names in `METRICS`. With `lq`, the folder of the inputs, there is one more column, "color":
-    `mean_color_difference` between the result and the input resized to its size (Pillow's bicubic). After each
-    picture `progress` is called with (pictures done, pictures in all). Transparency is ignored.
+    `mean_color_difference` between the result and the input resized to its size (Pillow's bicubic). `steps`
+    counts the pictures. Transparency is ignored.
 
     Raises IcmsrError before anything is measured for an unknown metric, a missing library or its weights, a folder
     that is missing or empty, names without a partner (listed), names that occur twice, and sizes that differ (listed);
@@ -80,7 +81,9 @@ def evaluate_folders(
     inputs = None if lq is None else _partners(results, sr, lq)
     _check_sizes(results, truths)
     rows: dict[str, dict[str, float]] = {}
-    for done, (stem, path) in enumerate(results.items(), start=1):
+    steps = steps or Steps()
+    steps.begin(len(results))
+    for stem, path in results.items():
         result, truth = read_picture(path).rgb, read_picture(truths[stem]).rgb
         if result.shape != truth.shape:
             raise IcmsrError(_size_mismatch(path, result.shape[1::-1], truth.shape[1::-1]))
@@ -93,8 +96,7 @@ def evaluate_folders(
             small = np.rint(read_picture(inputs[stem]).rgb * 255).astype(np.uint8)
             resized = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
             rows[stem][COLOR] = mean_color_difference(result, np.asarray(resized))
-        if progress is not None:
-            progress(done, len(results))
+        steps.advance()
     means = {}
     for column in next(iter(rows.values())):
         values = [row[column] for row in rows.values() if not math.isnan(row[column])]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.vae_steps import Attention, Norm, Residual, Sample, Step, TensorMap, VaeHalf
+from ..steps import Part, Steps
 from .held_map import HeldMap
 from .stream import Flow, Stream
 
@@ -36,12 +37,12 @@ class Estimate(NamedTuple):
 class ExactStream(Stream):
     """Every map before a GroupNorm is kept whole, attention is over the whole map: the untiled result."""
 
-    def __init__(self, half: VaeHalf, axis: int, progress: Callable[[float], None] | None = None) -> None:
-        """`progress` is called with the share of the work that is done."""
+    def __init__(self, half: VaeHalf, axis: int, done: Part | None = None) -> None:
+        """`done` is told the share of the work that is done."""
         super().__init__(half, axis)
         self.statistics: dict[Norm, Statistics] = {}
         """Of every norm that has run."""
-        self._progress = progress or (lambda share: None)
+        self._done = done or Steps().part(0)
         self._stages, self._stage = count_norms(half.steps) + 1, 0
 
     @property
@@ -59,7 +60,7 @@ class ExactStream(Stream):
             held.keep(chunk.to(place), flow.length)
             position += chunk.shape[self.axis]
             del chunk
-            self._progress(min(1.0, (self._stage + position / flow.length) / self._stages))
+            self._done.reach(min(1.0, (self._stage + position / flow.length) / self._stages))
         self._stage += 1
         return held
 

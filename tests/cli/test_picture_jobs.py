@@ -21,6 +21,7 @@ from icmsr_core.backbone.vae_steps import UnknownLayer, VaeHalf
 from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.picture_jobs import Job, plan_jobs, run_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
+from icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from tests.support.pictures import write_random_picture
 from tests.support.places import ROOT
@@ -61,7 +62,15 @@ def folder_of(folder: Path, number: int) -> list[Job]:
 def run(jobs: list[Job], backbone: Toy | None = None, **functions) -> tuple[int, list[str]]:
     """What `run_jobs` returns, and the lines that it reported."""
     lines: list[str] = []
-    return run_jobs(backbone or Toy(), jobs, SETTINGS, report=lines.append, **functions), lines
+    return run_jobs(backbone or Toy(), jobs, plan_for, report=lines.append, **functions), lines
+
+
+def plan_for(height: int, width: int) -> UpscalePlan:
+    return plan_upscale(Toy().descriptor, height, width, SETTINGS)
+
+
+def upscaled(source: Picture) -> Picture:
+    return upscale_picture(Toy(), source, plan_for(*source.rgb.shape[:2]))
 
 
 def no_thread_is_left() -> bool:
@@ -81,7 +90,7 @@ def test_results_are_those_of_one_by_one(tmp_path: Path) -> None:
     assert sorted(tmp_path.joinpath("out").iterdir()) == [job.target for job in jobs]
     for job in jobs:
         alone = tmp_path / job.target.name
-        write_picture(alone, upscale_picture(Toy(), read_picture(job.source), SETTINGS))
+        write_picture(alone, upscaled(read_picture(job.source)))
         assert job.target.read_bytes() == alone.read_bytes()
     assert no_thread_is_left()
 
@@ -182,7 +191,7 @@ def test_what_fails_is_told_in_order_and_the_rest_goes_on(tmp_path: Path) -> Non
     failed, lines = run(
         jobs,
         Toy(compute),
-        progress=lambda job: turns.append(job.source.stem),
+        steps=lambda job: turns.append(job.source.stem),
         done=lambda job: settled.append(job.source.stem),
     )
     assert failed == 4

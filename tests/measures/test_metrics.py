@@ -21,6 +21,7 @@ from icmsr_core.measures.metrics import (
     ssim_y,
 )
 from icmsr_core.pictures.files import to_tensor
+from icmsr_core.steps import Steps
 from tests.support.places import REALSR
 
 needs_realsr = pytest.mark.skipif(not REALSR.is_dir(), reason=f"no RealSR pairs in {REALSR}: set ICMSR_REALSR")
@@ -221,7 +222,7 @@ def test_folders_are_paired_by_stem_and_averaged(tmp_path: Path) -> None:
         str(tmp_path / "hr"),
         tmp_path / "lq",
         ["hf", "psnr", "hf"],
-        lambda done, total: steps.append((done, total)),
+        Steps(lambda done, total: steps.append((done, total))),
     )
     assert list(found.rows) == ["a", "b", "c"]
     for stem, (result, truth) in pairs.items():
@@ -292,7 +293,7 @@ def test_sizes_that_differ_are_all_named_before_anything_is_measured(tmp_path: P
         save(tmp_path / "sr" / f"{name}.png", noise(1)[cut:])
         save(tmp_path / "hr" / f"{name}.png", noise(1))
     steps: list[int] = []
-    message = refused(tmp_path / "sr", tmp_path / "hr", progress=lambda done, total: steps.append(done))
+    message = refused(tmp_path / "sr", tmp_path / "hr", steps=Steps(lambda done, total: steps.append(done)))
     assert "b.png is 20 x 23 and its truth 20 x 24, c.png is 20 x 22" in message
     assert "a.png" not in message
     assert not steps

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled
 from tests.support.comfy_harness import run_script
 from tests.support.model_files import write_base, write_generator
+from tests.support.stripes import decode_in_stripes, encode_in_stripes
 
 pytestmark = pytest.mark.comfy
 
@@ -60,8 +60,8 @@ def test_cores_own_layout_with_attention(outcome, kind: str, what: str) -> None:
 def test_both_modes_agree_with_diffusers(outcome, name: str, exact: bool) -> None:
     """Same weights through the other walk over the other classes; the generator's LoRA on the encoder included."""
     results, image, library = outcome
-    assert_near(results[f"{name} latent"], encode_tiled(library, image, tile=6, exact=exact))
+    assert_near(results[f"{name} latent"], encode_in_stripes(library, image, tile=6, exact=exact))
     out = torch.empty_like(image)
-    decode_tiled(library, results["latent"], out, tile=6, exact=exact)
+    decode_in_stripes(library, results["latent"], out, tile=6, exact=exact)
     assert_near(results[f"{name} picture"], out)
     assert float((results["exact picture"] - results["bounded picture"]).abs().max()) > 1e-4, "the modes are two"

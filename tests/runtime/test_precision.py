@@ -9,6 +9,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.precision import choose_dtype, computes_bf16
 from icmsr_core.runtime.recipe import Recipe
+from icmsr_core.steps import Steps
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -106,7 +107,7 @@ def test_a_part_that_overflows_goes_on_in_float32(base, generator, part: str, ti
     backbone = overflowing(base, generator, part, "fp16")
     steps: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING):
-        first = upscale(backbone, image, settings, progress=lambda *done: steps.append(done))
+        first = upscale(backbone, image, settings, steps=Steps(lambda *done: steps.append(done)))
         second = upscale(backbone, image, settings) if vae == "bounded" else first
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1, warnings

@@ -32,6 +32,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.recipe import Recipe
+from icmsr_core.steps import Steps
 from icmsr_core.tiled_vae import estimate as tiled_vae_statistics
 from icmsr_core.tiled_vae import held_map as tiled_vae_held
 from icmsr_core.tiled_vae import stream as tiled_vae_stream
@@ -49,13 +50,14 @@ from icmsr_core.tiled_vae.estimate import (
 from icmsr_core.tiled_vae.held_map import HeldMap
 from icmsr_core.tiled_vae.modes import BoundedStream, Estimate, ExactStream, Statistics, combine, moments
 from icmsr_core.tiled_vae.stream import FEWEST_ROWS, STRIPE_BYTES, Flow
-from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, is_exact, plan_stripes
+from icmsr_core.tiled_vae.tiled import is_exact, plan_stripes
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet
 from icmsr_core.upscale import color
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.embedded import embedded_generator
 from tests.support.script_process import ROOT
+from tests.support.stripes import decode_in_stripes, encode_in_stripes
 
 TOLERANCE = 2e-5
 """On [-1, 1], float32; the issue asks for 1e-4."""
@@ -101,7 +103,7 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
 def decoded(backbone: DiffusersBackbone, latent: torch.Tensor, **options) -> torch.Tensor:
     factor = backbone.descriptor.latent_factor
     out = torch.empty(1, 3, latent.shape[2] * factor, latent.shape[3] * factor)
-    decode_tiled(backbone, latent, out, **options)
+    decode_in_stripes(backbone, latent, out, **options)
     return 2 * out - 1
 
 
@@ -125,7 +127,7 @@ def test_exact_is_the_untiled_result(backbone, cells: tuple[int, int], tile: int
     assert plan_stripes(*cells, tile).number > 2
     latent = backbone.encode(2 * image - 1)
     assert latent.std() > 0.05
-    got = encode_tiled(backbone, image, tile=tile)
+    got = encode_in_stripes(backbone, image, tile=tile)
     torch.testing.assert_close(got, latent, rtol=0, atol=TOLERANCE)
     assert got.dtype == torch.float32
     whole = backbone.decode(latent)
@@ -147,7 +149,7 @@ def test_stripes_cut_for_the_cache_are_exact_too(backbone, cells: tuple[int, int
     factor = backbone.descriptor.latent_factor
     image = picture(cells[0] * factor, cells[1] * factor)
     latent = backbone.encode(2 * image - 1)
-    torch.testing.assert_close(encode_tiled(backbone, image, tile=tile), latent, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(encode_in_stripes(backbone, image, tile=tile), latent, rtol=0, atol=TOLERANCE)
     whole = backbone.decode(latent)
     torch.testing.assert_close(decoded(backbone, latent, tile=tile), whole, rtol=0, atol=TOLERANCE)
 
@@ -181,7 +183,7 @@ def test_on_a_cpu_a_single_picture_runs_in_stripes_of_few_bytes_in_channels_last
     for limit in (STRIPE_BYTES["cpu"], 8192):
         monkeypatch.setitem(STRIPE_BYTES, "cpu", limit)
         with Inputs() as seen:
-            latent = encode_tiled(backbone, image, tile=0)
+            latent = encode_in_stripes(backbone, image, tile=0)
             decoded(backbone, latent, tile=0)
         assert len(seen.last) > 40
         assert all(seen.last)
@@ -204,10 +206,10 @@ def test_a_single_picture_with_unknown_layers_runs_untiled() -> None:
         half.conv_in.weight.zero_()
         half.conv_in.weight[:, :, 1:4, 1:4] = old.weight
         half.conv_in.bias.copy_(old.bias)
-    torch.testing.assert_close(encode_tiled(backbone, image, tile=0), expected[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(encode_in_stripes(backbone, image, tile=0), expected[0], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(decoded(backbone, torch.ones(1, 4, 6, 5), tile=0), expected[1], rtol=0, atol=TOLERANCE)
     with pytest.raises(UnknownLayer, match="cannot run in tiles"):
-        encode_tiled(backbone, image, tile=2)
+        encode_in_stripes(backbone, image, tile=2)
 
 
 @torch.inference_mode()
@@ -217,7 +219,7 @@ def test_two_layers_a_level_and_a_picture_that_ends_before_the_latent() -> None:
     whole = (backbone.decode(latent) + 1) / 2
     for height, width in ((36, 48), (33, 48), (36, 41), (1, 1)):
         out = torch.empty(1, 3, height, width)
-        decode_tiled(backbone, latent, out, tile=4)
+        decode_in_stripes(backbone, latent, out, tile=4)
         torch.testing.assert_close(out, whole[:, :, :height, :width], rtol=0, atol=TOLERANCE)
 
 
@@ -255,14 +257,14 @@ def test_half_precision_rounds_as_the_untiled_one_does() -> None:
     vae = random_vae(3, True, True)
     precise, coarse = backbone_of(vae), None
     image = picture(40, 52)
-    latent = encode_tiled(precise, image, tile=4)
+    latent = encode_in_stripes(precise, image, tile=4)
     whole = precise.decode(latent)
     coarse = backbone_of(vae, torch.bfloat16)
     tiled, untiled = decoded(coarse, latent, tile=4), coarse.decode(latent)
     error = (untiled - whole).square().mean().sqrt()
     assert 0 < (tiled - whole).square().mean().sqrt() < 1.2 * error
     error = (coarse.encode(2 * image - 1) - latent).square().mean().sqrt()
-    assert 0 < (encode_tiled(coarse, image, tile=4) - latent).square().mean().sqrt() < 1.2 * error
+    assert 0 < (encode_in_stripes(coarse, image, tile=4) - latent).square().mean().sqrt() < 1.2 * error
 
 
 class OtherUnetDevice:
@@ -280,8 +282,8 @@ class OtherUnetDevice:
 def test_a_latent_is_on_the_device_where_the_encoder_leaves_it(exact: bool) -> None:
     backbone = backbone_of(random_vae(2, attention=True, quant=True))
     image = picture(64, 48)
-    latent = encode_tiled(OtherUnetDevice(backbone), image, tile=8, exact=exact)
-    expected = encode_tiled(backbone, image, tile=8, exact=exact)
+    latent = encode_in_stripes(OtherUnetDevice(backbone), image, tile=8, exact=exact)
+    expected = encode_in_stripes(backbone, image, tile=8, exact=exact)
     assert latent.device.type == "meta"
     assert (latent.shape, latent.dtype) == (expected.shape, expected.dtype)
 
@@ -405,7 +407,7 @@ def test_a_nearly_flat_picture_is_exact_too() -> None:
     image = 0.5 + 1e-3 * picture(48, 40)
     latent = backbone.encode(2 * image - 1)
     spread = float((latent - latent.mean((2, 3), keepdim=True)).abs().max())
-    torch.testing.assert_close(encode_tiled(backbone, image, tile=0), latent, rtol=0, atol=1e-3 * spread)
+    torch.testing.assert_close(encode_in_stripes(backbone, image, tile=0), latent, rtol=0, atol=1e-3 * spread)
 
 
 # --- bounded ---------------------------------------------------------------------------------------------------------
@@ -708,7 +710,7 @@ def test_bounded_stays_close_to_exact_on_the_embedded_model(nano) -> None:
     image = torch.nn.functional.interpolate(image[:, :, :64, :96], scale_factor=4, mode="bicubic").clamp(0, 1)
     results = {}
     for exact in (True, False):
-        latent = encode_tiled(nano, image, tile=256 // factor, exact=exact)
+        latent = encode_in_stripes(nano, image, tile=256 // factor, exact=exact)
         results[exact] = decoded(nano, latent, tile=256 // factor, exact=exact)
     psnr = -10 * torch.log10(((results[True] - results[False]) / 2).square().mean())
     print(f"{psnr:.1f} dB")
@@ -736,7 +738,7 @@ def test_bounded_stays_close_to_exact_where_every_part_has_other_statistics(nano
     image = mosaic_of_the_demo(768)
     results = {}
     for exact in (True, False):
-        latent = encode_tiled(nano, image, tile=64, exact=exact)
+        latent = encode_in_stripes(nano, image, tile=64, exact=exact)
         results[exact] = decoded(nano, latent, tile=64, exact=exact)
     psnr = -10 * torch.log10(((results[True] - results[False]) / 2).square().mean())
     print(f"{psnr:.1f} dB")
@@ -782,12 +784,12 @@ def count(steps: tuple[Step, ...]) -> int:
 
 
 def test_stripes_run_across_the_shorter_side_with_a_tiles_area() -> None:
-    assert plan_stripes(512, 512, 64) == (2, 8, 64)
-    assert plan_stripes(256, 2048, 64) == (3, 16, 128)
+    assert plan_stripes(512, 512, 64) == (2, 8, 64, 64)
+    assert plan_stripes(256, 2048, 64) == (3, 16, 128, 64)
     assert plan_stripes(64, 64, 64).number == plan_stripes(5, 800, 64).number == plan_stripes(999, 77, 0).number == 1
-    assert plan_stripes(3000, 2000, 16) == (2, 1, 3000)
+    assert plan_stripes(3000, 2000, 16) == (2, 1, 3000, 16)
     for height, width, tile in ((513, 511, 64), (37, 90, 12), (90, 37, 20), (1, 50, 3)):
-        axis, cells, stripes = plan_stripes(height, width, tile)
+        axis, cells, stripes, _ = plan_stripes(height, width, tile)
         length, across = max(height, width), min(height, width)
         assert axis == (2 if height >= width else 3)
         assert cells * across <= max(tile * tile, across)
@@ -807,14 +809,14 @@ def test_auto_is_exact_up_to_the_area_of_2048_by_2048() -> None:
 @torch.inference_mode()
 def test_progress_counts_every_stripe_once(exact: bool) -> None:
     backbone = backbone_of(random_vae(3, False, True))
-    steps: list[int] = []
-    latent = encode_tiled(backbone, picture(64, 40), tile=6, exact=exact, progress=steps.append)
-    assert sum(steps) == plan_stripes(16, 10, 6).number == 6
-    steps.clear()
-    decoded(backbone, latent, tile=6, exact=exact, progress=steps.append)
-    assert sum(steps) == 6
-    assert min(steps) >= 1
-    assert len(steps) >= 4
+    seen: list[int] = []
+    steps = Steps(lambda done, total: seen.append(done))
+    latent = encode_in_stripes(backbone, picture(64, 40), tile=6, exact=exact, steps=steps)
+    assert seen[-1] == plan_stripes(16, 10, 6).number == 6
+    decoded(backbone, latent, tile=6, exact=exact, steps=steps)
+    assert seen[-1] == 12
+    assert seen == sorted(set(seen))
+    assert len(seen) >= 8
 
 
 @torch.inference_mode()
@@ -824,15 +826,15 @@ def test_a_stop_spoils_nothing() -> None:
 
     backbone = backbone_of(random_vae(3, False, True))
     image = picture(64, 40)
-    expected = encode_tiled(backbone, image, tile=6)
+    expected = encode_in_stripes(backbone, image, tile=6)
 
-    def stop(_: int) -> None:
+    def stop(done: int, total: int) -> None:
         raise Stop
 
     for exact in (True, False):
         with pytest.raises(Stop):
-            encode_tiled(backbone, image, tile=6, exact=exact, progress=stop)
-    assert torch.equal(encode_tiled(backbone, image, tile=6), expected)
+            encode_in_stripes(backbone, image, tile=6, exact=exact, steps=Steps(stop))
+    assert torch.equal(encode_in_stripes(backbone, image, tile=6), expected)
 
 
 def test_layers_without_a_step_are_named() -> None:

@@ -19,8 +19,10 @@ from icmsr_core.backbone.vae_steps import Pointwise, VaeHalf
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.recipe import Recipe
+from icmsr_core.steps import Steps
 from icmsr_core.tiled_vae import tiled as tiled_vae
-from icmsr_core.upscale.one_step import count_tiles, make_plan, upscale
+from icmsr_core.upscale.one_step import run_plan, upscale
+from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.sizes import pad_to_multiple, resize
 from icmsr_core.upscale.tiling import Box
@@ -327,7 +329,7 @@ def test_pictures_of_a_batch_equal_each_alone(nano: Backbone) -> None:
 
 
 def test_plan_is_in_cells_and_respects_the_unets_multiple() -> None:
-    plan = make_plan(Toy(multiple_of=64), 1024, 640, plain(tile=512, overlap=100))
+    plan = plan_upscale(Toy(multiple_of=64).descriptor, 256, 160, plain(tile=512, overlap=100)).tiles
     for box in plan.boxes:
         for span in (box.rows, box.columns):
             assert span.start % 8 == span.stop % 8 == 0
@@ -355,8 +357,8 @@ def test_an_overlap_that_leaves_a_family_no_step_is_named_in_pixels() -> None:
 def test_progress_reaches_its_total(count: int, batch: int, vae: str) -> None:
     chosen = plain(tile=64, overlap=16, batch=batch, vae=vae)
     toy, steps = Toy(), []
-    upscale(toy, random_picture(30, 45, count), chosen, progress=lambda done, total: steps.append((done, total)))
-    total = count * count_tiles(toy, 30, 45, chosen)
+    upscale(toy, random_picture(30, 45, count), chosen, steps=Steps(lambda done, total: steps.append((done, total))))
+    total = count * plan_upscale(toy.descriptor, 30, 45, chosen).steps
     done = [step for step, _ in steps]
     assert {entry for _, entry in steps} == {total}
     assert done == sorted(set(done))
@@ -374,13 +376,13 @@ def test_a_stop_from_progress_ends_the_run_and_spoils_nothing(nano: Backbone, st
     expected = upscale(nano, image, chosen)
     seen = []
 
-    def progress(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         seen.append(done)
         if done == stop_at:
             raise Stop
 
     with pytest.raises(Stop):
-        upscale(nano, image, chosen, progress=progress)
+        upscale(nano, image, chosen, steps=Steps(show))
     assert seen == list(range(1, stop_at + 1))
     assert torch.equal(upscale(nano, image, chosen), expected)
 
@@ -404,7 +406,7 @@ def nano_features(boxes: Sequence[Box]) -> list[torch.Tensor]:
 def test_features_reach_the_unet(nano_by_hand: DiffusersBackbone) -> None:
     image = photo(48, 64)
     result = upscale(nano_by_hand, image, plain(scale=1), features=nano_features)
-    plan = make_plan(nano_by_hand, 48, 64, plain(scale=1))
+    plan = plan_upscale(nano_by_hand.descriptor, 48, 64, plain(scale=1)).tiles
     assert len(plan) == 1
     expected = by_hand(nano_by_hand, image, nano_features(plan.boxes))
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
@@ -422,7 +424,7 @@ def test_every_tile_gets_its_own_features(nano: Backbone, batch: int) -> None:
 
     guided = upscale(nano, image, chosen, features=features)
     free = upscale(nano, image, chosen)
-    plan = make_plan(nano, 64, 160, chosen)
+    plan = plan_upscale(nano.descriptor, 64, 160, chosen).tiles
     assert tuple(asked) == plan.boxes
     assert len(plan) == 3
     for box in plan.boxes:
@@ -433,7 +435,7 @@ def test_every_tile_gets_its_own_features(nano: Backbone, batch: int) -> None:
 def test_a_list_of_features_survives_the_call(nano: Backbone) -> None:
     """diffusers empties the list that it is given; a second call with it would be silently unconditioned."""
     latent = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
-    box = make_plan(nano, 64, 64, plain()).boxes[0]
+    box = plan_upscale(nano.descriptor, 16, 16, plain()).tiles.boxes[0]
     features = nano_features([box])
     kept = list(features)
     with torch.inference_mode():
@@ -494,6 +496,14 @@ def test_padding_does_not_enter_the_colour_statistics() -> None:
 def test_settings_are_checked_when_made(values: dict, text: str) -> None:
     with pytest.raises(IcmsrError, match=text):
         UpscaleSettings(**values)
+
+
+def test_a_plan_for_another_size_is_refused_before_anything_runs() -> None:
+    toy = Toy()
+    plan = plan_upscale(toy.descriptor, 20, 30, plain())
+    with pytest.raises(IcmsrError, match=r"the plan is for pictures of 20 x 30 \(height x width\), got 30 x 20"):
+        run_plan(toy, random_picture(30, 20), plan)
+    assert toy.seen == []
 
 
 def test_limits_of_the_settings_are_allowed() -> None:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,33 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmsr_core.backbone.protocol import BackboneDescriptor
-from icmsr_core.upscale.one_step import make_plan
+from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.tile_choice import (
     FREE_SHARE,
     MOST_TOGETHER,
     PICTURES,
     TILES,
+    Automatic,
+    DeviceMemory,
     batch_for,
-    fit_to_memory,
+    candidates,
     needed_memory,
+    plan_for_memory,
+    smaller_settings,
 )
 
-NANO = SimpleNamespace(descriptor=BackboneDescriptor("nano", 8, 4, 8, 999, "residual"))
-SD21 = SimpleNamespace(descriptor=BackboneDescriptor("sd21", 4, 8, 64, 999, "eps"))
+NANO = BackboneDescriptor("nano", 8, 4, 8, 999, "residual")
+SD21 = BackboneDescriptor("sd21", 4, 8, 64, 999, "eps")
 PLAIN = UpscaleSettings()
 
 
-def chosen(backbone, height, width, free, kind="cpu", given=PLAIN, **options) -> UpscaleSettings:
-    return fit_to_memory(backbone, height, width, given, free, kind, **options)
+def chosen(family, height, width, free, kind="cpu", given=PLAIN, itemsize=4, **automatic) -> UpscaleSettings:
+    memory = DeviceMemory(kind, free, itemsize)
+    return plan_for_memory(family, height, width, given, memory, Automatic(**automatic)).settings
 
 
-@pytest.mark.parametrize("backbone", [NANO, SD21])
+@pytest.mark.parametrize("family", [NANO, SD21])
 @pytest.mark.parametrize("size", [(1, 1), (750, 1000), (128, 1024), (4096, 4096)])
-def test_enough_memory_gives_the_default_whatever_the_picture(backbone, size):
-    assert chosen(backbone, *size, 1e12) == PLAIN
-    assert chosen(backbone, *size, None) == PLAIN
-    assert chosen(backbone, *size, None, "mps") == PLAIN
+def test_enough_memory_gives_the_default_whatever_the_picture(family, size):
+    assert chosen(family, *size, 1e12) == PLAIN
+    assert chosen(family, *size, None) == PLAIN
+    assert chosen(family, *size, None, "mps") == PLAIN
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,12 +53,12 @@ def test_enough_memory_gives_the_default_whatever_the_picture(backbone, size):
     st.sampled_from(["cpu", "cuda"]),
     st.sampled_from([2, 4]),
 )
-def test_what_is_chosen_fits_and_nothing_better_would(backbone, height, width, free, kind, itemsize):
-    found = chosen(backbone, height, width, free, kind, itemsize=itemsize)
+def test_what_is_chosen_fits_and_nothing_better_would(family, height, width, free, kind, itemsize):
+    found = chosen(family, height, width, free, kind, itemsize=itemsize)
     target = PLAIN.target_size(height, width)
 
     def need(candidate):
-        return needed_memory(*target, candidate, backbone.descriptor, itemsize, kind)
+        return needed_memory(family, target, candidate, DeviceMemory(kind, free, itemsize))
 
     least = min(
         need(replace(found, batch=1, tile=side, overlap=side // 4, vae=mode))
@@ -68,7 +72,7 @@ def test_what_is_chosen_fits_and_nothing_better_would(backbone, height, width, f
         exact = replace(found, batch=1, tile=TILES[-1], overlap=32, vae="auto")
         assert need(exact) > FREE_SHARE * free or need(exact) == need(replace(exact, vae="bounded"))
     assert found.overlap <= found.tile // 4
-    assert make_plan(backbone, 64 * 40, 64 * 30, found)  # the overlap suits the family
+    assert plan_upscale(family, 16 * 40, 16 * 30, found).tiles  # the overlap suits the family
 
 
 @pytest.mark.parametrize(("kind", "different"), [("cpu", 2), ("cuda", 4)])
@@ -105,13 +109,32 @@ def test_only_what_may_be_chosen_is():
 
 def test_a_card_takes_as_many_tiles_as_fit_in_batches_of_one_size():
     assert chosen(NANO, 750, 1000, 1e12, "cpu").batch == 1
-    tiles = len(make_plan(NANO, 3000, 4000, PLAIN))
+    tiles = len(plan_upscale(NANO, 750, 1000, PLAIN).tiles)
     full = chosen(NANO, 750, 1000, 1e12, "cuda")
     assert full.tile == 512
     assert full.batch == -(-tiles // -(-tiles // MOST_TOGETHER))
     assert 1 < chosen(NANO, 750, 1000, 1e9, "cuda").batch < full.batch
     assert chosen(NANO, 100, 100, 1e12, "cuda").batch == 1
     assert [batch_for(9, lambda count, most=most: count <= most) for most in (1, 2, 4, 8, 9)] == [1, 2, 3, 5, 5]
+
+
+def test_candidates_go_from_large_tiles_to_small_and_from_exact_to_bounded():
+    found = list(candidates(PLAIN))
+    assert [one.tile for one in found] == 2 * list(TILES)
+    assert [one.vae for one in found] == len(TILES) * ["auto"] + len(TILES) * ["bounded"]
+    assert [one.overlap for one in found[: len(TILES)]] == [128, 96, 64, 48, 32]
+
+
+@pytest.mark.parametrize("mode", ["exact", "bounded"])
+def test_a_vae_mode_that_was_asked_for_is_the_only_candidate(mode):
+    assert {one.vae for one in candidates(replace(PLAIN, vae=mode))} == {mode}
+
+
+def test_after_a_lack_of_memory_comes_one_tile_at_a_time_and_then_ever_smaller_tiles():
+    settings, seen = replace(PLAIN, batch=4, tile=0, overlap=200), []
+    while (settings := smaller_settings(settings)) is not None:
+        seen.append((settings.batch, settings.tile, settings.overlap))
+    assert seen == [(1, 0, 200), (1, 1024, 200), (1, 512, 128), (1, 256, 64), (1, 128, 32)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
@@ -124,6 +147,6 @@ def test_real_runs_take_no_more_than_was_counted_on(load_benchmark, part, tile, 
     case = benchmark.Case("nano", part, "fp32", "cpu", tile, 2 if part == "unet" else 1, 1, "cpu", vae)
     measured = measurement.in_child(benchmark.measure_case, case).memory
     settings, side = replace(PLAIN, tile=tile, batch=2, vae=vae), 2 * tile
-    counted = needed_memory(side, side, settings, NANO.descriptor, 4, "cpu") - PICTURES * side**2
+    counted = needed_memory(NANO, (side, side), settings, DeviceMemory("cpu", None)) - PICTURES * side**2
     print(json.dumps({"part": part, "measured": measured, "counted": counted}))
     assert 0 < measured <= counted / FREE_SHARE

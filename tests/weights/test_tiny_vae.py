@@ -18,7 +18,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import read_picture, to_tensor
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes
+from icmsr_core.tiled_vae.tiled import plan_stripes
 from icmsr_core.train.networks.bases import make_unet
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -26,6 +26,7 @@ from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.tiny_vae_file import read_tiny_vae
 from tests.support.model_files import TINY, random_generator
 from tests.support.pictures import random_picture
+from tests.support.stripes import decode_in_stripes, encode_in_stripes
 from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
 
@@ -64,12 +65,12 @@ def test_stripes_give_diffusers_untiled_result(base, folder, theirs, cells, tile
     assert (plan_stripes(*cells, tile).number > 2) == (tile > 0)
     expected = theirs.encode(2 * image - 1).latents
     assert expected.std() > 0.05
-    latent = encode_tiled(backbone, image, tile=tile, exact=exact)
+    latent = encode_in_stripes(backbone, image, tile=tile, exact=exact)
     torch.testing.assert_close(latent, expected, rtol=0, atol=2e-5)
     expected = theirs.decode(latent).sample / 2 + 0.5
     assert expected.std() > 0.02
     out = torch.empty_like(image)
-    decode_tiled(backbone, latent, out, tile=tile, exact=exact)
+    decode_in_stripes(backbone, latent, out, tile=tile, exact=exact)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
@@ -80,7 +81,7 @@ def test_a_block_that_widens_has_a_shortcut() -> None:
     block = vae.encoder.layers[1]
     block.skip = torch.nn.Conv2d(32, 32, 1, bias=False)
     backbone, image = backbone_of(vae), random_picture(96, 64)
-    got = encode_tiled(backbone, image, tile=4)
+    got = encode_in_stripes(backbone, image, tile=4)
     torch.testing.assert_close(got, vae.encode(2 * image - 1).latents, rtol=0, atol=2e-5)
 
 
@@ -91,7 +92,7 @@ def test_memory_holds_stripes_only(theirs) -> None:
     for layer in theirs.decoder.layers:
         layer.register_forward_hook(lambda _module, _inputs, result: seen.append(result.shape[2]))
     backbone = backbone_of(theirs)
-    decode_tiled(backbone, torch.randn(1, 4, 40, 8), torch.empty(1, 3, 320, 64), tile=8)
+    decode_in_stripes(backbone, torch.randn(1, 4, 40, 8), torch.empty(1, 3, 320, 64), tile=8)
     assert 0 < max(seen) <= 3 * 64
 
 

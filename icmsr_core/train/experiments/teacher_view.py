@@ -32,7 +32,7 @@ from ...pictures.files import FloatArray, Picture, find_pictures, from_tensor, r
 from ...pictures.ranges import unit_to_signed
 from ...runtime.diffusers_backbone import DiffusersBackbone, build_networks
 from ...runtime.prompts import check_prompts, constant_prompt
-from ...upscale.one_step import Progress
+from ...steps import Steps
 from ...weights.base import BaseFolder
 from ...whole_file import replace_file
 from ..networks.conditioning import WITHOUT_ADAPTER, ConditionConfig, StructureFeatures
@@ -189,17 +189,19 @@ def measure_view(
     crops: Tensor,
     config: ViewConfig,
     device: torch.device,
-    progress: Progress | None = None,
+    steps: Steps | None = None,
 ) -> View:
     """The measures of `MEASURES` for `crops` [N, 3, H, W] in [0, 1] called `names`; a grid of the first ones.
 
-    After each picture `progress` is called with (pictures done, pictures in all).
+    `steps` counts the pictures.
     """
     values: dict[str, dict[str, list[list[float]]]] = {
         name: {key: [[] for _ in config.timesteps] for key in MEASURES} for name in (NONE, *arms)
     }
     reference: dict[str, list[float]] = {key: [] for key in MEASURES}
     grids: list[FloatArray] = []
+    steps = steps or Steps()
+    steps.begin(len(crops))
     for number, crop in enumerate(crops.to(device).split(1)):
         truth = from_tensor(crop)
         latent = backbone.encode(unit_to_signed(crop))
@@ -231,8 +233,7 @@ def measure_view(
                 rows[name].append(pictures[0])
         if number < config.shown:
             grids += [manifold_grid(truth, config.timesteps, rows, maps)]
-        if progress is not None:
-            progress(number + 1, len(crops))
+        steps.advance()
     means = {key: sum(some) / len(some) for key, some in reference.items()}
     return View(config.timesteps, names, values, means, np.vstack(grids))
 

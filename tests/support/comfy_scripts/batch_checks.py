@@ -1,7 +1,6 @@
 """Batches through ICMSR_Upscale with the embedded model: report.json, judged by test_comfy_memory.py."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import comfy_process
@@ -64,20 +63,14 @@ def out_of_memory() -> None:
     pictures = torch.rand(3, 64, 96, 3, generator=torch.Generator().manual_seed(2))
     settings = {"tile": 256, "overlap": 64}
     alone = {tile: [upscaled(p[None], tile=tile, overlap=tile // 4) for p in pictures] for tile in (256, 128)}
-    network, calls, values = model.model.diffusion_model, [], []
-    run, forward = upscale_module.upscale, network.forward
+    network, calls = model.model.diffusion_model, []
+    run, forward = upscale_module.run_plan, network.forward
     sums = [float(picture.sum()) for picture in pictures.movedim(-1, 1)]
 
-    def noted(backbone, picture, settings, **others):
+    def noted(backbone, picture, plan, **others):
         number = min(range(3), key=lambda index: abs(sums[index] - float(picture.sum())))
-        calls.append([number, settings.tile])
-        progress = others["progress"]
-
-        def watched(done, total):
-            progress(done, total)
-            values.append(done)
-
-        return run(backbone, picture, settings, **{**others, "progress": watched})
+        calls.append([number, plan.settings.tile])
+        return run(backbone, picture, plan, **others)
 
     def too_small(x, *others, **named):
         if calls[-1] == [1, 256]:
@@ -93,11 +86,11 @@ def out_of_memory() -> None:
 
     original_bar = upscale_module.comfy.utils.ProgressBar
     upscale_module.comfy.utils.ProgressBar = Bar
-    upscale_module.upscale, network.forward = noted, too_small
+    upscale_module.run_plan, network.forward = noted, too_small
     try:
         result = upscaled(pictures, **settings)
     finally:
-        upscale_module.upscale, network.forward = run, forward
+        upscale_module.run_plan, network.forward = run, forward
         upscale_module.comfy.utils.ProgressBar = original_bar
     report["out of memory"] = {
         "calls": calls,
@@ -113,16 +106,16 @@ def out_of_memory() -> None:
 def automatic_tile_batch() -> None:
     """Twelve tiles with tile_batch 0: what is chosen on a CPU, and on a card with this much room."""
     backbone_module, chosen = part("nodes.native.backbone"), []
-    run = upscale_module.upscale
+    run = upscale_module.run_plan
 
-    def noted(backbone, picture, settings, **others):
-        chosen.append(settings.batch)
-        return run(backbone, picture, replace(settings, batch=1), **others)
+    def noted(backbone, picture, plan, **others):
+        chosen.append(plan.settings.batch)
+        return run(backbone, picture, plan.with_batch(1), **others)
 
     picture = torch.rand(1, 64, 80, 3, generator=torch.Generator().manual_seed(3))
     device, room = model.load_device, backbone_module._room
     weights = max(0, model.model_size() - model.loaded_size())
-    upscale_module.upscale = noted
+    upscale_module.run_plan = noted
     try:
         expected = upscaled(picture)
         on_cpu = upscaled(picture, tile_batch=0)
@@ -130,16 +123,15 @@ def automatic_tile_batch() -> None:
         chosen.clear()
         one = model.memory_required([1, model.model.latent_format.latent_channels, 16, 16])
         backbone = backbone_module.ComfyBackbone(model, vae)
-        plan = upscale_module.make_plan(
-            backbone, 128, 160, upscale_module.UpscaleSettings(scale=2.0, tile=64, overlap=32)
-        )
+        settings = upscale_module.UpscaleSettings(scale=2.0, tile=64, overlap=32)
+        plan = upscale_module.plan_upscale(backbone.descriptor, 64, 80, settings).tiles
         model.load_device = torch.device("cuda")
         for tiles in (0.5, 3.5, 6.5, 100):
             backbone_module._room = lambda _device, tiles=tiles: weights + tiles * one
             chosen.append(backbone.tiles_together(plan))
     finally:
         model.load_device, backbone_module._room = device, room
-        upscale_module.upscale = run
+        upscale_module.run_plan = run
     report["tile batch, card"] = {"tiles": len(plan), "chosen": chosen}
 
 

@@ -23,7 +23,7 @@ results: dict[str, torch.Tensor] = {}
 
 def tiled(backbone, latent, **how):
     out = torch.empty_like(inputs["image"])
-    tiled_vae.decode_tiled(backbone, latent, out, tile=6, **how)
+    tiled_vae.decode_tiled(backbone, latent, out, tiled_vae.plan_stripes(*latent.shape[2:], 6), **how)
     return out
 
 
@@ -49,8 +49,9 @@ with torch.inference_mode():
     with comfy_backbone.ComfyBackbone(model, vae) as backbone:
         latent = results["latent"] = backbone.encode(2 * image - 1)
         results["picture"] = backbone.decode(latent) / 2 + 0.5
+        stripes = tiled_vae.plan_stripes(*latent.shape[2:], 6)
         for name, exact in (("exact", True), ("bounded", False)):
-            results[f"{name} latent"] = tiled_vae.encode_tiled(backbone, image, tile=6, exact=exact)
+            results[f"{name} latent"] = tiled_vae.encode_tiled(backbone, image, stripes, exact=exact)
             results[f"{name} picture"] = tiled(backbone, latent, exact=exact)
 
         # Core's own layout with attention in the middle, two layers a level, with and without the outer convolutions.
@@ -86,7 +87,7 @@ with torch.inference_mode():
             raw = backbone._model.model.process_latent_out(latent)
             raw = raw if network.post_quant_conv is None else network.post_quant_conv(raw)
             results[f"{name} picture"] = network.decoder(raw) / 2 + 0.5
-            results[f"{name} exact latent"] = tiled_vae.encode_tiled(stand_in, image, tile=6)
+            results[f"{name} exact latent"] = tiled_vae.encode_tiled(stand_in, image, stripes)
             results[f"{name} exact picture"] = tiled(stand_in, latent)
 
 save_file({key: value.contiguous() for key, value in results.items()}, job / "results.safetensors")
