@@ -196,14 +196,3 @@ def degrade(image: FloatArray, config: DegradationConfig, rng: np.random.Generat
     if config.mask_share[1] > 0:
         low = _covered(low, config.mask_share, rng)
     return _to_floats(_to_bytes(low))
-
-
-def restore_size(low: FloatArray, size: tuple[int, int], rng: np.random.Generator) -> FloatArray:
-    """`low` [h, w, 3] brought back to `size` = (H, W) with a random filter, clamped and rounded to 8 bits.
-
-    Float32 RGB in [0, 1], values k/255. The generator's input has the size of its output (as in OSEDiff).
-    Raises IcmsrError when a side of `size` is below 1.
-    """
-    if min(size) < 1:
-        raise IcmsrError(f"size must be (height, width) of at least 1, got {size}")
-    return _to_floats(_to_bytes(_resize(low, (size[0], size[1]), rng)))

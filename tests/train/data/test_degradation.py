@@ -12,7 +12,7 @@ from skimage import data
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.blur_kernels import gaussian_kernel, motion_kernel, plateau_kernel, sinc_kernel
-from icmsr_core.train.data.degradation import degrade, draw_blur_kernel, restore_size
+from icmsr_core.train.data.degradation import degrade, draw_blur_kernel
 from icmsr_core.train.data.presets import PRESETS, DegradationConfig, StageConfig
 
 QUIET = StageConfig(blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), resize_of="output", noise_prob=0.0, jpeg_prob=0.0)
@@ -401,19 +401,6 @@ def test_resize_range_is_used(photo: np.ndarray) -> None:
     assert detail(resize_of="output", **shrink) < 0.8 * detail()
     # A factor of the picture's own size is four times the same factor of the output's.
     assert detail(resize_of="output", **shrink) < 0.9 * detail(resize_of="picture", **shrink)
-
-
-def test_restore_size(photo: np.ndarray) -> None:
-    low = degrade(photo, PRESETS["light"], np.random.default_rng(0))
-    kept = low.copy()
-    pictures = [restore_size(low, (128, 100), np.random.default_rng(seed)) for seed in range(20)]
-    assert all(picture.shape == (128, 100, 3) and picture.dtype == np.float32 for picture in pictures)
-    assert all(is_8bit(picture) and picture.min() >= 0 and picture.max() <= 1 for picture in pictures)
-    assert len({picture.tobytes() for picture in pictures}) == 3
-    assert np.array_equal(low, kept)
-    assert np.array_equal(pictures[0], restore_size(low, (128, 100), np.random.default_rng(0)))
-    with pytest.raises(IcmsrError, match="size"):
-        restore_size(low, (0, 5), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
