@@ -1,9 +1,9 @@
-"""Colour correction of a result against its input, which has the same size by then.
+"""Colour correction of a result against its input, which has been enlarged to the same size.
 
-The decoder shifts colours; the input's own low frequencies are right. `wavelet` takes them from the input and the
-detail from the result, `adain` moves only each channel's mean and spread. Pictures are [N, C, H, W], float, RGB in
-[0, 1]. Everything runs over stripes of rows of one channel: beyond the output, which may be the result itself, memory
-is two buffers of some hundred rows.
+The decoder shifts colours, and the input's low frequencies are right. `wavelet` takes them from the input and the
+detail from the result; `adain` changes only the mean and the spread of each channel. Pictures are [N, C, H, W], float,
+RGB in [0, 1]. Each channel runs in stripes of rows, so the work needs two buffers of some hundred rows and the output,
+which may be the result itself.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from torch import Tensor
 from ..errors import IcmsrError
 from .settings import COLOR_FIXES
 
+LEVELS = 5
+"""Blurs of the wavelet correction, as in StableSR and OSEDiff. Together they reach 2^5 - 1 = 31 pixels."""
 STRIPE_ROWS = 512
-"""Rows at a time: the blur's 31 rows above and below them then cost an eighth more."""
+"""Rows of a stripe. The blurs also read 31 rows above and below it, an eighth more work."""
 
 
-def wavelet_color_fix(result: Tensor, reference: Tensor, levels: int = 5, *, out: Tensor | None = None) -> Tensor:
-    """The high frequencies of `result` on the low frequencies of `reference`: [N, C, H, W], type of `result`.
+def wavelet_color_fix(result: Tensor, reference: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The high frequencies of `result` plus the low frequencies of `reference`: [N, C, H, W], in the type of `result`.
 
-    The low frequencies are what `levels` a-trous blurs leave: 3x3 kernels [1 2 1] x [1 2 1] / 16 with taps 1, 2, 4,
-    ... pixels apart and replicated edges. Not clamped: detail may overshoot [0, 1].
-    `result` and `reference` are [N, C, H, W], float, in [0, 1], of one shape; `out`, to write into, may be `result`.
-    Raises IcmsrError for other shapes and for levels outside 1..16. Source: StableSR (arXiv 2305.07015), as in OSEDiff.
+    The low frequencies are what `LEVELS` a-trous blurs leave: 3x3 kernels [1 2 1] x [1 2 1] / 16 whose taps are 1, 2,
+    4, ... pixels apart, with replicated edges. The sum is not clamped: detail may overshoot [0, 1].
+    `result` and `reference` are [N, C, H, W], float, in [0, 1], of one shape. It is written into `out`, which may be
+    `result`, or into a new tensor. Raises IcmsrError for other shapes. Source: StableSR (arXiv 2305.07015), as in
+    OSEDiff.
     """
     output = _check(result, reference, out)
-    if not 1 <= levels <= 16:
-        raise IcmsrError(f"levels must be a whole number from 1 to 16, got {levels}: try 5")
-    reach = 2**levels - 1
+    reach = 2**LEVELS - 1
     height, width = result.shape[2:]
     size = min(height, max(STRIPE_ROWS, reach) + 2 * reach) * width
     buffers = torch.empty((2, size), dtype=_work_dtype(result), device=result.device)
@@ -40,13 +41,13 @@ def wavelet_color_fix(result: Tensor, reference: Tensor, levels: int = 5, *, out
         for first, last in _stripes(height, max(STRIPE_ROWS, reach)):
             low, high = first - above.shape[0], min(height, last + reach)
             plane, spare = (buffer[: (high - low) * width].view(high - low, width) for buffer in buffers)
-            # The blur is linear: result - low(result) + low(reference) = result + low(reference - result), one blur for
-            # two and nothing at all where the pictures agree.
+            # The blur is linear: result - low(result) + low(reference) = result + low(reference - result). That is one
+            # blur instead of two, and where the pictures agree nothing changes at all.
             plane[: first - low].copy_(above)
             plane[first - low :].copy_(right[first:high]).sub_(mine[first:high])
-            # The rows that the next stripe needs and that are about to be written over, if `out` is `result`.
+            # The next stripe needs these rows, and they are overwritten below if `out` is `result`.
             above = plane[max(0, last - reach - low) : last - low].clone()
-            for level in range(levels):
+            for level in range(LEVELS):
                 _smooth_rows(plane, 2**level, spare)
                 _smooth_rows(spare.T, 2**level, plane.T)
             own = plane[first - low : last - low]
@@ -55,17 +56,16 @@ def wavelet_color_fix(result: Tensor, reference: Tensor, levels: int = 5, *, out
 
 
 def adain_color_fix(result: Tensor, reference: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`result` with the mean and the standard deviation of `reference`, per picture and channel: [N, C, H, W].
+    """`result` with the mean and the standard deviation of `reference`, for each picture and channel: [N, C, H, W].
 
-    `result` and `reference` are [N, C, H, W], float, in [0, 1], of one shape; the type is that of `result`, and the
-    values are not clamped; `out`, to write into, may be `result`. Raises IcmsrError for other shapes.
+    Type, clamping, arguments and errors are those of `wavelet_color_fix`.
     Source: adaptive instance normalisation (arXiv 1703.06868), as in StableSR and OSEDiff.
     """
     output = _check(result, reference, out)
     dtype = _work_dtype(result)
     for target, mine, right in zip(output.flatten(0, 1), result.flatten(0, 1), reference.flatten(0, 1)):
         (right_mean, right_var), (mine_mean, mine_var) = _moments(right), _moments(mine)
-        # About one grey level squared (1/255 = 3.9e-3) keeps a flat result from being amplified into noise.
+        # 1e-5 is about one grey level squared (1/255 = 3.9e-3): it keeps a flat result from becoming amplified noise.
         gain = ((right_var + 1e-5) / (mine_var + 1e-5)) ** 0.5
         for first, last in _stripes(mine.shape[0], STRIPE_ROWS):
             target[first:last].copy_(mine[first:last].to(dtype).sub(mine_mean).mul_(gain).add_(right_mean))
@@ -73,10 +73,9 @@ def adain_color_fix(result: Tensor, reference: Tensor, *, out: Tensor | None = N
 
 
 def apply_color_fix(mode: str, result: Tensor, reference: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`result` corrected against `reference` by `mode`: wavelet, adain, or none (which returns `result` itself).
+    """`result` corrected against `reference` by `mode`: wavelet, adain, or none (returns `result`, ignores `out`).
 
-    Shapes, ranges and `out` are those of `wavelet_color_fix`; none leaves `out` alone. Raises IcmsrError for another
-    mode and for unequal shapes.
+    Shapes, ranges and `out` are those of `wavelet_color_fix`. Raises IcmsrError for another mode or unequal shapes.
     """
     if mode == "wavelet":
         return wavelet_color_fix(result, reference, out=out)
@@ -88,7 +87,7 @@ def apply_color_fix(mode: str, result: Tensor, reference: Tensor, *, out: Tensor
 
 
 def _check(result: Tensor, reference: Tensor, out: Tensor | None) -> Tensor:
-    """Where to write. Raises IcmsrError for tensors that cannot be corrected."""
+    """The tensor to write into. Raises IcmsrError for tensors that cannot be corrected."""
     if result.ndim != 4 or result.shape != reference.shape or not result.is_floating_point() or result.numel() == 0:
         raise IcmsrError(
             "colour correction takes two float pictures [N, C, H, W] of one shape, got "
@@ -96,13 +95,13 @@ def _check(result: Tensor, reference: Tensor, out: Tensor | None) -> Tensor:
         )
     if out is not None and (out.shape != result.shape or out.dtype != result.dtype):
         raise IcmsrError(
-            f"out must be {result.dtype} {list(result.shape)} as the result, got {out.dtype} {list(out.shape)}"
+            f"out must be {result.dtype} {list(result.shape)} like the result, got {out.dtype} {list(out.shape)}"
         )
     return torch.empty_like(result, memory_format=torch.contiguous_format) if out is None else out
 
 
 def _work_dtype(result: Tensor) -> torch.dtype:
-    return torch.promote_types(result.dtype, torch.float32)  # sums over a picture do not fit half precision
+    return torch.promote_types(result.dtype, torch.float32)  # sums over a picture do not fit into half precision
 
 
 def _stripes(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -124,8 +123,8 @@ def _moments(plane: Tensor) -> tuple[float, float]:
 
 
 def _smooth_rows(plane: Tensor, step: int, out: Tensor) -> None:
-    """[1 2 1] / 4 along the first axis with taps `step` rows apart, edges replicated: plane [H, W] into out [H, W]."""
-    inside = max(0, plane.shape[0] - step)  # how many rows have a neighbour that far inside the picture
+    """Blurs `plane` [H, W] along its first axis into `out`: [1 2 1] / 4, taps `step` rows apart, edges replicated."""
+    inside = max(0, plane.shape[0] - step)  # rows that have a neighbour `step` rows away on a given side
     edge = plane.shape[0] - inside
     torch.mul(plane, 0.5, out=out)
     out[:inside].add_(plane[edge:], alpha=0.25)

@@ -1,4 +1,4 @@
-"""How much memory a device has free: what the card says, or the system and the limits of the process's groups."""
+"""How much memory is free: on a graphics card what the driver says, else what Linux and its control groups leave."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ HIERARCHIES = (
     ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Control groups of Linux, version 2 and version 1: controller, mount, limit, use, and what of the use is a cache of
-files that the system drops when it needs the room."""
+"""Control groups of Linux, version 2 and version 1: controller, mount, the files with the limit and the use, and the
+field of memory.stat that says how much of the use is cached files, which the system drops when it needs the memory."""
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that can still be taken on `device`; None where the platform does not say (not Linux, not CUDA)."""
+    """Bytes that can still be allocated on `device`; None where the platform does not say (not Linux, not CUDA)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds in reserve is free for its own tensors.
+        # Torch's own reserve is free for new tensors too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free_system_memory() if device.type == "cpu" else None
 
 
 def free_system_memory(root: Path = Path("/")) -> float | None:
-    """Bytes that this process can still take, on Linux: the system's, or what a control group leaves if that is less.
+    """Bytes that this process can still allocate on Linux: what the system or, if less, a control group leaves.
 
-    `root` is where ``proc`` and ``sys`` are. None where the system does not say.
+    `root` is the folder of ``proc`` and ``sys``. None where the system does not say.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -44,7 +44,7 @@ def free_system_memory(root: Path = Path("/")) -> float | None:
 
 
 def _group_rooms(mount: Path, path: str, limit: str, use: str, cache: str) -> list[float]:
-    """What the group at `path` and those above it leave; in a container, whose path is not mounted, the top alone."""
+    """Bytes that the group at `path` and each group above it leave. In a container only the top one is mounted."""
     folder, rooms = mount / path, []
     while True:
         try:

@@ -9,9 +9,9 @@ from ..backbone.protocol import BackboneDescriptor
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """`image` [N, C, H, W] at height x width: bicubic (a = -0.5) with antialiasing, as Pillow's.
+    """`image` [N, C, H, W] resized to height x width: bicubic (a = -0.5) with antialiasing, as Pillow's.
 
-    Float32, clamped to [0, 1]; never `image` itself.
+    A new tensor, float32, clamped to [0, 1].
     """
     image = image.float()
     if image.shape[-2:] == (height, width):
@@ -22,7 +22,8 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """`image` [N, C, H, W] extended at the bottom and the right to multiples of `multiple`.
 
-    By reflection, and by replication along an axis that is too short to reflect. Never squeezed: the caller crops.
+    Pads by reflection, or by replication along an axis that is too short to reflect. The picture itself stays as it is:
+    the caller crops the result.
     """
     height, width = image.shape[-2:]
     down, right = -height % multiple, -width % multiple
@@ -33,6 +34,6 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def padded_size(height: int, width: int, descriptor: BackboneDescriptor) -> tuple[int, int]:
-    """The sides of a result as the networks see them: `pad_to_multiple` of what the family takes."""
+    """(height, width) of a result after `pad_to_multiple` with the multiple that the family's networks need."""
     multiple = descriptor.multiple_of
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
