@@ -79,8 +79,8 @@ class DecoderPerceptual:
         parts = [vae.decoder, *([] if vae.post_quant_conv is None else [vae.post_quant_conv])]
         if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
             raise IcmsrError(
-                "perceptual.kind=decoder measures with the VAE's decoder and takes a frozen one, but this decoder "
-                "trains: freeze it (train_decoder=false), or set perceptual.kind to lpips or none"
+                "perceptual.kind=decoder measures with the VAE's decoder, which must be frozen, but this one is "
+                "trained: set networks.train_decoder to false, or perceptual.kind to lpips or none"
             )
         self._vae, self._blocks = vae, blocks[:levels]
 

@@ -58,13 +58,13 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         try:
             config = json.loads(config_file.read_text())
         except ValueError as error:
-            raise IcmsrError(f"{config_file}: cannot be read as JSON ({error})") from error
+            raise IcmsrError(f"{config_file}: cannot be read as JSON ({error}): download it again") from error
         missing = [name for name in _FIELDS if not isinstance(config, dict) or name not in config]
         if missing:
-            raise IcmsrError(f"{config_file}: not a T2I-Adapter's, it lacks {', '.join(missing)}")
+            raise IcmsrError(f"{config_file}: not the configuration of a T2I-Adapter: {', '.join(missing)} missing")
         weights = path / WEIGHTS_FILE
         if not weights.is_file() and not (path / PICKLE_FILE).is_file():
-            raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing")
+            raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing: download the folder again")
         extra = _description(weights) if weights.is_file() else {}
         return {name: config[name] for name in _FIELDS} | {"structure": extra.get("structure")}
     if not path.is_file():

@@ -38,7 +38,9 @@ def check_run(base: BaseFolder, data: DataConfig, precision: str, base_dtype: st
     if data.crop % multiple:
         raise IcmsrError(f"data.crop must be a multiple of {multiple} for the base {base.info.name}, got {data.crop}")
     if base_dtype == "bf16" and precision != "bf16":
-        raise IcmsrError("base_dtype bf16 needs loop.precision bf16: a frozen bf16 base takes no float32 input")
+        raise IcmsrError(
+            "base_dtype bf16 needs loop.precision bf16, since a bf16 base cannot take float32 input: set both to bf16"
+        )
     if base.prompt_embedding() is None:
         check_prompts(base)
 
@@ -89,11 +91,14 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
     path, info = config.networks.start, start.info
     if info.family != base.info.family:
         raise IcmsrError(
-            f"networks.start {path} belongs to the family {info.family}, the base {base.info.name} is "
-            f"{base.info.family}: choose files that belong together"
+            f"networks.start {path} is for the family {info.family}, but the base {base.info.name} is "
+            f"{base.info.family}: choose files of one family"
         )
     if (start.unet.lora or start.vae.lora) and info.base_hash not in ("", base.hash()):
-        raise IcmsrError(f"networks.start {path} holds LoRA of other base weights than {base.path}: use its own base")
+        raise IcmsrError(
+            f"the LoRA of networks.start {path} was trained on other weights than {base.path}: use the base "
+            f"{info.base!r} that it was trained on"
+        )
     for name in ("timestep", "prediction"):
         if getattr(info, name) != getattr(config, name):
             raise IcmsrError(
@@ -187,12 +192,12 @@ def exchange_decoder(vae: AutoencoderKL, donor: BaseFolder) -> None:
     own, given = vae.state_dict(), donor.vae_state()
     for name, value in own.items():
         if name not in given or given[name].shape != value.shape:
-            raise IcmsrError(f"decoder {donor.path}: its VAE is of another shape than that of start ({name})")
+            raise IcmsrError(f"decoder {donor.path}: its VAE has another shape than that of start ({name})")
     for name, value in own.items():
         # To the precision of the files: base folders hold half precision.
         if not in_decoder(name) and not torch.equal(given[name].half(), value.half()):
             raise IcmsrError(
-                f"decoder {donor.path}: its encoder is not that of start ({name}), so its decoder reads "
-                "another latent: name a base that was distilled from start's"
+                f"decoder {donor.path}: its encoder differs from that of start ({name}), so its decoder reads "
+                "another latent: choose a base that was distilled from start's base"
             )
     vae.load_state_dict({name: given[name].to(value) if in_decoder(name) else value for name, value in own.items()})

@@ -131,7 +131,9 @@ class GeneratorConfig:
                 "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
             )
         if self.losses.autoencoder and not self.networks.train_decoder:
-            raise IcmsrError("losses.autoencoder trains the decoder: set networks.train_decoder to true, or it to 0")
+            raise IcmsrError(
+                "losses.autoencoder trains the decoder: set networks.train_decoder to true, or losses.autoencoder to 0"
+            )
 
 
 @dataclass(frozen=True)
