@@ -57,8 +57,8 @@ class NoiseSchedule:
         """
         index = torch.as_tensor(t, device="cpu").long().reshape(-1)
         try:
-            # index_select, unlike [], takes no negative number for one from the end; and no value is looked at here, so
-            # that the memory of a step can be estimated on tensors without data.
+            # Unlike [], index_select refuses negative numbers. And it needs no values, so the dry run can estimate the
+            # memory of a step on tensors without data.
             cumprod = self.alphas_cumprod.index_select(0, index).reshape(-1, *([1] * (like.ndim - 1)))
         except (IndexError, RuntimeError) as error:
             raise IcmsrError(f"timesteps must be between 0 and {self.steps - 1}, got {index.tolist()}") from error
@@ -70,10 +70,11 @@ class NoiseSchedule:
         return a * x0 + s * eps
 
     def x0_from_output(self, prediction: Prediction, z: Tensor, output: Tensor, t: int | Tensor) -> Tensor:
-        """The clean estimate in closed form.
+        """The clean estimate [N, C, H, W] of the noisy latent `z`, in closed form from the network's `output`.
 
-        ``eps``: ``(z - s_t out) / a_t``; ``v``: ``a_t z - s_t out``; ``residual``: ``z - out``.
-        No scheduler step: schedulers refuse or re-space a single step at t = 999, silently in some versions.
+        ``eps``: ``(z - s_t out) / a_t``; ``v``: ``a_t z - s_t out``; ``residual``: ``z - out``. Not by a step of a
+        scheduler: those refuse a single step at t = 999 or move it, in some versions without a word. Raises
+        `IcmsrError` for another `prediction`.
         """
         if prediction == "residual":
             return z - output
@@ -85,17 +86,17 @@ class NoiseSchedule:
         raise IcmsrError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
     def eps_from_x0(self, z: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
-        """The noise that leads from `x0` to `z` at timestep `t`: ``(z - a_t x0) / s_t``."""
+        """The noise with which `x0` becomes `z` at timestep `t`: ``(z - a_t x0) / s_t``."""
         a, s = self.a_s(t, z)
         return (z - a * x0) / s
 
     def v_from_x0(self, z: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
-        """The velocity at `z` for the clean latent `x0`: ``(a_t z - x0) / s_t``."""
+        """The velocity of `z` at timestep `t` if the clean latent is `x0`: ``(a_t z - x0) / s_t``."""
         a, s = self.a_s(t, z)
         return (a * z - x0) / s
 
     def eps_from_output(self, prediction: Prediction, z: Tensor, output: Tensor, t: int | Tensor) -> Tensor:
-        """A network's output in eps form, whatever it predicts (a residual's by way of x0)."""
+        """The noise that a network's `output` means, whatever it predicts (for a residual through x0)."""
         if prediction == "eps":
             return output
         if prediction == "v":

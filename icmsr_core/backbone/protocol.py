@@ -1,7 +1,7 @@
-"""What a one-step generator runs on: the protocol that the mathematics is written against.
+"""The protocol of the networks that a one-step generator runs on: a VAE and a UNet.
 
-Two rooms implement it: `diffusers_backbone` (library, command line, training) and ComfyUI's MODEL and VAE
-(`nodes/native/backbone.py`). `one_step.upscale` takes either.
+There are two implementations: `runtime/diffusers_backbone.py` (library, command line, training) and
+`nodes/native/backbone.py` (ComfyUI's MODEL and VAE). `upscale/one_step.py` works with either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .vae_steps import VaeHalf, VaePart
 
 @dataclass(frozen=True)
 class BackboneDescriptor:
-    """Everything a caller must know of a backbone before it runs it."""
+    """Everything that a caller must know about a backbone before running it."""
 
     family: str
     """Which base the weights belong to: ``nano``, ``sd21``, ``sd15``."""
@@ -42,7 +42,7 @@ class BackboneDescriptor:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """VAE and UNet behind three functions.
+    """A VAE and a UNet.
 
     Tensors are NCHW and may be on any device. Results are float32: latents and the UNet's outputs on the UNet's device,
     images on the VAE's, which may be another.
@@ -65,8 +65,7 @@ class Backbone(Protocol):
         """Image [N, 3, h*f, w*f], nominally in [-1, 1] and not clamped, of a scaled latent."""
 
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
-        """The VAE's encoder or decoder step by step, ready to run over stripes of `pixels` of the picture at a time.
+        """The VAE's encoder or decoder as steps, ready to run over stripes that are each `pixels` of the picture.
 
-        The encoder gives what `encode` gives, the decoder what `decode` gives. Raises `IcmsrError` for a VAE with
-        layers that are not known.
+        The results are those of `encode` and `decode`. Raises `UnknownLayer` for a VAE with layers that are not known.
         """

@@ -1,6 +1,6 @@
-"""A tiny VAE's list of layers (TAESD's Sequential, diffusers' and ComfyUI's alike) as the steps of `tiled_vae_steps`.
+"""A tiny VAE's list of layers (TAESD, as built by diffusers or by ComfyUI) as the steps of `vae_steps`.
 
-It has no GroupNorm and no attention, so in stripes it is exact without anything to wait for or to estimate.
+It has neither GroupNorm nor attention, so it is exact in stripes with nothing to wait for and nothing to estimate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Mish)
 
 
 def layer_steps(layers: Iterable[nn.Module]) -> tuple[Step, ...]:
-    """The steps of `layers`, convolutions, activations, upsampling and residual blocks of them, in order.
+    """The steps of `layers`, in order: convolutions, activations, upsampling, and residual blocks of these.
 
     Raises `UnknownLayer` for any other layer.
     """

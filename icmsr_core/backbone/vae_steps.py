@@ -1,7 +1,7 @@
-"""One half of a VAE as a list of steps: what `tiled_vae_stream` runs stripe by stripe.
+"""One half of a VAE as a list of steps, which `tiled_vae.stream` can run stripe by stripe.
 
-The list says what the networks do, not whose classes they are: each backbone writes it down for its own VAE
-(`diffusers_backbone`, `nodes/native/backbone.py`). Maps are [N, C, H, W].
+The steps say what the network computes, whatever classes it is made of. Each backbone lists them for its own VAE
+(`runtime/diffusers_vae_steps.py`, `nodes/native/vae_steps.py`). Maps are [N, C, H, W].
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TensorMap = Callable[[Tensor], Tensor]
 
 
 class UnknownLayer(IcmsrError):
-    """A VAE has a layer that no step stands for, so it cannot run in stripes."""
+    """A VAE has a layer that is none of the known steps, so it cannot run in stripes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pointwise:
-    """A map of which every result depends on one block of `down` x `down` samples and makes `up` x `up` of it."""
+    """A function that makes `up` x `up` samples of each block of `down` x `down` samples, without looking further."""
 
     run: TensorMap
-    """The map. Must not write into its argument."""
+    """The function. Must not write into its argument."""
     up: int = 1
     """Samples of the result per block, along each axis."""
     down: int = 1
@@ -49,8 +49,8 @@ class Conv:
 class Down:
     """A 3 x 3 convolution with stride 2 over a map of even height and width.
 
-    With padding 0 the map gets one row of zeros below and one column at the right (AutoencoderKL), with padding 1 one
-    on every side (TAESD).
+    With padding 0 the map gets one row of zeros below and one column of zeros at the right (AutoencoderKL), with
+    padding 1 a row or column on every side (TAESD).
     """
 
     module: nn.Conv2d
@@ -59,14 +59,14 @@ class Down:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """GroupNorm. Its statistics are the whole picture's, which is why a VAE cannot simply be cut into tiles."""
+    """GroupNorm. It needs the statistics of the whole map, which is why a VAE cannot simply be cut into tiles."""
 
     groups: int
     """Groups of channels that share a mean and a variance."""
     eps: float
     """Added to the variance."""
     affine: Callable[[], tuple[Tensor, Tensor]]
-    """Gives weight and bias, [C] each, any type."""
+    """Returns weight and bias, [C] each, of any type."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Sample:
     """Places of a map that stand for all of it."""
 
     places: Tensor
-    """What is there, [1, C, number of places]."""
+    """Their values, [1, C, number of places]."""
     shares: Tensor
-    """The part of the map that each stands for, float32 [number of places], above 0; they sum to 1."""
+    """The share of the map that each stands for, float32 [number of places], above 0; they sum to 1."""
     total: int
-    """Places of the map."""
+    """Number of places of the whole map."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Every place of a map looks at all the others; without the norm before it and the sum after it."""
+    """Attention of every place of a map to all of its places, without the norm before it and the sum after it."""
 
     query: TensorMap
     """Projection of a map, [N, C, h, w] to the same."""
@@ -94,13 +94,13 @@ class Attention:
     output: TensorMap
     """Projection of the result, [N, C, h, w] to the same."""
     heads: int = 1
-    """Groups of channels that attend on their own."""
+    """Number of heads, into which the channels are split."""
 
     def run(self, asking: Tensor, asked: Tensor | None, sample: Sample | None = None) -> Tensor:
-        """What the places of `asking` [1, C, h, w] find among those of `asked` [1, C, h', w']: [1, C, h, w].
+        """Attention of the places of `asking` [1, C, h, w] to those of `asked` [1, C, h', w']: [1, C, h, w].
 
-        With `sample`, also among the places that are not in `asked`, each place of the sample taken for its share of
-        them (a weight in the softmax, which a logarithm on its argument is).
+        With `sample`, also to the places that are not in `asked`: each place of the sample counts in the softmax as
+        often as there are places that it stands for (the logarithm of that number is added to its score).
         """
         maps, bias = [] if asked is None else [asked.flatten(2)], None
         near = 0 if asked is None else asked.shape[2] * asked.shape[3]
@@ -119,12 +119,15 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """`main` of a map, plus the map itself. `main` keeps height and width and ends with a map of its own memory."""
+    """The sum of a map and of what `main` makes of it.
+
+    `main` keeps height and width. Its last step returns new memory, because the sum is written into that.
+    """
 
     main: tuple[Step, ...]
-    """What is added to the map."""
+    """The steps whose result is added to the map."""
     shortcut: TensorMap | None = None
-    """A 1 x 1 convolution for the map itself where the number of channels changes."""
+    """A 1 x 1 convolution for the map itself, where the number of channels changes."""
 
 
 Step = Pointwise | Conv | Down | Norm | Attention | Residual
@@ -132,14 +135,14 @@ Step = Pointwise | Conv | Down | Norm | Attention | Residual
 
 @dataclass(frozen=True)
 class VaeHalf:
-    """Encoder ([N, 3, H, W] in [-1, 1] to the scaled latent) or decoder (the way back), ready to run."""
+    """Encoder ([N, 3, H, W] in [-1, 1] to the scaled latent) or decoder (the reverse), ready to run."""
 
     steps: tuple[Step, ...]
-    """First to last, with whatever scales and casts: the first one gets float32."""
+    """First to last, casts and scaling included: the first one gets float32."""
     device: torch.device
     """Where the weights are."""
     room: Callable[[], float] = lambda: float("inf")
-    """Bytes that whole maps may still take on `device`; without room they are kept in main memory."""
+    """Returns the bytes that whole maps may still take on `device`. Maps that do not fit are kept in main memory."""
 
 
 def conv_step(module: nn.Module) -> Step:
@@ -175,4 +178,4 @@ def _unknown(module: nn.Module, wanted: str) -> UnknownLayer:
 
 
 class Widened(Exception):
-    """A part of the networks overflowed in the middle of a stream and runs in float32 now: run the stream again."""
+    """A network overflowed in the middle of a stream and has been changed to float32: run the stream again."""

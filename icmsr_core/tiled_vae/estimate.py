@@ -1,13 +1,17 @@
-"""What a VAE's GroupNorms and attention would see of a whole picture, from a small part of it. Source: ours.
+"""Estimates, from a part of a picture, what a VAE's GroupNorms and attention would see of all of it. Source: ours.
 
-A reduced picture will not do: it has other spatial frequencies than the picture. Nor will places taken at random: a
-black frame or a patch of sky decides over the variance, and there are too few places to meet it in its proportion.
-So the picture is cut into small fields, of which cheap features are known everywhere. Fields are drawn with a chance
-that grows with how unusual they are (sampling with probability proportional to size, systematic and without random
-numbers), and weighted so that their features add up to the whole picture's (calibration, Deville and Sarndal 1992).
-The drawn fields run through the network together, each in a window with the picture around it: a field that ended in
-zeros would look to the network like the corner of a picture. The window counts in no statistics, ends where the
-picture ends, and is narrowed before a map grows, because what comes after sees less far.
+1. The picture is cut into small fields, and cheap features (means, products, differences) are computed of all of them.
+2. Fields are drawn, the more unusual ones with a higher chance: sampling with probability proportional to size,
+   systematic, without random numbers.
+3. Their weights are changed so that their features add up to those of the whole picture: calibration (Deville and
+   Sarndal 1992).
+4. The drawn fields run through the network together, and the weighted statistics of their maps are the estimate. Each
+   runs in a window with the picture around it, for a field that ended in zeros would look like a picture's corner. The
+   margin of a window counts in no statistics, ends where the picture ends, and is narrowed before a map grows, because
+   the layers after that see less far.
+
+A reduced picture is no substitute: its spatial frequencies differ. Nor are random places: a black frame or a patch of
+sky can decide the variance, and so few places would not hit it in proportion.
 """
 
 from __future__ import annotations
@@ -26,26 +30,27 @@ from .modes import Estimate, ExactStream, Statistics, combine
 from .stream import Flow
 
 FIELD, FIELD_MARGIN = 4, 4
-"""Side of a field in latent cells, and what its window shows on each side of it: in cells where the encoder begins, in
-samples of the map wherever the decoder has just grown. The embedded VAE's halves on a mosaic of photographs of 1024 px
-(`benchmarks/tiled_vae.py`) were 31 and 39 dB from exact without a window, 58 and 59 with 2 around fields of 8, 68 and
-67 with 3, 72 and 71 with 4, 75 and 72 with 6."""
+"""Side of a field in latent cells, and the margin that its window shows on each side: in cells where the encoder
+begins, in samples of the map wherever the decoder has just grown. On a mosaic of photographs of 1024 px
+(`benchmarks/tiled_vae.py`) the embedded VAE's encoder and decoder were 31 and 39 dB from exact without a margin; around
+fields of 8 cells 58 and 59 dB with a margin of 2, 68 and 67 with 3, 72 and 71 with 4, 75 and 72 with 6."""
 DRAWN_SHARE, FEWEST, LARGEST = 1 / 8, 128, 3 * 2**18
-"""How much of the picture the windows are at the most, their least number all the same, and their area in pixels."""
+"""Limits of all windows together: the largest share of the picture, the least number in any case, and the largest area
+in pixels."""
 RIDGE = 0.1
-"""How dear it is to move the weights off their chances, against a feature's miss in standard deviations."""
+"""Penalty for changing the sampling weights, relative to that for a feature's error in standard deviations."""
 LAGS = (1, 4)
-"""Distances in samples at which differences are taken as features, of every channel on its own: with one number for
-all channels a VAE of factor 8 and 12 channels was 47 dB from exact on a mosaic of 2048 px, with one for each 57."""
+"""Distances, in samples, of the differences that are features. Each channel has its own: with one feature for all
+channels a VAE of factor 8 and 12 channels was 47 dB from exact on a mosaic of 2048 px, with one for each 57."""
 CROSSED = 4
-"""Channels up to which products of two of them are features: their number grows with the square."""
+"""Largest number of channels with which products of two channels are features: their number grows with its square."""
 
 
 class Fields(NamedTuple):
-    """Fields of a picture and how much each of them stands for."""
+    """The drawn fields of a picture, and how much of it each stands for."""
 
     corners: list[tuple[int, int]]
-    """Top and left, in cells."""
+    """Top and left of each, in cells."""
     size: tuple[int, int]
     """Height and width, in cells."""
     weights: Tensor
@@ -53,10 +58,10 @@ class Fields(NamedTuple):
 
 
 def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: int) -> Estimate:
-    """What `half` has to know of the whole of `source` [1, C, H, W], from a part of it; the same every time.
+    """What a `BoundedStream` of `half` has to know about the whole of `source` [1, C, H, W]. Deterministic.
 
-    `unit` samples of `source` are one cell, `factor` pixels of the picture. The memory of the convolutions is that of
-    `tile` x `tile` cells.
+    A latent cell is `unit` samples of `source` and `factor` pixels of the picture along each axis. The convolutions
+    need the memory of a tile of `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
     frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, FIELD_MARGIN * unit)
@@ -72,11 +77,11 @@ def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: 
 
 
 class Frame(NamedTuple):
-    """Where fields and the windows around them lie in maps of one scale."""
+    """Where the fields and their windows lie in the maps of one scale."""
 
     fields: Fields
     cells: tuple[int, int]
-    """Height and width of the picture."""
+    """Height and width of the picture, in cells."""
     scale: int
     """Samples of a map per cell, along each axis."""
     margin: int
@@ -92,7 +97,7 @@ class Frame(NamedTuple):
         return rows, columns
 
     def start(self, corner: tuple[int, int]) -> tuple[int, int]:
-        """Where the window of the field at `corner` begins in the map: it is moved so that it lies inside."""
+        """Top and left, in the map, of the window of the field at `corner`. At an edge it is moved into the map."""
         top, left = (
             min(max(0, place * self.scale - self.margin), cells * self.scale - size)
             for place, cells, size in zip(corner, self.cells, self.window)
@@ -100,7 +105,7 @@ class Frame(NamedTuple):
         return top, left
 
     def cut(self, windows: HeldMap, margin: int) -> Iterator[Tensor]:
-        """Each of `windows` [N, C, h, w] narrowed to those with less `margin`: [1, C, h', w']."""
+        """Each of `windows` [N, C, h, w] narrowed to a smaller `margin`: [1, C, h', w']."""
         to = self._replace(margin=margin)
         rows, columns = to.window
         for index, corner in enumerate(self.fields.corners):
@@ -110,12 +115,12 @@ class Frame(NamedTuple):
 
 
 class _SampledStream(ExactStream):
-    """Runs over the windows as a batch; what it takes for the statistics is the whole picture's estimate."""
+    """Runs the windows as a batch. Its statistics are the estimates for the whole picture."""
 
     def __init__(self, half: VaeHalf, frame: Frame) -> None:
         super().__init__(half, 2)
         self.samples: dict[Attention, Sample] = {}
-        """Of every attention that has run: the drawn fields of its map."""
+        """For every attention that has run, the drawn fields of its map."""
         self._frame = frame
 
     def measure(self, groups: int, held: HeldMap) -> Statistics:
@@ -140,7 +145,7 @@ class _SampledStream(ExactStream):
         self._frame = self._frame._replace(scale=self._frame.scale * up // down, margin=margin * up // down)
 
     def _attended(self, step: Attention, flow: Flow) -> Flow:
-        # All windows in one row: each looks at all fields, which is what the picture looks like from there.
+        # All windows in one row: each looks at all fields, because they stand for the whole picture.
         held = self.store(flow)
         windows = held.joined().to(self.half.device)
         fields = torch.cat(list(self._frame.cut(held, 0))).to(self.half.device)
@@ -156,19 +161,20 @@ class _SampledStream(ExactStream):
 
 
 def drawn_windows(height: int, width: int, factor: int) -> tuple[int, int]:
-    """How many fields of a picture of `height` x `width` cells are drawn at most, and the area in cells of a window."""
+    """Largest number of fields that are drawn of `height` x `width` cells, and the area of a window in cells."""
     window = min(FIELD + 2 * FIELD_MARGIN, height) * min(FIELD + 2 * FIELD_MARGIN, width)
     number = max(min(int(DRAWN_SHARE * height * width / window), LARGEST // (window * factor**2)), FEWEST)
     return min(number, -(-height // FIELD) * -(-width // FIELD)), window
 
 
 def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
-    """The fields of `source` [1, C, H, W] that stand for it; `unit` and `factor` as in `estimate_whole`."""
+    """Draws and weights the fields of `source` [1, C, H, W]; `unit` and `factor` as in `estimate_whole`."""
     height, width = source.shape[2] // unit, source.shape[3] // unit
     rows, columns = min(FIELD, height), min(FIELD, width)
     tops, lefts = _starts(height, rows), _starts(width, columns)
     count, _ = drawn_windows(height, width, factor)
-    # From left to right and back, so that neighbours in this order are neighbours in the picture.
+    # Rows in turn from left to right and from right to left, so that neighbours in this order are neighbours in the
+    # picture.
     corners, features = [], []
     for index, top in enumerate(tops):
         order = lefts if index % 2 == 0 else lefts[::-1]
@@ -176,7 +182,7 @@ def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
         band = source[:, :, top * unit : (top + rows) * unit]
         features.append(_features(torch.cat([band[..., left * unit : (left + columns) * unit] for left in order])))
     every = torch.cat(features)
-    # How far each feature is off the picture's mean, in standard deviations; 0 where it is the same everywhere.
+    # The distance of each feature from its mean, in standard deviations; 0 where it is the same everywhere.
     off = (every - every.mean(0)) / every.std(0, correction=0).clamp_min(1e-6)
     chosen, chances = draw(1 + off.square().mean(1), count)
     weights = calibrate(off[chosen], 1 / chances)
@@ -185,15 +191,16 @@ def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
 
 
 def _starts(length: int, size: int) -> list[int]:
-    """Where fields of `size` begin so that they cover [0, length), the last one up to its end."""
+    """Where fields of `size` begin that cover [0, length) evenly; the last one ends at `length`."""
     count = -(-length // size)
     return [index * (length - size) // max(1, count - 1) for index in range(count)]
 
 
 def _features(fields: Tensor) -> Tensor:
-    """Of each field [N, C, h, w], float64 [N, F]: what the variance after a convolution is made of.
+    """F features of each field of `fields` [N, C, h, w]: float64 [N, F], on the CPU.
 
-    Means and mean squares of the channels, mean products of two of them, mean squared differences at `LAGS`.
+    Means and mean squares of the channels, mean products of two channels, mean squared differences at `LAGS`: the
+    variance after a convolution consists of such terms.
     """
     found = [fields.mean((2, 3)), fields.square().mean((2, 3))]
     channels = fields.shape[1]
@@ -210,10 +217,10 @@ def _features(fields: Tensor) -> Tensor:
 
 
 def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices of at most `count` of the entries of `importance` [M], in order, and the chance that each of them had.
+    """At most `count` of the entries of `importance` [M]: their indices, ascending, and the chance that each had.
 
-    Chances are proportional to the square root of `importance`, at most 1. Systematic: every place where the sum of
-    the chances passes a half, so the entries drawn are spread over the order.
+    Chances are proportional to the square root of `importance`, and at most 1. Systematic sampling: an entry is drawn
+    where the cumulative sum of the chances passes 0.5, 1.5, 2.5, ..., so the draw is spread over the order.
     """
     size = importance.sqrt()
     count = min(count, size.shape[0])
@@ -232,10 +239,10 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def calibrate(off: Tensor, weights: Tensor) -> Tensor:
-    """`weights` [n] changed as little as will do so that the features `off` [n, F] nearly add up to 0; they sum to 1.
+    """`weights` [n], scaled to sum 1 and changed so that the weighted features `off` [n, F] nearly add up to 0.
 
-    The least of RIDGE * sum (w' - w)^2 / w + sum over features (sum w' off)^2 among weights that are not negative,
-    found by leaving out those that would be, so long as there are any.
+    The new weights w' minimise RIDGE * sum (w' - w)^2 / w + sum over features (sum w' off)^2 with sum w' = 1. Entries
+    whose weight comes out negative are dropped (weight 0), and the rest is solved again until there are none.
     """
     start = weights / weights.sum()
     used = torch.ones_like(start, dtype=torch.bool)

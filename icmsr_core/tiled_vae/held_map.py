@@ -1,4 +1,4 @@
-"""A whole map of a VAE, held as the stripes that it came in. Source: ours."""
+"""A whole map of a VAE, held as a list of stripes. Source: ours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 16 * 2**20
-"""Main memory that a large map takes at a time. Stripes that stay where they were computed, among what does not stay,
-leave a heap full of holes."""
+"""Main memory that is allocated at a time for a large map. If stripes stayed where they were computed, between tensors
+that are freed, the heap would be full of holes."""
 
 
 class HeldMap:
-    """Stripes [N, C, h, w] in order, each freed as soon as it has been taken.
+    """Stripes [N, C, h, w] in order. Each is freed as soon as it has been taken.
 
-    So a map and what is computed from it need hardly more memory than the larger of the two.
+    So a map and the map that is computed from it need hardly more memory than the larger of the two.
     """
 
     def __init__(self, axis: int) -> None:
@@ -33,9 +33,10 @@ class HeldMap:
         self._stripes.append(stripe)
 
     def keep(self, stripe: Tensor, length: int) -> None:
-        """Adds the next stripe of a map of `length` samples along the axis, on its device.
+        """Adds the next stripe of a map of `length` samples along the axis; it stays on its device.
 
-        In main memory that of a map of more than `BLOCK_BYTES` is copied into blocks that go back to the system.
+        In main memory, stripes of a map of more than `BLOCK_BYTES` are copied into blocks of that size, which go back
+        to the system when they are free.
         """
         whole = stripe.numel() // stripe.shape[self._axis] * length * stripe.element_size()
         if stripe.device.type == "cpu" and whole > BLOCK_BYTES:
@@ -47,24 +48,24 @@ class HeldMap:
             size = stripe.element_size()
             self._block = _new_block(max(stripe.numel(), BLOCK_BYTES // size) * size).view(stripe.dtype)
             self._used = 0
-        # Strides as the stripe's own memory would have them: in its layout, without gaps.
+        # The strides that a new tensor of the stripe's layout would have: without gaps.
         strides = torch.empty_like(stripe, device="meta").stride()
         place = self._block.as_strided(stripe.shape, strides, self._used)
         self._used += stripe.numel()
         return place.copy_(stripe)
 
     def read(self) -> Iterator[Tensor]:
-        """The stripes, which stay. None may be taken or added meanwhile."""
+        """The stripes, without taking them. None may be taken or added before the iteration ends."""
         return iter(self._stripes)
 
     def take_all(self) -> Iterator[Tensor]:
-        """The stripes, each held here until it is asked for."""
-        self._block = None  # lives as long as its stripes
+        """Takes all stripes, each when the iteration comes to it."""
+        self._block = None  # its memory lives as long as the stripes in it
         while self._stripes:
             yield self._stripes.popleft()
 
     def take(self, count: int) -> Iterator[Tensor]:
-        """The next `count` samples along the axis, in the parts that they are held in."""
+        """Takes the next `count` samples along the axis, in the parts in which they are held."""
         self._block = None
         while count:
             size = self._stripes[0].shape[self._axis]
@@ -83,10 +84,10 @@ class HeldMap:
 
 
 def _new_block(size: int) -> Tensor:
-    """uint8 [`size`] of memory fresh from the system, in huge pages where it has them, a quarter of the time to get."""
+    """uint8 [`size`], straight from the system. Huge pages, where there are any, take a quarter of the time."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

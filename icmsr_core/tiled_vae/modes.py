@@ -1,6 +1,7 @@
-"""How a `Stream` gets past a GroupNorm, whose statistics are the whole map's: it waits, or it is told them beforehand.
+"""The two kinds of `Stream`. They differ in where a GroupNorm's statistics, which are the whole map's, come from.
 
-`ExactStream` holds the whole map until they are known, `BoundedStream` takes an `Estimate`. Source: ours.
+`ExactStream` holds the whole map and measures it; `BoundedStream` is given an `Estimate` before it starts.
+Source: ours.
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ from .stream import Flow, Stream
 
 
 class Statistics(NamedTuple):
-    """Of one `Norm` over one map, per group: float64 [groups] on the CPU."""
+    """Mean and variance of each group of a `Norm` over one map: float64 [groups] each, on the CPU."""
 
     mean: Tensor
     variance: Tensor
 
 
 class Estimate(NamedTuple):
-    """What a `BoundedStream` has to know of the whole picture."""
+    """What a `BoundedStream` has to know about the whole picture."""
 
     statistics: Mapping[Norm, Statistics]
-    """Of every norm."""
+    """The statistics of every norm."""
     samples: Mapping[Attention, Sample] = MappingProxyType({})
-    """For an attention, the map that it looks at; without one it sees its windows only."""
+    """For each attention a sample of the map that it looks at. Without one, a window sees nothing beyond its margin."""
 
 
 class ExactStream(Stream):
-    """Every map before a GroupNorm is kept whole, attention is over the whole map: the untiled result."""
+    """Gives the untiled result: it keeps every map before a GroupNorm whole, and attention is over the whole map."""
 
     def __init__(self, half: VaeHalf, axis: int, done: Part | None = None) -> None:
         """`done` is told the share of the work that is done."""
         super().__init__(half, axis)
         self.statistics: dict[Norm, Statistics] = {}
-        """Of every norm that has run."""
+        """The statistics of every norm that has run."""
         self._done = done or Steps().part(0)
         self._stages, self._stage = count_norms(half.steps) + 1, 0
 
     @property
     def share_before_the_end(self) -> float:
-        """Share of the work that is done when the last steps begin to give stripes."""
+        """Share of the work that is done when the first stripe of the result comes."""
         return 1 - 1 / self._stages
 
     def store(self, flow: Flow) -> HeldMap:
-        """The whole map of `flow`."""
+        """Runs `flow` to its end and holds its whole map."""
         if flow.held is not None:
             return flow.held
         held, position, place = HeldMap(self.axis), 0, None
@@ -65,9 +66,9 @@ class ExactStream(Stream):
         return held
 
     def _place(self, flow: Flow, chunk: Tensor) -> torch.device:
-        """Where the whole of `flow` is kept, of which `chunk` is a stripe."""
+        """The device to keep the whole of `flow` on; `chunk` is one of its stripes."""
         size = chunk.numel() // chunk.shape[self.axis] * flow.length * chunk.element_size()
-        # Twice its size, because what comes of it needs a place too.
+        # Twice its size, because what is computed from it needs room, too.
         return chunk.device if 2 * size <= self.half.room() else torch.device("cpu")
 
     def _normalised(self, step: Norm, flow: Flow) -> Flow:
@@ -77,14 +78,14 @@ class ExactStream(Stream):
         return Flow(map(normaliser(step, known), chunks), flow.length, flow.nominal)
 
     def measure(self, groups: int, held: HeldMap) -> Statistics:
-        """Of every one of `groups` groups of the channels of the map `held`, [1, C, H, W]."""
+        """The statistics of the map `held` [1, C, H, W] for a norm with `groups` groups of channels."""
         sizes = torch.tensor([float(chunk.shape[self.axis]) for chunk in held.read()], dtype=torch.float64)
         return combine(sizes / sizes.sum(), *self.moments_of(groups, held.read(), len(sizes)))
 
     def moments_of(self, groups: int, maps: Iterable[Tensor], number: int) -> tuple[Tensor, Tensor]:
-        """`moments` of `number` maps [1, C, h, w] on any device: float64 [number, groups] on the CPU, as all have."""
-        # One place for all of it. Small tensors that stay, one from every stripe, lie in glibc's heap between what is
-        # free again, and none of that then serves for the next stripe: half of a map's memory and more is lost.
+        """`moments` of `number` maps [1, C, h, w] on any device: float64 [number, groups] each, on the CPU."""
+        # One tensor for all of them. A small tensor kept from every stripe would split the free memory in glibc's heap
+        # so that no next stripe fits into the gaps: more than half of a map's memory would be lost.
         found = torch.empty(2, number, groups, device=self.half.device)
         for index, part in enumerate(self._moved(maps)):
             found[:, index : index + 1] = torch.stack(moments(groups, part))
@@ -101,10 +102,10 @@ class ExactStream(Stream):
 
 
 class BoundedStream(Stream):
-    """Statistics are given, attention is to windows and a sample of the rest: memory is set by the stripes."""
+    """Needs memory for stripes only: statistics are given, and attention is over windows and a sample of the rest."""
 
     def __init__(self, half: VaeHalf, axis: int, estimate: Estimate, window: int, margin: int) -> None:
-        """`window` and `margin` of the attention are in samples of its map."""
+        """`window` and `margin` are those of `StripedAttention`, in samples of the attention's map."""
         super().__init__(half, axis)
         self._estimate, self._window, self._margin = estimate, window, margin
 
@@ -120,8 +121,8 @@ class BoundedStream(Stream):
 
 def moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each map and group of the channels of `maps` [N, C, h, w]: float32 [N, groups]."""
-    # Not by torch's GroupNorm: on a CPU in channels_last its variance is a mean square less a squared mean, 7% off
-    # where the mean is a hundred deviations, as in flat pictures. This takes as long.
+    # Not by torch's GroupNorm. On a CPU in channels_last it computes the variance as mean square minus squared mean,
+    # which is 7% off where the mean is a hundred deviations, as in flat pictures. This takes no longer.
     maps = maps.float()
     means = maps.mean((2, 3), keepdim=True)
     variances = (maps - means).square_().mean((2, 3)).unflatten(1, (groups, -1))
@@ -131,14 +132,14 @@ def moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(weights: Tensor, means: Tensor, variances: Tensor) -> Statistics:
-    """Statistics of a whole whose parts have `means` and `variances` [n, groups] and `weights` [n] that sum to 1."""
+    """Statistics of a whole from those of n parts: `means` and `variances` [n, groups], `weights` [n] with sum 1."""
     share = weights[:, None]
     mean = (share * means).sum(0)
     return Statistics(mean, (share * (variances + (means - mean).square())).sum(0))
 
 
 def normaliser(step: Norm, known: Statistics) -> TensorMap:
-    """The GroupNorm `step` of a map whose statistics are `known`, in the map's type, computed in float32."""
+    """The GroupNorm `step` of a map with statistics `known`, for its stripes: computes in float32, keeps their type."""
     weight, bias = (value.detach().cpu().double() for value in step.affine())
     each = weight.shape[0] // step.groups
     scale = weight / (known.variance + step.eps).sqrt().repeat_interleave(each)
@@ -152,5 +153,5 @@ def normaliser(step: Norm, known: Statistics) -> TensorMap:
 
 
 def count_norms(steps: Sequence[Step]) -> int:
-    """How many `Norm`s are among `steps` and in their residuals."""
+    """Number of `Norm`s among `steps`, those inside residuals included."""
     return sum(count_norms(step.main) if isinstance(step, Residual) else isinstance(step, Norm) for step in steps)
