@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..icmsr_core.pictures.channels import as_rgb
 from .category import CATEGORY
 from .native.sockets import to_image, to_pictures
 
@@ -56,6 +57,4 @@ class ExtractCondition(io.ComfyNode):
         pictures = to_pictures(image)
         edges = canny_edges(pictures, low_threshold, high_threshold)
         colours = colormap(pictures)
-        return io.NodeOutput(
-            to_image(torch.cat([colours, edges], dim=1)), to_image(colours), to_image(edges.expand(-1, 3, -1, -1))
-        )
+        return io.NodeOutput(to_image(torch.cat([colours, edges], dim=1)), to_image(colours), to_image(as_rgb(edges)))

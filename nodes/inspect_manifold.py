@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.pictures.channels import as_rgb
 from ..icmsr_core.pictures.ranges import unit_to_signed
 from ..icmsr_core.steps import Steps
 from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
@@ -229,5 +230,5 @@ def _shown(hint: Tensor, height: int, width: int) -> dict[str, Tensor]:
     """What a hint [1, C, H, W] holds, as pictures [1, 3, height, width] by name."""
     hint = torch.nn.functional.interpolate(hint.float().clamp(0, 1), (height, width), mode="nearest-exact")
     if hint.shape[1] == 4:
-        return {"colormap": hint[:, :3], "edges": hint[:, 3:].expand(-1, 3, -1, -1)}
-    return {"hint": hint[:, :3] if hint.shape[1] >= 3 else hint[:, :1].expand(-1, 3, -1, -1)}
+        return {"colormap": as_rgb(hint), "edges": as_rgb(hint[:, 3:])}
+    return {"hint": as_rgb(hint)}

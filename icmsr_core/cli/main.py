@@ -140,6 +140,7 @@ def run_upscale(options: argparse.Namespace) -> int:
 def run_conditions(options: argparse.Namespace) -> int:
     """``icmsr conditions``."""
     from ..conditions import canny_edges, colormap
+    from ..pictures.channels import as_rgb
     from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
     from .picture_jobs import check_writable
 
@@ -149,7 +150,7 @@ def run_conditions(options: argparse.Namespace) -> int:
     check_writable(options.out)
     pictures = {
         "colormap": Picture(rgb=colors),
-        "edges": Picture(rgb=from_tensor(edges.expand(-1, 3, -1, -1)), grey=True),
+        "edges": Picture(rgb=from_tensor(as_rgb(edges)), grey=True),
         # Four channels as one file: the edges are the alpha channel.
         "hint": Picture(rgb=colors, alpha=from_tensor(edges)),
     }

@@ -6,11 +6,12 @@ import comfy.model_management
 from einops import rearrange
 from torch import Tensor
 
+from ...icmsr_core.pictures.channels import as_rgb
+
 
 def to_pictures(image: Tensor) -> Tensor:
     """RGB pictures [N, 3, H, W], float32, of an IMAGE; an alpha channel is left out, grey is tripled."""
-    pictures = rearrange(image[..., :3], "n h w c -> n c h w").float()
-    return pictures if pictures.shape[1] == 3 else pictures[:, :1].expand(-1, 3, -1, -1)
+    return as_rgb(rearrange(image, "n h w c -> n c h w")).float()
 
 
 def to_image(pictures: Tensor) -> Tensor:

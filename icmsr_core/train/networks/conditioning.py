@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...conditions import extract, register_structure, structure
 from ...errors import IcmsrError
+from ...pictures.channels import as_rgb
 from ...pictures.ranges import bytes_to_unit
 from ...upscale.sizes import resize
 from .adapters import check_adapter, load_adapter
@@ -98,7 +99,7 @@ class StructureConfig:
     def shown(self, maps: Tensor) -> list[Tensor]:
         """`maps`, structure by structure, as pictures [N, 3, H, W]: three channels, or the first one in grey."""
         parts = maps.split(self.widths, dim=1)
-        return [part[:, :3] if part.shape[1] >= 3 else part[:, :1].expand(-1, 3, -1, -1) for part in parts]
+        return [as_rgb(part) for part in parts]
 
 
 @dataclass(frozen=True)
