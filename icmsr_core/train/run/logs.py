@@ -10,12 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ...errors import IcmsrError
 from ...whole_file import replace_file
-from .processes import Processes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -106,29 +102,6 @@ class MetricsLog:
                 return None
             self._writer = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER), purge_step=self._purge_step)
         return self._writer
-
-
-class Means:
-    """Means of scalars over a logging interval and over the processes, without a synchronisation per step."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds one value of each. Values that are not finite, from a step that is skipped, do not count."""
-        for name, value in values.items():
-            value = value.detach().float()
-            good = value.isfinite()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + torch.where(good, value, 0.0)
-            self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + good
-
-    def take(self, processes: Processes) -> dict[str, float]:
-        """The means since the last call, by name; NaN where no value was finite."""
-        found = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
-        self._sums.clear()
-        self._counts.clear()
-        return {name: float(value) for name, value in processes.mean(found).items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ from ...pictures.files import Picture, from_tensor, write_picture
 from ..data.pairs import Samples, Tally, make_loader
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, newest_checkpoint, write_checkpoint
-from .logs import Means, MetricsLog
+from .logs import MetricsLog
 from .loop_config import LoopConfig
+from .means import Means
 from .plots import plot_run
 from .processes import Processes
 from .state import RunState, fingerprint
