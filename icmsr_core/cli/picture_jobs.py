@@ -50,9 +50,9 @@ class Job:
 def plan_jobs(source: Path, target: Path) -> list[Job]:
     """The files that ``upscale SOURCE TARGET`` reads and writes, checked before any model is loaded.
 
-    A folder's pictures keep their names; a format that cannot be written (BMP) becomes PNG. For a single picture the
-    target may be a file or an existing folder. The target folder is made if it is missing. Raises `IcmsrError` when
-    something is missing, cannot be written, or would overwrite an input.
+    The pictures of a folder keep their names, but for formats that cannot be written (BMP), which become PNG. For a
+    single picture the target may be a file or an existing folder. Makes the target folder if it is missing. Raises
+    `IcmsrError` when something is missing, cannot be written, or would overwrite an input.
     """
     if source.is_dir():
         pictures = find_pictures(source)
@@ -82,7 +82,7 @@ def plan_jobs(source: Path, target: Path) -> list[Job]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes `folder` if need be and proves that a file can be written there; raises `IcmsrError` when it cannot."""
+    """Makes `folder` if it is missing and tries to write a file there; raises `IcmsrError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -96,7 +96,7 @@ def _writable_name(path: Path) -> str:
 
 
 def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, steps: Steps | None = None) -> Picture:
-    """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, all else kept."""
+    """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, metadata kept."""
     result = from_tensor(run_plan(backbone, to_tensor(picture.rgb), plan, steps=steps))
     alpha = picture.alpha
     if alpha is not None:
@@ -206,7 +206,7 @@ def run_jobs(
 
 @contextmanager
 def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """One thread for work that is done in the order in which it was submitted; what has not begun is dropped."""
+    """One thread that does what is submitted, in that order. Work that has not begun at the end is dropped."""
     executor = ThreadPoolExecutor(1, f"icmsr-{name}")
     try:
         yield executor

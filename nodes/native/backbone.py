@@ -129,18 +129,18 @@ class ComfyBackbone:
             )
         return VaeHalf(steps, vae.device, lambda: _room(vae.device))
 
-    def tiles_together(self, plan: TilePlan) -> int:
-        """How many tiles of `plan` to give to `predict_noise` at once: by core's estimate and free memory, on a CPU 1.
+    def tiles_together(self, tiles: TilePlan) -> int:
+        """How many of `tiles` to give to `predict_noise` at once: as many as fit by core's estimate, on a CPU 1.
 
-        Room is kept for what of the UNet is not loaded yet.
+        Memory is kept free for the part of the UNet that is not loaded yet.
         """
         patcher = self._model
         if comfy.model_management.is_device_cpu(patcher.load_device):
             return 1
         room = _room(patcher.load_device) - max(0, patcher.model_size() - patcher.loaded_size())
-        rows, columns = plan.boxes[0].rows, plan.boxes[0].columns
+        rows, columns = tiles.boxes[0].rows, tiles.boxes[0].columns
         cells = [self._descriptor.latent_channels, rows.stop - rows.start, columns.stop - columns.start]
-        return batch_for(len(plan), lambda count: patcher.memory_required([count, *cells]) <= room)
+        return batch_for(len(tiles), lambda count: patcher.memory_required([count, *cells]) <= room)
 
     def _scaled(self, latent: Tensor) -> Tensor:
         """The VAE's latent, scaled for the UNet and on its device: with --cpu-vae that is another than the VAE's."""
