@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmsr_core.weights.generator_file import write_tensors
+from icmsr_core.weights.tensor_files import write_tensors
 from icmsr_core.whole_file import replace_file, replacing
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import IcmsrError
 from ..weights.base import open_base
+from ..weights.descriptions import own_description
 from ..weights.diffusers_folder import WEIGHTS_FILE
 from ..weights.generator_file import (
     ADAPTER_FORMAT,
@@ -15,10 +16,9 @@ from ..weights.generator_file import (
     Generator,
     PartWeights,
     load_generator,
-    open_tensors,
-    read_tensors,
 )
 from ..weights.single_file import PREFIXES
+from ..weights.tensor_files import read_head, read_tensors
 
 
 def describe(path: Path) -> str:
@@ -31,9 +31,8 @@ def describe(path: Path) -> str:
     elif not path.exists():
         raise IcmsrError(f"{path}: no such file or folder")
     else:
-        with open_tensors(path) as file:
-            kind, keys = (file.metadata() or {}).get("format"), list(file.keys())
-        if kind == ADAPTER_FORMAT:
+        keys, metadata = read_head(path)
+        if metadata.get("format") == ADAPTER_FORMAT:
             rows = _adapter_rows(path)
         elif any(key.startswith(PREFIXES["unet"]) for key in keys):
             rows = _base_rows(path)
@@ -47,10 +46,7 @@ def _adapter_rows(path: Path) -> list[tuple[str, str]]:
     tensors, metadata = read_tensors(path)
     if "adapter.conv_in.weight" not in tensors:
         raise IcmsrError(f"{path}: not a T2I-Adapter, a generator or a base")
-    try:
-        values = json.loads(metadata.get("icmsr", "{}"))
-    except ValueError as error:
-        raise IcmsrError(f"{path}: its description cannot be read ({error}): export it again") from error
+    values = own_description(path, metadata)
     config, structure = values.get("config", {}), values.get("structure", {})
     details = ", ".join(f"{key} {value}" for key, value in structure.items() if key != "names")
     count = sum(tensor.numel() for tensor in tensors.values())

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..weights.generator_file import Generator, LoraPair, PartWeights, first_names, load_generator, write_tensors
+from ..weights.generator_file import Generator, LoraPair, PartWeights, load_generator
+from ..weights.tensor_files import first_names, write_tensors
 from .importers import check_result_file
 from .kinds import EXPORT_FORMATS
 from .layouts import kohya_name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,7 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..weights.generator_file import LoraPair, first_names, read_tensors
+from ..weights.descriptions import parse_description, read_description
+from ..weights.generator_file import LoraPair
+from ..weights.tensor_files import first_names, read_tensors
 from .layouts import lora_keys
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -94,15 +95,10 @@ def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str,
         file, where = path.parent / PEFT_CONFIG, f"{path.parent / PEFT_CONFIG}"
         if not file.is_file():
             raise IcmsrError(f"{file}: missing, and {path.name} needs it for its alpha: put both into one folder")
-        text = file.read_text(encoding="utf-8", errors="replace")
+        config = read_description(file)
     else:
-        where, text = f"{path}: {DIFFUSERS_CONFIG}", metadata.get(DIFFUSERS_CONFIG, "{}")
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise IcmsrError(f"{where} cannot be read as JSON ({error}): download it again") from error
-    if not isinstance(config, dict):
-        raise IcmsrError(f"{where}: expected a JSON object, got {type(config).__name__}")
+        where = f"{path}: {DIFFUSERS_CONFIG}"
+        config = parse_description(path, metadata.get(DIFFUSERS_CONFIG, "{}"), DIFFUSERS_CONFIG)
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("lora_bias", False), ("bias", "none")):
         if config.get(key) not in (None, plain):

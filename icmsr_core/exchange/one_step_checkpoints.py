@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..weights.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights, first_names
+from ..weights.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights
 from ..weights.pickles import read_pickle
+from ..weights.tensor_files import first_names
 
 PEFT_ALPHA = 8.0
 """LoRA alpha of PEFT's LoraConfig unless told otherwise."""

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..errors import IcmsrError
 from ..weights.base import BaseFolder
-from ..weights.generator_file import read_tensors, write_tensors
+from ..weights.descriptions import read_description
+from ..weights.diffusers_folder import CONFIG_FILE
+from ..weights.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -105,12 +107,12 @@ def check_prompts(base: BaseFolder) -> int:
         for name in ("vocab.json", "merges.txt"):  # transformers makes up an empty vocabulary without a word
             if not (tokenizer / name).is_file():
                 raise IcmsrError(f"{tokenizer}: {name} is missing: download the folder again")
+    config = read_description(folder / CONFIG_FILE)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width, tokens = int(config["hidden_size"]), int(config.get("max_position_embeddings", 77))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise IcmsrError(
-            f"{folder}/config.json: not a text encoder's configuration ({error!r}): download the folder again"
+            f"{folder / CONFIG_FILE}: not a text encoder's configuration ({error!r}): download the folder again"
         ) from error
     expected = base.unet_config["cross_attention_dim"]
     if width != expected:

@@ -12,7 +12,6 @@ weights; for all others see `_split_channels`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import IcmsrError
+from .descriptions import own_description, read_description
 from .diffusers_folder import CONFIG_FILE, WEIGHTS_STEM
-from .generator_file import first_names, read_tensors
+from .file_kinds import AGAIN
 from .pickles import read_pickle
+from .tensor_files import check_finite, first_names, read_tensors
 
 ADAPTER_EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt")
 """Kinds of file that `read_adapter` takes: all but the first are pickles, of which plain tensors are read."""
@@ -68,9 +69,7 @@ def read_adapter(path: Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     finite, an adapter for SDXL, and a description that its tensors contradict.
     """
     tensors, description = _read(path)
-    bad = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
-    if bad:
-        raise IcmsrError(f"{path}: NaN or infinite values in {first_names(bad)}: download or export it again")
+    check_finite(path, tensors, AGAIN)
     tensors = {key.removeprefix("adapter."): value for key, value in tensors.items()}
     if "conv_in.weight" in tensors:
         full, blocks = _full_names(tensors)
@@ -91,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     if path.suffix == ADAPTER_EXTENSIONS[0]:
         values: dict[str, Any]
         values, metadata = read_tensors(path)
-        description = _json(path, metadata.get("icmsr", "{}")).get("config")
+        description = own_description(path, metadata).get("config")
     else:
         values, description = read_pickle(path), None
         values = values["adapter"] if isinstance(values.get("adapter"), dict) else values
@@ -104,20 +103,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         raise IcmsrError(f"{path}: an adapter must hold float tensors only, these are not: {first_names(wrong)}")
     if description is None and path.name.split(".")[0] == WEIGHTS_STEM:
         config = path.parent / CONFIG_FILE
-        description = _json(config, config.read_text(errors="replace")) if config.is_file() else None
+        description = read_description(config) if config.is_file() else None
     if description is not None and not isinstance(description, dict):
         raise IcmsrError(f"{path}: its description must be a JSON object, got {type(description).__name__}")
     return {str(key): value.detach().float() for key, value in values.items()}, description or {}
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise IcmsrError(f"{path}: its description cannot be read ({error}): download or export it again") from error
-    if not isinstance(values, dict):
-        raise IcmsrError(f"{path}: its description must be a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _full_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:

@@ -25,11 +25,13 @@ from ..backbone.noise_schedule import NoiseSchedule
 from ..backbone.prediction import Prediction, check_prediction
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from .descriptions import info_from, read_description
 from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, SCHEDULER_FILE, WEIGHTS_FILE
-from .generator_file import Generator, info_from_json, open_tensors, read_tensors
+from .generator_file import Generator
 from .generator_fit import check_family, check_prior
 from .sd_families import SD_SCALING, published_values
 from .single_file import diffusers_name, diffusers_tensor, read_checkpoint
+from .tensor_files import open_tensors, read_tensors
 
 INFO_FILE = "icmsr_base.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
@@ -194,7 +196,7 @@ def open_base(path: Path) -> BaseFolder:
     """
     if path.is_file():
         checkpoint = read_checkpoint(path)
-        own = info_from_json(str(path), BaseInfo, dict(checkpoint.values))
+        own = info_from(path, BaseInfo, checkpoint.values)
         return _checked(BaseFolder(path, own, checkpoint.unet_config, checkpoint.vae_config))
     if not path.is_dir():
         raise IcmsrError(f"{path}: no such file or folder, a base is a diffusers folder or a checkpoint (.safetensors)")
@@ -208,13 +210,13 @@ def open_base(path: Path) -> BaseFolder:
         if not (path / part / CONFIG_FILE).is_file():
             raise IcmsrError(f"{path}: not a base folder of ICM-SR, {part}/config.json is missing")
         find_weights(path, part)
-    info = None if plain else info_from_json(str(path / INFO_FILE), BaseInfo, _read_json(path / INFO_FILE))
+    info = None if plain else info_from(path / INFO_FILE, BaseInfo, read_description(path / INFO_FILE))
     configs = {}
     for part, needed_keys in (
         ("unet", ("block_out_channels", "cross_attention_dim")),
         ("vae", ("block_out_channels", "latent_channels")),
     ):
-        configs[part] = _read_json(path / part / CONFIG_FILE)
+        configs[part] = read_description(path / part / CONFIG_FILE)
         missing = [key for key in needed_keys if key not in configs[part]]
         if missing:
             raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")
@@ -222,9 +224,7 @@ def open_base(path: Path) -> BaseFolder:
     if info is None:
         file = path / SCHEDULER_FILE
         way_out = f"another base needs an {INFO_FILE}"
-        info = info_from_json(
-            str(file), BaseInfo, published_values(path, configs["unet"], file, _read_json(file), way_out)
-        )
+        info = info_from(file, BaseInfo, published_values(path, configs["unet"], file, read_description(file), way_out))
     return _checked(BaseFolder(path, info, configs["unet"], configs["vae"]))
 
 
@@ -252,7 +252,7 @@ def find_weights(base: Path, part: str) -> WeightFiles:
     index = folder / found[0]
     if index.suffix == ".safetensors":
         return WeightFiles(index, (index,))
-    names = _read_json(index).get("weight_map")
+    names = read_description(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(_is_file_name(name) for name in names.values()):
         raise IcmsrError(f"{index}: its weight_map must name a file of its folder for each tensor: download it again")
     shards = tuple(folder / name for name in sorted(set(names.values())))
@@ -287,16 +287,6 @@ def _is_file_name(value: Any) -> bool:
 def write_base_info(path: Path, info: BaseInfo) -> None:
     """Writes `icmsr_base.json` into the folder `path`."""
     (path / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IcmsrError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise IcmsrError(f"{path}: expected a JSON object")
-    return values
 
 
 def default_prompt_embedding(tokens: int, width: int) -> Tensor:

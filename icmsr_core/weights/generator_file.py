@@ -17,23 +17,20 @@ The metadata entry ``icmsr`` is JSON (see `GeneratorInfo`); ``format`` is ``icms
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbone.prediction import Prediction, check_prediction
 from ..errors import IcmsrError
-from ..whole_file import replacing
+from .descriptions import OWN_ENTRY, info_from, own_description
 from .fidelity import check_fidelity_applies
-from .file_kinds import known_kind, unreadable
+from .file_kinds import known_kind
+from .tensor_files import check_finite, first_names, read_head, read_tensors, write_tensors
 
 GENERATOR_FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
@@ -43,7 +40,6 @@ FORMAT_VERSIONS = (1, 2)
 PARTS = ("unet", "vae")
 REALISTIC = "realistic."
 """What the keys of the second set begin with."""
-Info = TypeVar("Info")
 
 
 class LoraPair(NamedTuple):
@@ -152,13 +148,6 @@ class Generator:
         return getattr(self, part), self.realistic.get(part, PartWeights())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A .safetensors at `path`, which appears whole or not at all. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
-
-
 def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.float16) -> None:
     """Writes `generator` to `path` atomically, its tensors in `dtype` on the CPU: format version 1, or 2 with two sets.
 
@@ -175,7 +164,7 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
     if generator.prompt_embedding is not None:
         tensors["prompt_embedding"] = generator.prompt_embedding
     tensors = {key: value.detach().to("cpu", dtype) for key, value in tensors.items()}
-    _check_finite(str(path), tensors)
+    check_finite(path, tensors)
     two = generator.has_two_sets
     description = asdict(replace(generator.info, format_version=2 if two else 1))
     if not two:
@@ -184,27 +173,7 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
         del description["realistic_default"]
     if not generator.info.notes:
         del description["notes"]
-    write_tensors(path, tensors, {"format": GENERATOR_FORMAT, "icmsr": json.dumps(description, sort_keys=True)})
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A .safetensors file, opened by `safe_open`; an `IcmsrError` when there is none or it is damaged."""
-    if path.is_dir():
-        raise IcmsrError(f"{path}: is a folder: name the .safetensors file")
-    if not path.is_file():
-        raise IcmsrError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise IcmsrError(unreadable(path, str(error))) from error
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file; an `IcmsrError` when there is none or it is damaged."""
-    with open_tensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    write_tensors(path, tensors, {"format": GENERATOR_FORMAT, OWN_ENTRY: json.dumps(description, sort_keys=True)})
 
 
 def load_generator(path: Path, name: str = "") -> Generator:
@@ -214,8 +183,8 @@ def load_generator(path: Path, name: str = "") -> Generator:
     `path` where that is empty. Raises `IcmsrError`.
     """
     tensors, metadata = read_tensors(path)
-    info = parse_info(str(path), metadata, tensors)
-    _check_finite(str(path), tensors)
+    info = parse_info(path, metadata, tensors)
+    check_finite(path, tensors)
     embedding = tensors.pop("prompt_embedding", None)
     if embedding is not None and embedding.ndim != 2:
         raise IcmsrError(f"{path}: prompt_embedding must be [tokens, width], got {tuple(embedding.shape)}")
@@ -235,12 +204,12 @@ def holds_two_sets(path: Path) -> bool:
 
     Raises `IcmsrError` when there is no such file, or it is no generator file.
     """
-    with open_tensors(path) as file:
-        return parse_info(str(path), dict(file.metadata() or {}), list(file.keys())).format_version == 2
+    keys, metadata = read_head(path)
+    return parse_info(path, metadata, keys).format_version == 2
 
 
-def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = ()) -> GeneratorInfo:
-    """`GeneratorInfo` from a file's safetensors metadata; `name` names the file in errors, and `keys` tell its kind."""
+def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> GeneratorInfo:
+    """What the file at `path` says of itself in its `metadata`; its `keys` tell what it is when it is no generator."""
     if metadata.get("format") != GENERATOR_FORMAT:
         kind = known_kind(keys)
         stated = metadata.get("format", "not stated")
@@ -250,52 +219,19 @@ def parse_info(name: str, metadata: Mapping[str, str], keys: Collection[str] = (
             "a checkpoint": "it can be the base, name it there",
             "a T2I-Adapter": "it goes into ICM-SR Load Adapter",
         }.get(kind, "foreign weights go through `icmsr import`")
-        raise IcmsrError(f"{name}: not an ICM-SR generator file ({found}): {way_out}")
-    try:
-        values = json.loads(metadata["icmsr"])
-    except (KeyError, ValueError) as error:
-        raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
-    version = values.get("format_version", 1) if isinstance(values, dict) else 1
+        raise IcmsrError(f"{path}: not an ICM-SR generator file ({found}): {way_out}")
+    values = own_description(path, metadata)
+    version = values.get("format_version", 1)
     if version not in FORMAT_VERSIONS:  # before the rest, which another version may lay out differently
         known = " and ".join(str(entry) for entry in FORMAT_VERSIONS)
-        raise IcmsrError(f"{name}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
-    info = info_from_json(name, GeneratorInfo, values)
+        raise IcmsrError(f"{path}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
+    info = info_from(path, GeneratorInfo, values)
     check_prediction(info.prediction)
     if not 0 <= info.realistic_default <= 2:
         raise IcmsrError(
-            f"{name}: realistic_default in its description must be from 0 to 2, got {info.realistic_default:g}"
+            f"{path}: realistic_default in its description must be from 0 to 2, got {info.realistic_default:g}"
         )
     return info
-
-
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "Prediction": (str,),
-    "Mapping[str, Any]": (dict,),
-}
-
-
-def info_from_json(name: str, kind: type[Info], values: Any) -> Info:
-    """The dataclass `kind` from a JSON object; keys that it does not know are ignored.
-
-    Raises `IcmsrError`, which says `name`, when a key is missing, of another type or not finite.
-    """
-    if not isinstance(values, dict):
-        raise IcmsrError(f"{name}: its description must be a JSON object, got {type(values).__name__}")
-    known = {}
-    for entry in fields(kind):  # type: ignore[arg-type]
-        if entry.name not in values:
-            continue
-        value = known[entry.name] = values[entry.name]
-        fits = isinstance(value, _JSON_TYPES[str(entry.type)]) and not isinstance(value, bool)
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            raise IcmsrError(f"{name}: {entry.name} in its description must be a {entry.type}, got {value!r}")
-    try:
-        return kind(**known)
-    except TypeError as error:
-        raise IcmsrError(f"{name}: its description cannot be read ({error}): export it again") from error
 
 
 def _read_set(name: str, prefix: str, tensors: Mapping[str, Tensor], rank: int) -> dict[str, PartWeights]:
@@ -330,16 +266,3 @@ def _split_part(name: str, prefix: str, tensors: Mapping[str, Tensor]) -> PartWe
         else:
             whole[inner] = tensor
     return PartWeights(lora, whole)
-
-
-def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if bad:
-        raise IcmsrError(f"{name}: NaN or infinite values in {first_names(bad)}")
-
-
-def first_names(items: Iterable[str], most: int = 4) -> str:
-    """The first few of `items` and how many more there are, for an error."""
-    listed = list(items)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IcmsrError
-from .generator_file import REALISTIC, Generator, PartWeights, first_names
+from .generator_file import REALISTIC, Generator, PartWeights
+from .tensor_files import first_names
 
 
 def merged_tensor(weights: PartWeights, parameter: str, tensor: Tensor, alpha: float, strength: float = 1.0) -> Tensor:

@@ -8,7 +8,6 @@ Configurations are read off the shapes, weights are not read here. Pickled check
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import IcmsrError
+from .descriptions import own_description
 from .file_kinds import known_kind
-from .generator_file import ADAPTER_FORMAT, GENERATOR_FORMAT, open_tensors
+from .generator_file import ADAPTER_FORMAT, GENERATOR_FORMAT
 from .sd_families import SD_FAMILIES, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config, unknown_family
+from .tensor_files import open_tensors
 
 BASE_FORMAT = "icmsr-base"
 """``format`` in the metadata of a checkpoint that describes itself: ``icmsr`` is then JSON, as in icmsr_base.json."""
@@ -91,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             context = {"cross_attention_dim": unet_config["cross_attention_dim"]}
             raise unknown_family(str(path), {**context, **odd}, "choose a checkpoint of one of these")
         if own:
-            return Checkpoint(_own_values(path, metadata), unet_config, vae_config)
+            return Checkpoint(own_description(path, metadata), unet_config, vae_config)
         published = {"unet": (SD_WIDTHS, unet_config), "vae": (SD_VAE_WIDTHS, vae_config)}
         wrong = {
             f"{part} widths": config["block_out_channels"]
@@ -228,13 +229,3 @@ def _configurations(shape: Callable[[str, str], list[int]]) -> tuple[dict[str, A
     odd: dict[str, Any] = {key: number for key, (number, expected) in found.items() if number != expected}
     odd |= {f"{part} widths": each for part, each in (("unet", widths), ("vae", vae_widths)) if not all(each)}
     return sd_unet_config(widths, context, linear), sd_vae_config(vae_widths), odd
-
-
-def _own_values(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    try:
-        values = json.loads(metadata["icmsr"])
-    except (KeyError, ValueError) as error:
-        raise IcmsrError(f"{path}: its description cannot be read ({error}): export it again") from error
-    if not isinstance(values, dict):
-        raise IcmsrError(f"{path}: its description must be a JSON object, got {type(values).__name__}")
-    return values

@@ -6,7 +6,6 @@ Diffusion's scaled ones (scaling factor 1), so encoder and decoder take the plac
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from .descriptions import read_description
 from .diffusers_folder import CONFIG_FILE, WEIGHTS_FILE
-from .generator_file import read_tensors
+from .tensor_files import read_tensors
 
 PAIR = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 CLAMP_LAYERS = 1
@@ -95,11 +95,8 @@ def _read_pair(path: Path) -> TinyVae:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IcmsrError(f"{path}: cannot be read as JSON ({error})") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else None
+    config = read_description(path)
+    kind = config.get("_class_name")
     if kind != "AutoencoderTiny":
         raise IcmsrError(f"{path}: must be the configuration of an AutoencoderTiny, got {kind!r}: expected {FORMS}")
     return config

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -26,7 +25,9 @@ from icmsr_core.exchange.one_step_checkpoints import PICKLED_KINDS
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import PROMPT_FILE, open_base
-from icmsr_core.weights.generator_file import load_generator, read_tensors, save_generator
+from icmsr_core.weights.generator_file import load_generator, save_generator
+from icmsr_core.weights.tensor_files import read_tensors
+from tests.support.hostile_pickle import HostileValue, assert_runs_code
 from tests.support.merging import merged_part
 from tests.support.model_files import random_generator
 from tests.support.sd_files import unet_config, vae_config, write_sd_folder
@@ -275,28 +276,15 @@ def test_the_table_of_names_and_shapes_is_diffusers_own(family):
 # What is refused
 
 
-class Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("form", ["torch", "old torch", "pickle 2", "pickle 4"])
 def test_a_pickle_with_code_is_refused_and_nothing_is_run(osediff, tmp_path, capsys, form):
     mark, source = tmp_path / "touched", tmp_path / "evil.pkl"
-    evil = {**osediff, "rank_unet": Payload(mark)}
+    evil = {**osediff, "rank_unet": HostileValue(mark)}
     if form.startswith("pickle"):
-        source.write_bytes(pickle.dumps({"rank_unet": Payload(mark)}, protocol=int(form[-1])))
-        pickle.loads(source.read_bytes())
+        source.write_bytes(pickle.dumps({"rank_unet": HostileValue(mark)}, protocol=int(form[-1])))
     else:
         torch.save(evil, source, _use_new_zipfile_serialization=form == "torch")
-        torch.load(source, weights_only=False)
-    assert mark.is_dir()  # the payload is live: an ordinary reader runs it
-    mark.rmdir()
+    assert_runs_code(source, mark)
     for kind in ("osediff", "pisasr"):
         assert main(["import", kind, str(source), str(tmp_path / "o.safetensors")]) == 1
         error = capsys.readouterr().err
@@ -394,7 +382,7 @@ def test_a_failed_write_leaves_the_old_file(base, osediff, tmp_path, monkeypatch
         Path(arguments[1]).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("icmsr_core.weights.generator_file.save_file", fail)
+    monkeypatch.setattr("icmsr_core.weights.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", ImportSettings(base=base))
     assert (tmp_path / "o.safetensors").read_bytes() == b"before"

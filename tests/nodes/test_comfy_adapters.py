@@ -25,6 +25,7 @@ from icmsr_core.weights.adapter_layouts import read_adapter
 from icmsr_core.weights.base import open_base, write_base_info
 from icmsr_core.weights.generator_file import save_generator
 from tests.support.comfy_harness import run_script
+from tests.support.hostile_pickle import HostileValue
 from tests.support.model_files import random_generator, write_base, write_generator
 
 TOLERANCE = 1e-5
@@ -116,16 +117,6 @@ PAIRS = {
 HINTS = {"hint of 3": "full_adapter, 3, bare", "edges as a picture": "tencent full"}
 
 
-class Trap:
-    """Writes a file when it is unpickled by a reader that runs code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 def write_damaged(folder: Path) -> dict[str, tuple[Path, str]]:
     """Files that no loader may take, with words of the reason."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +132,7 @@ def write_damaged(folder: Path) -> dict[str, tuple[Path, str]]:
     truncated.write_bytes(truncated.read_bytes()[:-1000])
     torch.save(state, folder / "truncated.pth")
     (folder / "truncated.pth").write_bytes((folder / "truncated.pth").read_bytes()[:-1000])
-    torch.save({**tencent_names(make(1)), "step": Trap(folder / "ran")}, folder / "code.pth")
+    torch.save({**tencent_names(make(1)), "step": HostileValue(folder / "ran")}, folder / "code.pth")
     torch.save({"step": 3, "weights": [1, 2]}, folder / "no tensors.bin")
     vae = {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3), "decoder.conv_out.weight": torch.zeros(3, 8, 3, 3)}
     lora = {"unet.conv_in.lora_A.weight": torch.zeros(4, 4, 3, 3)}

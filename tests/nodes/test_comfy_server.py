@@ -26,6 +26,7 @@ from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import embedded_adapter, embedded_base, embedded_generator
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from tests.support.comfy_harness import PACK_NAME, ROOT, to_prompt
+from tests.support.hostile_pickle import HostileValue
 from tests.support.model_files import random_generator, write_generator
 
 pytestmark = pytest.mark.comfy
@@ -442,16 +443,6 @@ def test_interrupt_stops_between_tiles_and_leaves_a_working_server(comfy_server)
     assert_same_picture(comfy_server.picture(entry), expected)
 
 
-class Trap:
-    """Writes a file when it is unpickled by a reader that runs code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 def _damaged(folder: Path, kind: str) -> str:
     generator = random_generator(embedded_base(), prediction="v" if kind == "prior" else "residual")
     path = folder / f"{kind}.safetensors"
@@ -473,7 +464,7 @@ def _damaged(folder: Path, kind: str) -> str:
     if kind == "vae":
         save_file(open_base(embedded_base()).vae_state(), path)
     if kind == "code":
-        torch.save({"unet.conv_in.weight": Trap(folder / "ran")}, path)
+        torch.save({"unet.conv_in.weight": HostileValue(folder / "ran")}, path)
         torch.load(path, weights_only=False)
         (folder / "ran").unlink()  # it works where code is run
     return path.name

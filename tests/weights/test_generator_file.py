@@ -30,8 +30,9 @@ from icmsr_core.weights.generator_file import (
     holds_two_sets,
     load_generator,
     save_generator,
-    write_tensors,
 )
+from icmsr_core.weights.tensor_files import write_tensors
+from tests.support.hostile_pickle import HostileValue, assert_runs_code
 from tests.support.merging import merged_part, merged_set
 from tests.support.model_files import random_generator, write_base
 
@@ -466,7 +467,7 @@ LORA = "unet.mid_block.resnets.0.conv1"
     ("change", "text"),
     [
         ({"metadata": {"format": "pt"}}, r"not an ICM-SR generator file \(.*its format is 'pt', expected 'icmsr-gen"),
-        ({"metadata": {"icmsr": "{"}}, "its description cannot be read .*: export it again"),
+        ({"metadata": {"icmsr": "{"}}, "its description cannot be read as JSON .*: download or export it again"),
         ({"metadata": {"icmsr": "[1, 2]"}}, "its description must be a JSON object, got list"),
         ({"description": lambda values: values | {"format_version": 3}}, "format version 3, .* reads 1 and 2: upd"),
         ({"description": lambda values: {"format_version": 7, "new": 1}}, "format version 7"),
@@ -591,16 +592,6 @@ def test_files_that_are_not_safetensors_are_refused(tmp_path, generator: Generat
         load_generator(tmp_path)
 
 
-class Mischief:
-    """Makes a folder when it is unpickled by a reader that runs code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
@@ -630,9 +621,8 @@ def test_what_lies_in_a_generator_s_place_is_named(tmp_path, kind: str, text: st
     if kind in keys:
         save_file({keys[kind]: torch.zeros(1)}, path)
     elif "pickle" in kind:
-        torch.save({"a": Mischief(mark)}, path, _use_new_zipfile_serialization=kind == "pickle")
-        torch.load(path, weights_only=False)
-        mark.rmdir()  # it works where code is run
+        torch.save({"a": HostileValue(mark)}, path, _use_new_zipfile_serialization=kind == "pickle")
+        assert_runs_code(path, mark)
     else:
         page = "<!DOCTYPE html><html><body>Not found</body></html>"
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4265146304\n"
@@ -794,14 +784,14 @@ def test_what_is_not_a_base_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "text"),
     [
-        ("icmsr_base.json", "{", r"icmsr_base\.json: cannot be read as JSON"),
-        ("icmsr_base.json", "[]", r"icmsr_base\.json: expected a JSON object"),
-        ("icmsr_base.json", b"\xff\xfe\x00", r"icmsr_base\.json: cannot be read as JSON"),
+        ("icmsr_base.json", "{", r"icmsr_base\.json: the file cannot be read as JSON"),
+        ("icmsr_base.json", "[]", r"icmsr_base\.json: the file must be a JSON object, got list"),
+        ("icmsr_base.json", b"\xff\xfe\x00", r"icmsr_base\.json: the file cannot be read as JSON"),
         ("icmsr_base.json", '{"name": "x"}', r"icmsr_base\.json: .*'family'"),
         ("icmsr_base.json", '{"name": "x", "family": 3}', r"icmsr_base\.json: family .* must be a str, got 3"),
         ("icmsr_base.json", '{"name": "x", "family": "y", "steps": "9"}', "steps .* must be a int, got '9'"),
         ("icmsr_base.json", '{"name": "x", "family": "y", "prediction": "z"}', "eps, v, residual, got 'z'"),
-        ("unet/config.json", "no json", r"unet/config\.json: cannot be read as JSON"),
+        ("unet/config.json", "no json", r"unet/config\.json: the file cannot be read as JSON"),
         ("vae/config.json", "{}", r"vae/config\.json: block_out_channels, latent_channels missing"),
         ("unet/config.json", '{"block_out_channels": [32]}', r"unet/config\.json: cross_attention_dim missing"),
     ],

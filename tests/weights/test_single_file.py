@@ -28,6 +28,7 @@ from icmsr_core.weights.generator_file import Generator, PartWeights, save_gener
 from icmsr_core.weights.hub import find_base, is_hub_id
 from icmsr_core.weights.sd_families import SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config
 from icmsr_core.weights.single_file import diffusers_name
+from tests.support.hostile_pickle import HostileValue, assert_runs_code
 from tests.support.merging import merged_part
 from tests.support.model_files import write_base, write_generator
 from tests.support.sd_files import (
@@ -359,29 +360,17 @@ def test_files_that_are_not_a_base_are_refused(tmp_path, keys: list[str], metada
         open_base(path)
 
 
-class Mischief:
-    """Its pickle creates a file when it is read."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_is_refused_unread(tmp_path, name: str, zipped: bool, capsys) -> None:
     path, mark = tmp_path / name, tmp_path / "executed"
     if zipped:
-        torch.save({"state_dict": Mischief(mark)}, path)
+        torch.save({"state_dict": HostileValue(mark)}, path)
     else:
-        path.write_bytes(pickle.dumps({"state_dict": Mischief(mark)}))
+        path.write_bytes(pickle.dumps({"state_dict": HostileValue(mark)}))
     with pytest.raises(IcmsrError, match=rf"{name}: a pickled checkpoint, which can run code .*choose the \.saf"):
         open_base(path)
-    assert not mark.exists()
-    pickle.loads(path.read_bytes()) if not zipped else torch.load(path, weights_only=False)
-    assert mark.exists(), "the pickle would have run"
+    assert_runs_code(path, mark)
     source = tmp_path / "in.png"
     write_picture(source, Picture(rgb=torch.zeros(8, 8, 3).numpy()))
     assert main(["upscale", str(source), str(tmp_path / "out.png"), "--base", str(path)]) == 1

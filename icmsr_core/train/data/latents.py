@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import encode_picture
-from ...weights.generator_file import open_tensors, write_tensors
+from ...weights.tensor_files import open_tensors, write_tensors
 from .pairs import DataConfig, Samples, find_photographs
 from .sources import Pixels, read_photograph
 from .synthetic import synthetic_picture

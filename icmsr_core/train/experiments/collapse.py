@@ -36,7 +36,7 @@ from ...runtime.latents import encode_picture
 from ...upscale.sizes import resize
 from ...weights.base import open_base
 from ...weights.embedded import embedded_base
-from ...weights.generator_file import read_tensors, write_tensors
+from ...weights.tensor_files import read_tensors, write_tensors
 from ..data.draws import TimestepConfig, all_timesteps, timesteps
 from ..data.pairs import DataConfig, TrainingPairs
 from ..losses.diagnostics import diagnostics

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import IcmsrError
-from ...weights.generator_file import read_tensors, write_tensors
+from ...weights.descriptions import OWN_ENTRY, own_description
+from ...weights.tensor_files import read_tensors, write_tensors
 
 LPIPS_FORMAT = "icmsr-lpips"
 FORMAT_VERSION = 1
@@ -107,12 +108,12 @@ def load_lpips(path: Path) -> Lpips:
             f"{path}: not a converted LPIPS file (its format is {metadata.get('format', 'not stated')!r}, expected "
             f"{LPIPS_FORMAT!r}): make one with {CONVERT}"
         )
-    try:
-        version = json.loads(metadata["icmsr"])["format_version"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise IcmsrError(f"{path}: its description cannot be read ({error}): convert it again") from error
+    version = own_description(path, metadata).get("format_version")
     if version != FORMAT_VERSION:
-        raise IcmsrError(f"{path}: format version {version}, this version of ICM-SR reads {FORMAT_VERSION}")
+        raise IcmsrError(
+            f"{path}: format version {version}, this version of ICM-SR reads {FORMAT_VERSION}: convert it again with "
+            f"{CONVERT}"
+        )
     return Lpips(tensors, str(path))
 
 
@@ -154,7 +155,7 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
     }
     # Clones: tensors of a pickle may share memory, which safetensors does not write.
     plain = {key: value.detach().float().clone() for key, value in tensors.items()}
-    write_tensors(out, plain, {"format": LPIPS_FORMAT, "icmsr": json.dumps(about, sort_keys=True)})
+    write_tensors(out, plain, {"format": LPIPS_FORMAT, OWN_ENTRY: json.dumps(about, sort_keys=True)})
 
 
 def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from diffusers import T2IAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import IcmsrError
+from ...weights.descriptions import OWN_ENTRY, own_description, read_description
 from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
-from ...weights.generator_file import ADAPTER_FORMAT, read_tensors, write_tensors
+from ...weights.generator_file import ADAPTER_FORMAT
 from ...weights.pickles import read_pickle
+from ...weights.tensor_files import check_finite, read_head, read_tensors, write_tensors
 
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
 _BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
@@ -37,7 +39,7 @@ def save_adapter(path: Path, adapter: T2IAdapter, description: Mapping[str, Any]
     """
     state = {key: value.detach().to("cpu", dtype) for key, value in adapter.state_dict().items()}
     config = {name: adapter.config[name] for name in _FIELDS}
-    metadata = {"format": ADAPTER_FORMAT, "icmsr": json.dumps({"config": config, **description}, sort_keys=True)}
+    metadata = {"format": ADAPTER_FORMAT, OWN_ENTRY: json.dumps({"config": config, **description}, sort_keys=True)}
     single = path.with_name(path.name + ".safetensors")
     write_tensors(single, state, metadata)
     adapter.save_config(path)
@@ -55,21 +57,18 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         config_file = path / CONFIG_FILE
         if not config_file.is_file():
             raise IcmsrError(f"{path}: not a T2I-Adapter, {CONFIG_FILE} is missing")
-        try:
-            config = json.loads(config_file.read_text())
-        except ValueError as error:
-            raise IcmsrError(f"{config_file}: cannot be read as JSON ({error}): download it again") from error
-        missing = [name for name in _FIELDS if not isinstance(config, dict) or name not in config]
+        config = read_description(config_file)
+        missing = [name for name in _FIELDS if name not in config]
         if missing:
             raise IcmsrError(f"{config_file}: not the configuration of a T2I-Adapter: {', '.join(missing)} missing")
         weights = path / WEIGHTS_FILE
         if not weights.is_file() and not (path / PICKLE_FILE).is_file():
             raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing: download the folder again")
-        extra = _description(weights) if weights.is_file() else {}
+        extra = own_description(weights, read_head(weights)[1]) if weights.is_file() else {}
         return {name: config[name] for name in _FIELDS} | {"structure": extra.get("structure")}
     if not path.is_file():
         raise IcmsrError(f"{path}: no such adapter file or folder: train one with train/adapter.py")
-    described = _description(path)
+    described = own_description(path, read_head(path)[1])
     if "config" in described:
         return {**described["config"], "structure": described.get("structure")}
     return _from_shapes(path)
@@ -107,9 +106,7 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
     if config["downscale_factor"] == 0:
         config |= {"downscale_factor": factor, "in_channels": config["in_channels"] // factor**2}
     adapter = T2IAdapter(**config)
-    bad = [key for key, value in state.items() if not bool(value.isfinite().all())]
-    if bad:
-        raise IcmsrError(f"{path}: NaN or infinite values in {', '.join(bad[:4])}")
+    check_finite(path, state)
     try:
         adapter.load_state_dict({key: value.float() for key, value in state.items()})
     except RuntimeError as error:
@@ -123,16 +120,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise IcmsrError(f"{path}: must hold tensors only: download it again")
     return state
-
-
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("icmsr", "{}")
-        values = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IcmsrError(f"{path}: not a readable .safetensors file ({error}): export it again") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _from_shapes(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...errors import IcmsrError
 from ...weights.base import PROMPT_FILE, BaseInfo, write_base_info
 from ...weights.diffusers_folder import WEIGHTS_FILE
-from ...weights.generator_file import write_tensors
+from ...weights.tensor_files import write_tensors
 
 
 @dataclass(frozen=True)

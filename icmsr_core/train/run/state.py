@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import IcmsrError
-from ...weights.generator_file import read_tensors, write_tensors
+from ...weights.tensor_files import read_tensors, write_tensors
 from ..tasks.task import Player
 from .loop_config import LoopConfig, learning_rate
 

@@ -24,7 +24,8 @@ from icmsr_core.train.losses.perceptual import DecoderPerceptual, PerceptualConf
 from icmsr_core.train.run.launch import parse_config
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.embedded import demo_picture, embedded_base
-from icmsr_core.weights.generator_file import write_tensors
+from icmsr_core.weights.tensor_files import write_tensors
+from tests.support.hostile_pickle import HostileValue, assert_runs_code
 from tests.support.places import ROOT
 
 HEADS = Path(published.__file__).parent / "weights" / "v0.1" / "vgg.pth"
@@ -200,24 +201,12 @@ def test_conversion_checks_the_hash(vgg, tmp_path, monkeypatch):
         convert_lpips(vgg, vgg, out)
 
 
-class Evil:
-    """Opens a file for writing when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_a_pickle_with_code_is_not_run(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "evil.pth"
-    torch.save({"features.0.weight": Evil(mark)}, path)
+    torch.save({"features.0.weight": HostileValue(mark)}, path)
     with pytest.raises(IcmsrError, match="not a file of plain tensors"):
         convert_lpips(path, HEADS, tmp_path / "out.safetensors", trust=True)
-    assert not mark.exists()
-    torch.load(path, weights_only=False)["features.0.weight"].close()
-    assert mark.exists()  # it would have
+    assert_runs_code(path, mark)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Files of tensors (.safetensors): opened, read and written with one set of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import IcmsrError
+from ..whole_file import replacing
+from .file_kinds import unreadable
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A .safetensors file, opened by `safe_open`; an `IcmsrError` when there is none or it is damaged."""
+    if path.is_dir():
+        raise IcmsrError(f"{path}: is a folder: name the .safetensors file")
+    if not path.is_file():
+        raise IcmsrError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise IcmsrError(unreadable(path, str(error))) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file; errors as in `open_tensors`."""
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_head(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Keys and metadata of a .safetensors file, without its tensors; errors as in `open_tensors`."""
+    with open_tensors(path) as file:
+        return list(file.keys()), dict(file.metadata() or {})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A .safetensors at `path`, which appears whole or not at all. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
+
+
+def check_finite(name: object, tensors: Mapping[str, Tensor], way_out: str = "") -> None:
+    """Raises `IcmsrError`, which says `name` and ends with `way_out`, for NaN and infinite values in `tensors`."""
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise IcmsrError(f"{name}: NaN or infinite values in {first_names(bad)}{way_out and f': {way_out}'}")
+
+
+def first_names(items: Iterable[str], most: int = 4) -> str:
+    """The first few of `items` and how many more there are, for an error."""
+    listed = list(items)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
