@@ -211,7 +211,7 @@ def test_damaged_files_are_refused_and_nothing_in_them_runs(tmp_path):
 
 def test_other_kinds_of_file_are_named(tmp_path):
     (tmp_path / "a.onnx").touch()
-    with pytest.raises(IcmsrError, match=r"kinds \.safetensors, \.bin"):
+    with pytest.raises(IcmsrError, match=r"one of \.safetensors, \.bin"):
         read_adapter(tmp_path / "a.onnx")
     with pytest.raises(IcmsrError, match="no such file"):
         read_adapter(tmp_path / "missing.safetensors")

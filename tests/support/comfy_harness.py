@@ -12,15 +12,18 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -97,22 +100,41 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run_script(python: Path, comfyui: Path, name: str, job: Path, timeout: float = 300) -> str:
-    """Output of the script `name` of comfy_scripts, run inside a ComfyUI process with `job` as base directory."""
+class _ForkServer:
+    """A process of ComfyUI's Python that runs scripts in forks of itself, without a start of seconds for each."""
+
+    def __init__(self, python: Path, comfyui: Path) -> None:
+        self._process = subprocess.Popen(
+            [str(python), str(SCRIPTS / "fork_server.py")],
+            cwd=comfyui,
+            env=_environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def run(self, arguments: list[str], log: Path, timeout: float) -> int:
+        """Exit code of a script; its output is in `log`. After `timeout` seconds it is killed: -9."""
+        self._process.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}) + "\n")
+        self._process.stdin.flush()
+        fork = int(self._process.stdout.readline())
+        killer = threading.Timer(timeout, os.kill, (fork, signal.SIGKILL))
+        killer.start()
+        try:
+            return int(self._process.stdout.readline())
+        finally:
+            killer.cancel()
+
+
+_fork_server = cache(_ForkServer)
+
+
+def run_script(python: Path, comfyui: Path, name: str, job: Path, timeout: float = 300) -> None:
+    """Runs the script `name` of comfy_scripts inside a ComfyUI process with `job` as base directory."""
     pack = make_base_directory(job)
-    command = [str(python), str(SCRIPTS / name), "--comfyui", str(comfyui), "--pack", str(pack), "--job", str(job)]
-    done = subprocess.run(
-        command,
-        cwd=comfyui,
-        env=_environment(),
-        text=True,
-        timeout=timeout,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-6000:]}"
-    return done.stdout
+    command = [str(SCRIPTS / name), "--comfyui", str(comfyui), "--pack", str(pack), "--job", str(job)]
+    code = _fork_server(python, comfyui).run(command, job / f"{name}.log", timeout)
+    assert code == 0, f"{name} ended with {code}:\n{(job / f'{name}.log').read_text(errors='replace')[-6000:]}"
 
 
 class Server:
