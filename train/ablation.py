@@ -25,7 +25,9 @@ from icmsr_core.train.experiments.ablation import (
 )
 from icmsr_core.train.experiments.ablation import AblationConfig as Config
 from icmsr_core.train.experiments.ablation_report import load_results, markdown, write_report
-from icmsr_core.train.run.launch import parse_config, run_jobs, run_script, settings_of
+from icmsr_core.train.experiments.jobs import run_jobs
+from icmsr_core.train.run.launch import parse_config, run_script
+from icmsr_core.train.settings import plain_settings
 from icmsr_core.whole_file import replace_file
 
 FREE_KEYS = ("run", "jobs", "device", "arms", "seeds")
@@ -48,7 +50,7 @@ def main() -> None:
     """Adapters, the common start, then every run that has no result yet, then the report."""
     config = parse_config(Config)
     check_ablation(config)
-    settings = {key: value for key, value in settings_of(config).items() if key not in FREE_KEYS}
+    settings = {key: value for key, value in plain_settings(config).items() if key not in FREE_KEYS}
     mark, known = json.dumps(settings, default=str, sort_keys=True, indent=1), config.folder("config.json")
     if known.exists() and known.read_text() != mark:
         raise IcmsrError(f"{config.run}: was started with another configuration: choose another run folder")

@@ -24,7 +24,9 @@ from icmsr_core.train.experiments.collapse import (
     load_crops,
 )
 from icmsr_core.train.experiments.collapse_report import markdown, write_report
-from icmsr_core.train.run.launch import parse_config, run_jobs, run_script, settings_of
+from icmsr_core.train.experiments.jobs import run_jobs
+from icmsr_core.train.run.launch import parse_config, run_script
+from icmsr_core.train.settings import plain_settings
 from icmsr_core.whole_file import replace_file
 
 
@@ -94,7 +96,7 @@ def main() -> None:
             f"{config.data.crop}, {config.data.synthetic} and {config.data.hold_out}: use train/configs/collapse.yaml"
         )
     TrainingPairs(config.data, 0, held_out=True)
-    settings = {key: value for key, value in settings_of(config).items() if key not in ("run", "jobs")}
+    settings = {key: value for key, value in plain_settings(config).items() if key not in ("run", "jobs")}
     mark, known = json.dumps(settings, default=str, sort_keys=True, indent=1), run / "config.json"
     if known.exists() and known.read_text() != mark:
         raise IcmsrError(f"{run}: was started with another configuration: choose another run folder")

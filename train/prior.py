@@ -8,36 +8,42 @@ With ``autoencoder_only`` the first half alone, with ``start`` the second alone,
 
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 
-from icmsr_core.backbone.noise_schedule import NoiseSchedule
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
 from icmsr_core.train.data.pairs import DataConfig, Samples, TrainingPairs
-from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
-from icmsr_core.train.run.launch import Stage, parse_config, plan, run_script, settings_of
-from icmsr_core.train.run.loop import train
+from icmsr_core.train.networks.bases import BaseNetworks, NetworkConfig, make_unet, make_vae, save_base
+from icmsr_core.train.networks.decoders import exchange_decoder
+from icmsr_core.train.run.launch import Stage, Training, run_script, run_training
 from icmsr_core.train.run.loop_config import LoopConfig
-from icmsr_core.train.run.processes import start_processes
+from icmsr_core.train.run.plan import PlannedStage
+from icmsr_core.train.run.processes import Processes
+from icmsr_core.train.settings import FREE, UNRECORDED
 from icmsr_core.train.tasks.autoencoder import AutoencoderLosses, AutoencoderTask, normalise_latent
-from icmsr_core.train.tasks.building import exchange_decoder
 from icmsr_core.train.tasks.prior import PriorTask
-from icmsr_core.weights.base import BaseFolder, BaseInfo, default_prompt_embedding, open_base
+from icmsr_core.weights.base import BaseInfo, default_prompt_embedding, open_base
+
+HELD_OUT_CROPS = 192
+"""Crops of held-out photographs on which the prior's error is measured."""
+NORMALISED_OVER = 256
+"""Samples whose latents are made to have mean 0 and deviation 1."""
 
 
 @dataclass(frozen=True)
 class Config:
     """A base model from scratch: RUN/autoencoder, then RUN/prior, whose `base` folder is the result."""
 
-    run: str
+    run: str = field(metadata=FREE)
     """Run folder; the same command resumes it."""
     name: str = "nano"
     """Name of the base."""
@@ -57,9 +63,9 @@ class Config:
     autoencoder_only: bool = False
     """Stop after the autoencoder: RUN/autoencoder/base then has a UNet of random weights, as a generator with
     networks.zero_output may begin from."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=FREE)
     """auto, cpu, cuda, cuda:1, ... (several processes: what accelerate gives each)."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=UNRECORDED)
     """Check everything, print the plan with parameters and memory, and train nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training pictures."""
@@ -75,68 +81,96 @@ class Config:
     """Training of the UNet."""
 
 
-def main() -> None:
-    """Both halves, one after the other; a finished half is not repeated."""
-    config = parse_config(Config)
-    settings, run, seed = settings_of(config), Path(config.run), config.prior.seed
-    for name in ("fresh_unet", "decoder", "normalise_latent"):
-        if getattr(config, name) and not config.start:
-            raise IcmsrError(f"{name} is for a prior that goes on from a base: name its folder in start")
-    if config.autoencoder_only and config.start:
-        raise IcmsrError("autoencoder_only trains a new autoencoder, start keeps a base's: leave one of them out")
-    start = open_base(Path(config.start)) if config.start else None
-    processes = start_processes(config.device)
-    device = processes.device
-    pairs = TrainingPairs(config.data, config.autoencoder.seed if start is None else seed, degraded=False)
-    context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width)
-    info = BaseInfo(config.name, config.family, licence=config.licence)
-    schedule = NoiseSchedule(info.beta_start, info.beta_end, info.steps)
-    if config.dry_run:
+class PriorTraining(Training):
+    """Autoencoder and prior, one after the other; a finished one is not trained again."""
 
-        def autoencoder() -> AutoencoderTask:
-            return AutoencoderTask(make_vae(config.networks), config.autoencoder_losses)
+    def __init__(self, config: Config) -> None:
+        for name in ("fresh_unet", "decoder", "normalise_latent"):
+            if getattr(config, name) and not config.start:
+                raise IcmsrError(f"{name} is for a prior that goes on from a base: name its folder in start")
+        if config.autoencoder_only and config.start:
+            raise IcmsrError("autoencoder_only trains a new autoencoder, start keeps a base's: give only one of them")
+        self.config = config
+        self.start = open_base(Path(config.start)) if config.start else None
+        self.seed = config.autoencoder.seed if self.start is None else config.prior.seed
+        self.pairs = TrainingPairs(config.data, self.seed, degraded=False)
+        self.context = default_prompt_embedding(config.networks.context_tokens, config.networks.context_width)
 
-        def prior() -> PriorTask:
-            return PriorTask(*_networks(config, start), context, schedule, info, seed)
+    def plan(self) -> Sequence[PlannedStage]:
+        """See `Training`."""
+        config, planned = self.config, []
+        if self.start is None:
+            planned += [PlannedStage("autoencoder", config.autoencoder, lambda: self._autoencoder(self._networks()))]
+        if not config.autoencoder_only:
+            planned += [PlannedStage("prior", config.prior, lambda: self._prior(self._networks(), None))]
+        return planned
 
-        stages: list[Stage] = [] if config.autoencoder_only else [("prior", config.prior, prior)]
-        if start is None:
-            stages.insert(0, ("autoencoder", config.autoencoder, autoencoder))
-        if processes.main:
-            print(plan(settings, stages, pairs, processes.count))
-        return
-    torch.manual_seed(config.autoencoder.seed if start is None else seed)
-    unet, vae = (network.to(device) for network in _networks(config, start))
-    logging.info(
-        "%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s",
-        len(pairs.photographs),
-        *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)),
-        device,
-    )
-    if start is None:
-        task = AutoencoderTask(vae, config.autoencoder_losses)
-        # A resumed run restores the last state, finds no images left and puts the averaged weights in place.
-        train(task, pairs, config.autoencoder, run / "autoencoder", settings, processes, keep_average=True)
-    if start is None or config.normalise_latent:
-        _normalise(vae, pairs, device)
-    if config.autoencoder_only:
-        if processes.main:
-            save_base(run / "autoencoder" / "base", unet, vae, context, info)
-            logging.info("wrote %s", run / "autoencoder" / "base")
-        return
-    samples, held_out = _samples(config, pairs, vae)
-    prior_task = PriorTask(unet, vae, context, schedule, info, seed, held_out)
-    for path in train(prior_task, samples, config.prior, run / "prior", settings, processes):
-        logging.info("wrote %s", path)
+    def stages(self, processes: Processes) -> Iterator[Stage]:
+        """See `Training`."""
+        config, run, device = self.config, Path(self.config.run), processes.device
+        networks = self._networks()
+        unet, vae = networks.unet.to(device), networks.vae.to(device)
+        logging.info(
+            "%d photographs, autoencoder %.2f M, UNet %.2f M parameters, %s",
+            len(self.pairs.photographs),
+            *(sum(p.numel() for p in network.parameters()) / 1e6 for network in (vae, unet)),
+            device,
+        )
+        if self.start is None:
+            # A finished stage restores its last state, finds no images left and puts the averaged weights in place.
+            task = self._autoencoder(networks)
+            yield Stage(task, self.pairs, config.autoencoder, run / "autoencoder", keep_average=True)
+        if self.start is None or config.normalise_latent:
+            normalise(vae, self.pairs, device)
+        if config.autoencoder_only:
+            if processes.main:
+                save_base(run / "autoencoder" / "base", unet, vae, self.context, networks.info)
+                logging.info("wrote %s", run / "autoencoder" / "base")
+            return
+        samples, held_out = self._samples(vae)
+        yield Stage(self._prior(networks, held_out), samples, config.prior, run / "prior")
+
+    def _networks(self) -> BaseNetworks:
+        """New networks, or those of the base that training goes on from."""
+        config = self.config
+        info = BaseInfo(config.name, config.family, licence=config.licence)
+        if self.start is None:
+            vae, unet = make_vae(config.networks), make_unet(config.networks)
+            return BaseNetworks(unet, vae, info)
+        unet, vae = build_networks(self.start)
+        if config.fresh_unet:
+            channels, wanted = int(vae.config.latent_channels), config.networks.latent_channels
+            if channels != wanted:
+                raise IcmsrError(
+                    f"networks.latent_channels is {wanted}, the base in start has {channels}: set it to that"
+                )
+            unet = make_unet(config.networks)
+        if config.decoder:
+            exchange_decoder(vae, open_base(Path(config.decoder)))
+        return BaseNetworks(unet, vae, info)
+
+    def _autoencoder(self, networks: BaseNetworks) -> AutoencoderTask:
+        return AutoencoderTask(networks.vae, self.config.autoencoder_losses)
+
+    def _prior(self, networks: BaseNetworks, held_out: torch.Tensor | None) -> PriorTask:
+        return PriorTask(networks, self.context, self.config.prior.seed, held_out)
+
+    def _samples(self, vae: AutoencoderKL) -> tuple[Samples, torch.Tensor | None]:
+        """What the UNet is trained on, and crops of held-out latents for its error, where there are any."""
+        config, folder = self.config, Path(self.config.run) / "latents"
+        if not config.latents.enabled:
+            return self.pairs, None
+        parts = (config.data, config.latents, config.prior.seed, vae)
+        samples = CachedLatents(*parts, folder / "training.safetensors")
+        if not config.data.hold_out:
+            return samples, None
+        kept = CachedLatents(*parts, folder / "held_out.safetensors", held_out=True)
+        return samples, torch.stack([kept[number]["latent"] for number in range(HELD_OUT_CROPS)])
 
 
-HELD_OUT_CROPS = 192
-"""Crops of held-out photographs on which the prior's error is measured."""
-
-
-def _normalise(vae: AutoencoderKL, pairs: TrainingPairs, device: torch.device) -> None:
-    """Normalises the latent over 256 samples, and rounds the VAE to the float16 in which a base is stored."""
-    sharp = torch.stack([pairs[index]["sharp"] for index in range(256)]).to(device)
+def normalise(vae: AutoencoderKL, pairs: TrainingPairs, device: torch.device) -> None:
+    """Normalises the latent over samples of `pairs`, and rounds the VAE to the float16 in which a base is stored."""
+    sharp = torch.stack([pairs[index]["sharp"] for index in range(NORMALISED_OVER)]).to(device)
     mean, deviation = normalise_latent(vae, bytes_to_signed(sharp))
     for name, values in (("means", mean), ("deviations", deviation)):
         logging.info("%s of the latent's channels were %s", name, [round(value, 3) for value in values.tolist()])
@@ -145,31 +179,9 @@ def _normalise(vae: AutoencoderKL, pairs: TrainingPairs, device: torch.device) -
             parameter.copy_(parameter.half())
 
 
-def _samples(config: Config, pairs: TrainingPairs, vae: AutoencoderKL) -> tuple[Samples, torch.Tensor | None]:
-    """What the UNet is trained on, and crops of held-out latents for its error, where there are any."""
-    if not config.latents.enabled:
-        return pairs, None
-    folder, seed = Path(config.run) / "latents", config.prior.seed
-    samples = CachedLatents(config.data, config.latents, seed, vae, folder / "training.safetensors")
-    if not config.data.hold_out:
-        return samples, None
-    kept = CachedLatents(config.data, config.latents, seed, vae, folder / "held_out.safetensors", held_out=True)
-    return samples, torch.stack([kept[number]["latent"] for number in range(HELD_OUT_CROPS)])
-
-
-def _networks(config: Config, start: BaseFolder | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    if start is None:
-        vae, unet = make_vae(config.networks), make_unet(config.networks)
-        return unet, vae
-    unet, vae = build_networks(start)
-    if config.fresh_unet:
-        channels, wanted = int(vae.config.latent_channels), config.networks.latent_channels
-        if channels != wanted:
-            raise IcmsrError(f"networks.latent_channels is {wanted}, the base in start has {channels}: set it to that")
-        unet = make_unet(config.networks)
-    if config.decoder:
-        exchange_decoder(vae, open_base(Path(config.decoder)))
-    return unet, vae
+def main() -> None:
+    """Trains what the command line asks for."""
+    run_training(Config, PriorTraining)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from icmsr_core.train.experiments.teacher_view import (
     read_crops,
     write_view,
 )
-from icmsr_core.train.run.launch import parse_config, run_script, settings_of
+from icmsr_core.train.run.launch import parse_config, run_script
+from icmsr_core.train.settings import plain_settings
 from icmsr_core.train.tasks.building import training_base
 
 
@@ -58,7 +59,7 @@ def main() -> None:
         Steps(lambda done, count: logging.info("picture %d of %d done", done, count)),
     )
     print(markdown(view))
-    for path in write_view(view, settings_of(config), out):
+    for path in write_view(view, plain_settings(config), out):
         logging.info("wrote %s", path)
 
 

@@ -61,6 +61,11 @@ class BaseInfo:
     licence: str = ""
     """Licence of the weights (SPDX)."""
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The prior's noise schedule."""
+        return NoiseSchedule(self.beta_start, self.beta_end, self.steps)
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -85,7 +90,7 @@ class BaseFolder:
     @property
     def schedule(self) -> NoiseSchedule:
         """The prior's noise schedule."""
-        return NoiseSchedule(self.info.beta_start, self.info.beta_end, self.info.steps)
+        return self.info.schedule
 
     def unet_weights_path(self) -> Path:
         """The UNet's .safetensors, or the index of its shards."""

@@ -18,6 +18,7 @@ FLOORS = (
     ("icmsr_core.runtime",),
     ("icmsr_core.exchange",),
     ("icmsr_core.cli",),
+    ("icmsr_core.train.settings",),
     ("icmsr_core.train.losses", "icmsr_core.train.data", "icmsr_core.train.networks"),
     ("icmsr_core.train.tasks",),
     ("icmsr_core.train.run",),

@@ -4,6 +4,7 @@ Starting Python anew takes five to fifteen seconds of imports for every run; a f
 is as from a shell: own process group, own arguments, working folder and streams, exit codes and signals.
 """
 
+import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -11,11 +12,14 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 from tests.support.places import ROOT
 
+SCRIPTS = ROOT / "train"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -68,6 +72,18 @@ def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[
     runpy.run_path(script, run_name="__main__")
 
 
+def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module train/`name`.py, imported into this process for the length of a test."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    return script
+
+
 class ScriptProcess:
     """``python train/NAME ARGUMENTS`` in `folder`, running."""
 
@@ -78,7 +94,7 @@ class ScriptProcess:
         self._process = CONTEXT.Process(
             target=_run,
             args=(
-                str(ROOT / "train" / name),
+                str(SCRIPTS / name),
                 [str(entry) for entry in arguments],
                 str(folder),
                 str(self._log),

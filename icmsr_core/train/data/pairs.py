@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import IcmsrError
+from ..settings import FREE
 from .degradation import degrade
 from .presets import PRESETS, DegradationConfig
 from .sources import Photographs, PictureCache, Pixels, folder_source, list_source, read_captions, read_photograph
@@ -50,7 +51,7 @@ class DataConfig:
     """Share of the photographs, 0 to below 1, that training never sees: chosen by a hash of their names."""
     small: str = "skip"
     """What happens to photographs smaller than the crop: skip (another one is drawn), or upscale (bicubic)."""
-    cache_mb: int = 512
+    cache_mb: int = field(default=512, metadata=FREE)
     """Memory for decoded photographs in each worker, in MiB; 0: each is decoded whenever it is drawn."""
     synthetic: float = 0.15
     """Share of procedurally made pictures."""

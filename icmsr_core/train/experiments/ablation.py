@@ -28,8 +28,15 @@ from ..run.loop import train
 from ..run.loop_config import LoopConfig
 from ..run.processes import start_processes
 from ..tasks.adapter import AdapterConfig
-from ..tasks.building import build_adapter_task, build_generator_task, check_generator, check_run, training_base
-from ..tasks.generator import GeneratorConfig
+from ..tasks.building import (
+    Loading,
+    build_adapter_task,
+    build_generator_task,
+    check_generator,
+    check_run,
+    training_base,
+)
+from ..tasks.generator_config import GeneratorConfig
 from .ablation_pictures import make_photographs, measure_pictures, pairs_of
 
 START = "start"
@@ -161,13 +168,8 @@ def train_adapter(config: AblationConfig, arm: str) -> str:
         pairs = TrainingPairs(config.data, config.adapter.seed, degraded=False)
         processes = start_processes(config.device)
         torch.manual_seed(config.adapter.seed)
-        task = build_adapter_task(
-            training_base(config.base),
-            wanted,
-            config.adapter.seed,
-            settings,
-            device=processes.device,
-        )
+        base = training_base(config.base)
+        task = build_adapter_task(base, wanted, config.adapter.seed, Loading(processes.device))
         folder = config.folder("adapters", arm)
         train(task, pairs, config.adapter, folder, settings, processes)
     return arm
@@ -257,15 +259,7 @@ def _train(
     settings = _settings(config, loop, condition=condition, generator=generator)
     processes = start_processes(config.device)
     torch.manual_seed(loop.seed)  # the auxiliary's first weights
-    task = build_generator_task(
-        base,
-        generator,
-        condition,
-        pairs.captions,
-        loop.seed,
-        settings,
-        device=processes.device,
-    )
+    task = build_generator_task(base, generator, condition, pairs.captions, loop.seed, Loading(processes.device))
     train(task, pairs, loop, folder, settings, processes)
 
 
@@ -274,6 +268,5 @@ def _without_icm(generator: GeneratorConfig) -> GeneratorConfig:
 
 
 def _settings(config: AblationConfig, loop: LoopConfig, **parts: Any) -> dict[str, Any]:
-    """What a run keeps of its configuration."""
-    named = {"data": config.data, **parts, "loop": loop}
-    return {"base": config.base} | {name: asdict(part) for name, part in named.items()}
+    """The settings of one training."""
+    return {"base": config.base, "data": config.data, **parts, "loop": loop}

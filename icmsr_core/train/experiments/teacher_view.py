@@ -37,8 +37,8 @@ from ...weights.base import BaseFolder
 from ...whole_file import replace_file
 from ..networks.conditioning import WITHOUT_ADAPTER, ConditionConfig, StructureFeatures
 from ..run.plots import write_figure
+from ..settings import shareable
 from ..tasks.building import latent_factor, level_widths
-from ..tasks.task import shareable
 from .collapse_report import spread
 
 NONE = "none"

@@ -56,6 +56,15 @@ class NetworkConfig:
             raise IcmsrError(f"vae_groups must divide every VAE width, got {self.vae_groups} for {self.vae_channels}")
 
 
+@dataclass(frozen=True)
+class BaseNetworks:
+    """A base in memory: its networks, and what it says of itself."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    info: BaseInfo
+
+
 CONSTANT = 2.0
 """Level of the constant channels of `start_as_thumbnail`: above what pictures in [-1, 1] reach."""
 

@@ -177,6 +177,30 @@ class StructureFeatures(nn.Module):
         return total
 
 
+@dataclass(frozen=True)
+class Contexts:
+    """Embedded prompts, which cross-attention sees; each [tokens, width]."""
+
+    constant: Tensor
+    """The generator's own, and everybody's where the condition is not text."""
+    captions: Tensor | None = None
+    """For text: [P, tokens, width], by the batch's caption numbers."""
+    negative: Tensor | None = None
+    """For text with guidance: the unconditional half's."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the networks of a distillation see besides latents."""
+
+    config: ConditionConfig
+    """What teacher and auxiliary are conditioned on."""
+    contexts: Contexts
+    """Prompts, embedded."""
+    features: StructureFeatures | None = None
+    """From condition maps to features; None where the condition has no adapter, or where there is no regulariser."""
+
+
 def picture_of(batch: Mapping[str, Tensor], source: str) -> Tensor:
     """The picture [N, 3, H, W] in [0, 1] that the structure is taken from: the truth, or the resized input."""
     if source == "truth":

@@ -11,19 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ...backbone.noise_schedule import NoiseSchedule
 from ...backbone.prediction import Prediction
 from ...errors import IcmsrError
 from ...runtime.latents import decode_latent, encode_picture
 from ...weights.generator_file import Generator, PartWeights
 from ...weights.merging import merge_into
+from .bases import BaseNetworks
+from .decoders import DECODER_PARTS
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
 WEIGHTS = ("lora", "whole")
-DECODER_PARTS = ("decoder", "post_quant_conv")
 BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,29 +63,22 @@ class NetworksConfig:
                 raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
 
 
-def in_decoder(parameter: str) -> bool:
-    """Whether a VAE's parameter belongs to its decoder."""
-    return parameter.split(".")[0] in DECODER_PARTS
-
-
 class GeneratorNetworks(nn.Module):
     """Generator, teacher and auxiliary. Latents are scaled, pictures in [-1, 1]; results are float32."""
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        schedule: NoiseSchedule,
-        prior: Prediction,
+        base: BaseNetworks,
         config: NetworksConfig,
         auxiliary: bool,
         start: Generator | None = None,
     ) -> None:
-        """`prior` is what the base predicts; without `auxiliary` there are no weights for it; `start` is the generator
-        of `NetworksConfig.start`. Raises `IcmsrError` when that one does not fit the base."""
+        """Without `auxiliary` there are no weights for one. `start` is the generator of `NetworksConfig.start`; raises
+        `IcmsrError` when it does not fit the base."""
         super().__init__()
-        self.unet, self.vae = unet.requires_grad_(False), vae.requires_grad_(False)
-        self.schedule, self.prior, self.config = schedule, prior, config
+        unet, vae = base.unet.requires_grad_(False), base.vae.requires_grad_(False)
+        self.unet, self.vae = unet, vae
+        self.schedule, self.prior, self.config = base.info.schedule, base.info.prediction, config
         self.generator_unet, self.generator_vae, self.start = unet, vae, start
         whole = config.weights == "whole"
         if whole or start is not None:  # networks of its own, beside the teacher's

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
 from ..data.pairs import Samples, Tally, make_loader
+from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, newest_checkpoint, write_checkpoint
 from .logs import MetricsLog
@@ -35,17 +36,6 @@ from .state import RunState, fingerprint
 
 log = logging.getLogger(__name__)
 GRID_SAMPLES = 6
-FREE_KEYS = (
-    "run",
-    "device",
-    "data.cache_mb",
-    *(
-        f"loop.{key}"
-        for key in ("batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard", "patience")
-    ),
-)
-"""Settings that change nothing in the weights: a run may be resumed with others. Of batch and accumulate it is their
-product with the number of processes that counts, and that is compared."""
 
 
 class Interrupted(Exception):
@@ -62,6 +52,8 @@ class Run:
     samples: Samples
     config: LoopConfig
     folder: Path
+    settings: dict[str, Any]
+    """The whole configuration, plain."""
     state: RunState
     processes: Processes
     records: MetricsLog | None
@@ -86,15 +78,16 @@ def train(
     samples: Samples,
     config: LoopConfig,
     folder: Path,
-    settings: Mapping[str, Any],
+    settings: Any,
     processes: Processes,
     keep_average: bool = False,
 ) -> list[Path]:
     """Trains `task` in the run folder `folder`, resuming what is there, and returns the exported files.
 
-    `settings` is the whole resolved configuration: written to `config.json`, and compared on resuming. With
-    `keep_average` the averaged weights stay in the networks afterwards, for a further stage. Raises `Interrupted`
-    after saving on SIGINT or SIGTERM, and `IcmsrError` when gradients stay non-finite.
+    `settings`, a dataclass or a mapping of them, is the whole resolved configuration. It is written to `config.json`
+    and handed to `Task.export`; a resume compares it, all but its `FREE` fields. With `keep_average` the averaged
+    weights stay in the networks afterwards, for a further stage. Raises `Interrupted` after saving on SIGINT or
+    SIGTERM, and `IcmsrError` when gradients stay non-finite.
     """
     run = start_run(task, samples, config, folder, settings, processes)
     position, step = run.state.position, run.state.step
@@ -120,7 +113,7 @@ def train(
     exported: list[Path] = []
     with run.state.averaged():
         if processes.main:
-            exported = task.export(folder)
+            exported = task.export(folder, run.settings)
     if keep_average:
         run.state.use_averages()
     processes.wait()
@@ -128,13 +121,13 @@ def train(
 
 
 def start_run(
-    task: Task, samples: Samples, config: LoopConfig, folder: Path, settings: Mapping[str, Any], processes: Processes
+    task: Task, samples: Samples, config: LoopConfig, folder: Path, settings: Any, processes: Processes
 ) -> Run:
     """The run in `folder`: at its newest checkpoint, or at the beginning.
 
     Raises `IcmsrError` when the checkpoint belongs to other settings.
     """
-    step = config.batch * config.accumulate * processes.count
+    plain, step = plain_settings(settings), config.batch * config.accumulate * processes.count
     if config.images < step:
         raise IcmsrError(f"loop.images is {config.images}, below one effective batch of {step}")
     model = processes.wrapped(task)
@@ -145,11 +138,11 @@ def start_run(
     if newest is not None:
         state.load(newest / STATE_FILE)
     elif processes.main:
-        (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+        (folder / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
     records = MetricsLog(folder, config.tensorboard) if processes.main else None
     if records is not None:
         records.truncate_after(state.position.images)
-    return Run(task, model, samples, config, folder, state, processes, records, Tally(samples))
+    return Run(task, model, samples, config, folder, plain, state, processes, records, Tally(samples))
 
 
 def take_step(run: Run, batches: list[Batch]) -> dict[str, float]:
@@ -205,7 +198,7 @@ def save_everything(run: Run, pictures: bool) -> None:
             measured = run.task.measure()
         if measured:  # before the checkpoint: a log cut back to the last checkpoint then has this line
             run.records.write(images, measured)
-        write_checkpoint(run.folder, run.state, run.config.keep, run.task.export)
+        write_checkpoint(run.folder, run.state, run.config.keep, lambda to: run.task.export(to, run.settings))
         if pictures:
             with run.state.averaged():
                 save_grid(run, run.folder / "grids" / f"{images:09d}.png")
@@ -223,20 +216,6 @@ def save_grid(run: Run, path: Path) -> None:
     with torch.no_grad(), autocast(device, run.config.precision):
         picture = run.task.grid(batch)
     write_picture(path, Picture(rgb=from_tensor(picture[None].float().cpu().clamp(0, 1))))
-
-
-def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` without what changes nothing in the weights (`FREE_KEYS`, in every part of the run)."""
-
-    def keep(values: Mapping[str, Any], above: str) -> dict[str, Any]:
-        kept = {}
-        for key, value in values.items():
-            loop = isinstance(value, Mapping) and "save_every" in value
-            if f"{above}{key}" not in FREE_KEYS:
-                kept[key] = keep(value, "loop." if loop else f"{key}.") if isinstance(value, Mapping) else value
-        return kept
-
-    return keep(settings, "")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import IcmsrError
+from ..settings import FREE
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how fast to train."""
+    """How long and how fast to train.
+
+    `batch` and `accumulate` are `FREE`, because only their product with the number of processes shapes the weights: the
+    loop compares that one.
+    """
 
     images: int = 20_000
     """Training images (samples, not distinct pictures) in all."""
-    batch: int = 8
+    batch: int = field(default=8, metadata=FREE)
     """Images per forward pass and process."""
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=FREE)
     """Forward passes per optimiser step: the effective batch is batch x accumulate x processes."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
@@ -36,19 +41,19 @@ class LoopConfig:
     """Half-life, in images, of the running average of the weights that is exported."""
     precision: str = "bf16"
     """bf16 (autocast; trained weights and losses stay float32) or fp32."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=FREE)
     """Processes that prepare data, for each process that trains."""
     seed: int = 0
     """Seed of the data, of the initial weights and of every random number in training."""
-    save_every: int = 8_000
+    save_every: int = field(default=8_000, metadata=FREE)
     """Images between checkpoints, with sample grids and plots."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=FREE)
     """Checkpoints kept."""
-    log_every: int = 400
+    log_every: int = field(default=400, metadata=FREE)
     """Images between lines of metrics.jsonl."""
-    tensorboard: bool = True
+    tensorboard: bool = field(default=True, metadata=FREE)
     """Write TensorBoard scalars too, where the package is installed."""
-    patience: int = 50
+    patience: int = field(default=50, metadata=FREE)
     """Skipped optimiser steps (their gradient was not finite) in a row that stop the run."""
 
     def __post_init__(self) -> None:

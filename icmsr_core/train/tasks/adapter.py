@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
+from diffusers import T2IAdapter
 from torch import Tensor
 
 from ...backbone.context import repeated_context
@@ -24,9 +24,11 @@ from ...weights.base import BaseFolder
 from ..data.draws import TimestepConfig, all_timesteps, draw_noise, draw_noising, draw_uniform
 from ..losses.diagnostics import BinnedMeans
 from ..networks.adapters import save_adapter
+from ..networks.bases import BaseNetworks
 from ..networks.conditioning import WITHOUT_ADAPTER, StructureConfig
 from ..networks.roles import predict
-from .task import Batch, Player, Task, latent_shape, shareable, stack_rows
+from ..settings import shareable
+from .task import Batch, Player, Task, latent_shape, stack_rows
 
 GRID_LEVELS = (0.3, 0.6, 0.9)
 """Noise levels, as shares of T, at which the sample grid shows the teacher's clean estimate."""
@@ -59,24 +61,24 @@ class AdapterConfig(StructureConfig):
 
 
 class AdapterTask(Task):
-    """See the module's own words."""
+    """Trains a T2I-Adapter by the error that the frozen base makes with its features."""
 
     context: Tensor
 
     def __init__(
         self,
         adapter: T2IAdapter,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        networks: BaseNetworks,
         context: Tensor,
         base: BaseFolder,
         config: AdapterConfig,
         seed: int,
-        settings: Mapping[str, Any],
     ) -> None:
+        """`context` [tokens, width] is the base's constant prompt, embedded."""
         super().__init__()
-        self.adapter, self.unet, self.vae = adapter, unet.requires_grad_(False), vae.requires_grad_(False)
-        self.base, self.config, self.seed, self.settings = base, config, seed, settings
+        unet, vae = networks.unet.requires_grad_(False), networks.vae.requires_grad_(False)
+        self.adapter, self.unet, self.vae = adapter, unet, vae
+        self.base, self.config, self.seed = base, config, seed
         self.schedule, self.prediction = base.schedule, base.info.prediction
         self.register_buffer("context", context, persistent=False)
         self.meter = BinnedMeans(self.schedule.steps)
@@ -126,7 +128,7 @@ class AdapterTask(Task):
                 rows.append(decode_latent(self.vae, clean))
         return stack_rows(*rows)
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """``adapter.safetensors`` and the diffusers folder ``adapter`` in `folder`."""
         description = {
             "structure": self.config.describe(),
@@ -134,7 +136,7 @@ class AdapterTask(Task):
             "base": self.base.info.name,
             "base_hash": self.base.hash(),
             "licence": self.config.licence,
-            "training": shareable(self.settings),
+            "training": shareable(settings),
         }
         return save_adapter(folder / "adapter", self.adapter, description, torch.float16)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -74,7 +75,7 @@ class AutoencoderTask(Task):
         result = self.vae.decode(posterior_mode(self.vae, truth)).sample
         return stack_rows(truth, result)
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """Nothing: the weights go on into the second half in memory."""
         return []
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
@@ -18,13 +17,27 @@ from ...weights.embedded import embedded_base
 from ...weights.generator_file import load_generator
 from ..data.pairs import DataConfig
 from ..networks.adapters import make_adapter, read_adapter_config
-from ..networks.conditioning import ConditionConfig, StructureFeatures
-from ..networks.generator import BASE_DTYPES, GeneratorNetworks, in_decoder
+from ..networks.bases import BaseNetworks
+from ..networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
+from ..networks.decoders import in_decoder
+from ..networks.generator import BASE_DTYPES, GeneratorNetworks
 from .adapter import AdapterConfig, AdapterTask
-from .generator import Contexts, GeneratorConfig, GeneratorTask
+from .generator import GeneratorTask
+from .generator_config import GeneratorConfig
 
 SD_TOKENS = 77
 """Tokens of a Stable Diffusion prompt."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the weights of a task are loaded. Where a function takes None in its place, no file with weights is read:
+    the networks are as the caller's default device makes them, and prompts are zero."""
+
+    device: torch.device | str = "cpu"
+    """Where prompts are embedded; the networks themselves stay on the CPU."""
+    prompt_cache: Path | None = None
+    """File that keeps embedded prompts for the next time."""
 
 
 def training_base(path: str) -> BaseFolder:
@@ -55,20 +68,11 @@ def latent_factor(base: BaseFolder) -> int:
     return base.descriptor().latent_factor
 
 
-def build_adapter_task(
-    base: BaseFolder,
-    config: AdapterConfig,
-    seed: int,
-    settings: Mapping[str, Any],
-    weights: bool = True,
-    device: torch.device | None = None,
-    prompt_cache: Path | None = None,
-) -> AdapterTask:
-    """The task of train/adapter.py. Without `weights` the networks are as the caller's default device makes them."""
-    unet, vae = _networks(base, config.base_dtype, weights)
+def build_adapter_task(base: BaseFolder, config: AdapterConfig, seed: int, loading: Loading | None) -> AdapterTask:
+    """The task of train/adapter.py."""
+    networks = _networks(base, config.base_dtype, loading)
     adapter = make_adapter(config.channels, latent_factor(base), level_widths(base))
-    context = constant_prompt(base, prompt_cache, device or "cpu") if weights else _blank_prompt(base)
-    return AdapterTask(adapter, unet, vae, context, base, config, seed, settings)
+    return AdapterTask(adapter, networks, _constant(base, loading), base, config, seed)
 
 
 def check_generator(base: BaseFolder, generator: GeneratorConfig, condition: ConditionConfig) -> None:
@@ -119,41 +123,38 @@ def build_generator_task(
     condition: ConditionConfig,
     captions: tuple[str, ...],
     seed: int,
-    settings: Mapping[str, Any],
-    weights: bool = True,
-    device: torch.device | None = None,
-    prompt_cache: Path | None = None,
+    loading: Loading | None,
 ) -> GeneratorTask:
-    """The task of train/distill.py, `captions` being those of the data. `weights` as in `build_adapter_task`."""
+    """The task of train/distill.py; `captions` are those of the data."""
     judged = config.losses.icm > 0
-    unet, vae = _networks(base, config.networks.base_dtype, weights)
     start = load_generator(Path(config.networks.start)) if config.networks.start else None
-    networks = GeneratorNetworks(unet, vae, base.schedule, base.info.prediction, config.networks, judged, start)
+    networks = _networks(base, config.networks.base_dtype, loading)
+    made = GeneratorNetworks(networks, config.networks, judged, start)
     features = None
     if judged and condition.names:
-        features = _features(base, condition, weights)
+        features = _features(base, condition, loading)
         torch.nn.Module.to(features, BASE_DTYPES[config.networks.base_dtype])
-    if weights:
-        contexts = _contexts(base, condition if judged else None, captions, device or torch.device("cpu"), prompt_cache)
+    if judged and condition.kind == "text" and loading is not None:
+        contexts = _text_contexts(base, condition, captions, loading)
     else:
-        contexts = Contexts(_blank_prompt(base))
-    return GeneratorTask(networks, features, contexts, base, config, condition, seed, settings)
+        contexts = Contexts(_constant(base, loading))
+    return GeneratorTask(made, Conditioning(condition, contexts, features), base, config, seed)
 
 
-def _networks(base: BaseFolder, dtype: str, weights: bool) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    if weights:
-        return build_networks(base, BASE_DTYPES[dtype])
+def _networks(base: BaseFolder, dtype: str, loading: Loading | None) -> BaseNetworks:
+    if loading is not None:
+        return BaseNetworks(*build_networks(base, BASE_DTYPES[dtype]), base.info)
     unet, vae = (
         kind.from_config(dict(config))
         for kind, config in ((UNet2DConditionModel, base.unet_config), (AutoencoderKL, base.vae_config))
     )
     for network in (unet, vae):
         torch.nn.Module.to(network, BASE_DTYPES[dtype])
-    return unet, vae
+    return BaseNetworks(unet, vae, base.info)
 
 
-def _features(base: BaseFolder, condition: ConditionConfig, weights: bool) -> StructureFeatures:
-    if weights:
+def _features(base: BaseFolder, condition: ConditionConfig, loading: Loading | None) -> StructureFeatures:
+    if loading is not None:
         return StructureFeatures.load(condition, latent_factor(base), level_widths(base))
     adapters = []
     for path, channels in zip(condition.adapters, condition.adapter_channels()):
@@ -164,40 +165,18 @@ def _features(base: BaseFolder, condition: ConditionConfig, weights: bool) -> St
     return StructureFeatures(adapters, condition.adapter_channels(), condition.adapter_weights or [1.0] * len(adapters))
 
 
-def _contexts(
-    base: BaseFolder,
-    condition: ConditionConfig | None,
-    captions: tuple[str, ...],
-    device: torch.device,
-    cache: Path | None,
+def _text_contexts(
+    base: BaseFolder, condition: ConditionConfig, captions: tuple[str, ...], loading: Loading
 ) -> Contexts:
-    if condition is None or condition.kind != "text":
-        return Contexts(constant_prompt(base, cache, device))
     # The empty caption stands for pictures that have none: they get the one fixed prompt.
     prompts = [caption or condition.prompt for caption in captions] + [condition.negative_prompt, ""]
-    embedded = embed_prompts(base, prompts, cache, device)
+    embedded = embed_prompts(base, prompts, loading.prompt_cache, loading.device)
     return Contexts(embedded[-1], embedded[:-2], embedded[-2])
 
 
-def _blank_prompt(base: BaseFolder) -> Tensor:
+def _constant(base: BaseFolder, loading: Loading | None) -> Tensor:
+    """The constant prompt, embedded: [tokens, width]."""
+    if loading is not None:
+        return constant_prompt(base, loading.prompt_cache, loading.device)
     own = base.prompt_embedding()
     return torch.zeros(SD_TOKENS if own is None else own.shape[0], int(base.unet_config["cross_attention_dim"]))
-
-
-def exchange_decoder(vae: AutoencoderKL, donor: BaseFolder) -> None:
-    """Gives `vae` the decoder of `donor`, a base that distillation exported with ``losses.autoencoder``.
-
-    Raises `IcmsrError` unless both have one and the same encoder: another's decoder reads another latent.
-    """
-    own, given = vae.state_dict(), donor.vae_state()
-    for name, value in own.items():
-        if name not in given or given[name].shape != value.shape:
-            raise IcmsrError(f"decoder {donor.path}: its VAE has another shape than that of start ({name})")
-    for name, value in own.items():
-        # To the precision of the files: base folders hold half precision.
-        if not in_decoder(name) and not torch.equal(given[name].half(), value.half()):
-            raise IcmsrError(
-                f"decoder {donor.path}: its encoder differs from that of start ({name}), so its decoder reads "
-                "another latent: choose a base that was distilled from start's base"
-            )
-    vae.load_state_dict({name: given[name].to(value) if in_decoder(name) else value for name, value in own.items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,137 +19,34 @@ from torch import Tensor
 
 from ...backbone.context import repeated_context
 from ...backbone.prediction import check_prediction
-from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
 from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
-from ..data.draws import TimestepConfig, all_timesteps, draw_noising
+from ..data.draws import all_timesteps, draw_noising
 from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from ..losses.lpips import Lpips
-from ..losses.perceptual import DecoderPerceptual, PerceptualConfig, make_perceptual
+from ..losses.perceptual import DecoderPerceptual, make_perceptual
 from ..losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum
 from ..networks.bases import save_base
-from ..networks.conditioning import ConditionConfig, StructureFeatures, picture_of
-from ..networks.generator import GeneratorNetworks, NetworksConfig, in_decoder
-from .task import Batch, Player, Task, latent_shape, shareable, stack_rows
+from ..networks.conditioning import Conditioning, picture_of
+from ..networks.decoders import in_decoder
+from ..networks.generator import GeneratorNetworks
+from ..settings import shareable
+from .generator_config import GeneratorConfig
+from .task import Batch, Player, Task, latent_shape, stack_rows
 
 AUTOENCODER_STRIDE = 4
 """The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
 generator's own."""
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the generator's losses; a term of weight 0 is not computed."""
-
-    l2: float = 1.0
-    """Mean squared error on [-1, 1]."""
-    perceptual: float = 2.0
-    """The perceptual distance (`generator.perceptual`)."""
-    icm: float = 1.0
-    """The ICM regulariser."""
-    charbonnier: float = 0.0
-    """Charbonnier (smooth L1) distance (ours)."""
-    gradient: float = 0.0
-    """L1 of image gradients (ours)."""
-    fourier: float = 0.0
-    """L1 of Fourier magnitudes (ours)."""
-    spectrum: float = 0.0
-    """Log ratio of local amplitudes (ours; `reconstruction.local_spectrum`)."""
-    autoencoder: float = 0.0
-    """Charbonnier distance and half the L1 of gradients between the truth and what the decoder makes of the base's own
-    latent of it; with `networks.train_decoder` (ours). It keeps the decoder that of the base's latent, and the run
-    exports a base with it."""
-    tone: float = 0.0
-    """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
-    warmup: dict[str, int] = field(default_factory=dict)
-    """Images over which a term's weight rises from 0, by its name: {icm: 4000}."""
-
-    def __post_init__(self) -> None:
-        terms = self.terms()
-        if not all(0 <= weight < float("inf") for weight in terms.values()):
-            raise IcmsrError(f"loss weights must not be negative, got {terms}")
-        if not any(terms.values()):
-            raise IcmsrError("every loss weight is 0: nothing would be trained")
-        unknown = sorted(set(self.warmup) - set(terms))
-        if unknown or any(images < 0 for images in self.warmup.values()):
-            raise IcmsrError(f"losses.warmup takes images by term ({', '.join(terms)}), got {self.warmup}")
-
-    def terms(self) -> dict[str, float]:
-        """The weights by name."""
-        return {name: value for name, value in asdict(self).items() if name != "warmup"}
-
-    def at(self, images: int) -> dict[str, float]:
-        """The weights at a position of the run, warm-up included, without those of terms that are never used."""
-        return {
-            name: weight * min(1.0, images / self.warmup[name] if self.warmup.get(name) else 1.0)
-            for name, weight in self.terms().items()
-            if weight
-        }
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """What the generator is and how it is trained."""
-
-    timestep: int = 999
-    """The one input timestep."""
-    prediction: str = "eps"
-    """What the generator's UNet output means: eps, v, or residual (x0 = z - output)."""
-    networks: NetworksConfig = field(default_factory=NetworksConfig)
-    """Which weights are trained."""
-    losses: LossWeights = field(default_factory=LossWeights)
-    """Weights of the losses."""
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    """The perceptual term."""
-    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
-    """Where the regulariser draws its timesteps."""
-    gradient_floor: float = 1e-4
-    """Floor under the normaliser of the ICM gradient."""
-    auxiliary_steps: int = 1
-    """Optimiser steps of the auxiliary in each step of the generator."""
-    auxiliary_learning_rate: float = 1.0
-    """The auxiliary's learning rate over the generator's."""
-    color_fix: bool = False
-    """Measure the losses after the wavelet colour correction, as inference applies it (ours): a small network then
-    spends its capacity on detail and leaves the low frequencies to the input."""
-    licence: str = "Apache-2.0"
-    """Licence of the exported weights (SPDX)."""
-
-    def __post_init__(self) -> None:
-        check_prediction(self.prediction)
-        if self.auxiliary_steps < 1:
-            raise IcmsrError(f"auxiliary_steps must be at least 1, got {self.auxiliary_steps}")
-        for name in ("auxiliary_learning_rate", "gradient_floor"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise IcmsrError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.losses.icm and self.networks.train_decoder:
-            raise IcmsrError(
-                "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
-                "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
-            )
-        if self.losses.autoencoder and not self.networks.train_decoder:
-            raise IcmsrError(
-                "losses.autoencoder trains the decoder: set networks.train_decoder to true, or losses.autoencoder to 0"
-            )
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """Embedded prompts: what cross-attention sees, each [tokens, width]."""
-
-    constant: Tensor
-    """The generator's own, and everybody's where the condition is not text."""
-    captions: Tensor | None = None
-    """For text: [P, tokens, width], by the batch's caption numbers."""
-    negative: Tensor | None = None
-    """For text with guidance: the unconditional half's."""
-
-
 class GeneratorTask(Task):
-    """See the module's own words."""
+    """Trains the generator and, where there is a regulariser, the auxiliary.
+
+    The equation and the order of the turns stand at the head of this module.
+    """
 
     constant: Tensor
     negative: Tensor | None
@@ -157,17 +54,15 @@ class GeneratorTask(Task):
     def __init__(
         self,
         networks: GeneratorNetworks,
-        features: StructureFeatures | None,
-        contexts: Contexts,
+        conditioning: Conditioning,
         base: BaseFolder,
         config: GeneratorConfig,
-        condition: ConditionConfig,
         seed: int,
-        settings: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.networks, self.features, self.base, self.settings = networks, features, base, settings
-        self.config, self.condition, self.seed = config, condition, seed
+        self.networks, self.features, self.base = networks, conditioning.features, base
+        self.config, self.condition, self.seed = config, conditioning.config, seed
+        contexts = conditioning.contexts
         self.schedule = base.schedule
         self.schedule.check_timestep(config.timestep)
         self.prediction = check_prediction(config.prediction)
@@ -214,22 +109,23 @@ class GeneratorTask(Task):
         """See `Task`."""
         return self._generator_losses(batch) if player == "generator" else self._auxiliary_losses(batch)
 
-    def generate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The generator's latent [N, C, h, w] and picture [N, 3, H, W] for the batch's inputs."""
-        latent = self._latent(batch)
+    def generate(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's latent [N, C, h, w] and picture [N, 3, H, W] for inputs `given` [N, 3, H, W], both pictures
+        in [-1, 1]."""
+        latent = self._latent(given)
         return latent, self.networks.decode(latent)
 
     @torch.no_grad()
     def grid(self, batch: Batch) -> Tensor:
         """Input, result, truth, and the maps of the condition, row by row."""
-        result, given = self.generate(batch)[1], input_of(batch)
-        rows = [given, self._corrected(result, given), bytes_to_signed(batch["sharp"])]
+        given = input_of(batch)
+        rows = [given, self._corrected(self.generate(given)[1], given), bytes_to_signed(batch["sharp"])]
         if self.condition.names:
             maps = self.condition.maps(picture_of(batch, self.condition.source))
             rows += self.condition.shown(unit_to_signed(maps))
         return stack_rows(*rows)
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """The generator file in `folder`, and the folder ``base`` where the base has got a new decoder."""
         config, networks, start = self.config, self.config.networks, self.networks.start
         weights = self.networks.generator_weights()
@@ -243,7 +139,7 @@ class GeneratorTask(Task):
             rank=networks.rank if lora else 0,
             alpha=float(networks.rank) if lora else 0.0,
             licence=config.licence,
-            training=shareable(self.settings),
+            training=shareable(settings),
         )
         embedding = self.constant.float().cpu()
         path, written = folder / "generator.safetensors", []
@@ -272,14 +168,16 @@ class GeneratorTask(Task):
         save_generator(path, generator)
         return [path, *written]
 
-    def _latent(self, batch: Batch) -> Tensor:
-        latent = self.networks.encode(input_of(batch))
+    def _latent(self, given: Tensor) -> Tensor:
+        """The generator's latent [N, C, h, w] for inputs [N, 3, H, W] in [-1, 1]."""
+        latent = self.networks.encode(given)
         context = repeated_context(self.constant, latent)
         return self.networks.denoise(latent, self.config.timestep, self.prediction, context)
 
     def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         truth, weights = bytes_to_signed(batch["sharp"]), self.config.losses.terms()
-        latent = self._latent(batch)
+        given = input_of(batch)
+        latent = self._latent(given)
         terms: dict[str, Tensor] = {}
         raw = None
         if isinstance(self.perceptual, DecoderPerceptual):
@@ -289,7 +187,7 @@ class GeneratorTask(Task):
             raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
         if raw is None:
             raw = self.networks.decode(latent)
-        result = self._corrected(raw, input_of(batch))
+        result = self._corrected(raw, given)
         if isinstance(self.perceptual, Lpips):
             terms["perceptual"] = self.perceptual(result, truth)
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from ...backbone.context import repeated_context
-from ...backbone.noise_schedule import NoiseSchedule
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import decode_latent, encode_picture
-from ...weights.base import BaseInfo
 from ..data.draws import all_timesteps, draw_noising
 from ..losses.diagnostics import BinnedMeans
-from ..networks.bases import save_base
+from ..networks.bases import BaseNetworks, save_base
 from ..networks.roles import predict
 from .task import Batch, Player, Task, latent_shape, stack_rows
 
@@ -32,21 +30,20 @@ class PriorTask(Task):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        prompt_embedding: Tensor,
-        schedule: NoiseSchedule,
-        info: BaseInfo,
+        networks: BaseNetworks,
+        context: Tensor,
         seed: int,
         held_out: Tensor | None = None,
     ) -> None:
-        """`held_out` [N, C, h, w]: latents of unit scale that training does not see, for `measure`."""
+        """`context` [tokens, width] is the constant prompt embedding, which the exported base keeps. `held_out`
+        [N, C, h, w] are scaled latents that training does not see, for `measure`."""
         super().__init__()
         self.held_out = held_out
-        self.unet, self.vae, self.schedule, self.info, self.seed = unet, vae, schedule, info, seed
+        self.unet, self.vae, self.info, self.seed = networks.unet, networks.vae, networks.info, seed
+        self.schedule = self.info.schedule
         self.vae.requires_grad_(False)
-        self.register_buffer("context", prompt_embedding, persistent=False)
-        self.meter = BinnedMeans(schedule.steps)
+        self.register_buffer("context", context, persistent=False)
+        self.meter = BinnedMeans(self.schedule.steps)
 
     def players(self) -> Sequence[Player]:
         """See `Task`."""
@@ -93,7 +90,7 @@ class PriorTask(Task):
             errors[f"loss/held_out/{timestep}"] = float(torch.stack(sums).sum()) / self.held_out.numel()
         return errors
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """The base folder ``base`` in `folder`."""
         base = folder / "base"
         save_base(base, self.unet, self.vae, self.context.cpu(), self.info)

@@ -71,33 +71,16 @@ class Task(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def export(self, folder: Path) -> list[Path]:
-        """Writes the results into `folder` (the averaged weights are in place) and names the files."""
+    def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+        """Writes the results into `folder` and returns their paths; the averaged weights are in place.
+
+        `settings` is the run's configuration, for files that say how they were trained (see `shareable`).
+        """
 
 
 def stack_rows(*rows: Tensor) -> Tensor:
     """Batches [N, 3, H, W] in [-1, 1] as one picture [3, rows * H, N * W] in [0, 1]."""
     return signed_to_unit(rearrange([row.float() for row in rows], "rows n c h w -> c (rows h) (n w)")).clamp(0, 1)
-
-
-PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
-"""Settings that may hold paths."""
-
-
-def shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` as a file may carry them to others: paths by their last name, neither run folder nor device."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [named(entry) for entry in value]
-        return Path(value).name if isinstance(value, str) else value
-
-    shared = {}
-    for key, value in settings.items():
-        if key not in ("run", "device"):
-            nested = isinstance(value, Mapping)
-            shared[key] = shareable(value) if nested else named(value) if key in PATH_KEYS else value
-    return shared
 
 
 def latent_shape(vae: AutoencoderKL, picture: Tensor) -> tuple[int, int, int]:

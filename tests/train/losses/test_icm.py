@@ -19,10 +19,12 @@ from icmsr_core.train.data.draws import TimestepConfig, all_timesteps, timesteps
 from icmsr_core.train.losses.diagnostics import BINS, BinnedMeans, diagnostics, saturation, variety
 from icmsr_core.train.losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.conditioning import ConditionConfig, StructureFeatures
+from icmsr_core.train.networks.bases import BaseNetworks
+from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import Roles
-from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
+from icmsr_core.train.tasks.generator import GeneratorTask, input_of
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.weights.base import BaseFolder, open_base
 from tests.support.model_files import TINY, write_base
 
@@ -310,9 +312,9 @@ def fill_lora(roles: Roles, seed: int) -> None:
 
 def make_task(base: BaseFolder, kind: str = "icm", guidance: float = 1.0, **more: object) -> GeneratorTask:
     """ICM alone, with LoRA that is not zero; for text, captions that differ from one another and from the constant."""
-    unet, vae = build_networks(base)
+    loaded = BaseNetworks(*build_networks(base), base.info)
     config = GeneratorConfig(losses=LossWeights(l2=0, perceptual=0, icm=1), prediction="residual", timestep=200, **more)
-    networks = GeneratorNetworks(unet, vae, base.schedule, base.info.prediction, config.networks, True)
+    networks = GeneratorNetworks(loaded, config.networks, True)
     fill_lora(networks.unet_roles, 1)
     fill_lora(networks.vae_roles, 2)
     condition = ConditionConfig(kind=kind, guidance=guidance)
@@ -323,7 +325,7 @@ def make_task(base: BaseFolder, kind: str = "icm", guidance: float = 1.0, **more
     constant = base.prompt_embedding()
     captions, negative = normal(3, 2, 32, seed=5, dtype=torch.float32), normal(2, 32, seed=6, dtype=torch.float32)
     contexts = Contexts(constant, captions, negative) if kind == "text" else Contexts(constant)
-    return GeneratorTask(networks, features, contexts, base, config, condition, 0, {})
+    return GeneratorTask(networks, Conditioning(condition, contexts, features), base, config, 0)
 
 
 def make_batch(count: int = 3) -> dict[str, Tensor]:
@@ -440,7 +442,7 @@ def test_guidance_over_an_image_condition_has_zero_features_in_its_other_half(ba
     task = make_task(base, "icm", guidance=4.0)
     batch = task.prepare("generator", make_batch(), 0, 0)
     with torch.no_grad():
-        latent = task.generate(batch)[0]
+        latent = task.generate(input_of(batch))[0]
         g, _ = task._icm_gradient(latent, batch)
         noisy = task.schedule.add_noise(latent, batch["eps"], batch["t"])
         context, features = base.prompt_embedding()[None].expand(3, -1, -1), task.features(batch["maps"])
@@ -493,7 +495,7 @@ def test_the_auxiliarys_turn_trains_the_auxiliary_alone(base):
     task.features.requires_grad_(True)
     batch = task.prepare("generator", make_batch(), 0, 0)
     _, carried = task("generator", batch)
-    attached = {**batch, **carried, "latent": task.generate(batch)[0]}  # a latent that still has its graph
+    attached = {**batch, **carried, "latent": task.generate(input_of(batch))[0]}  # a latent that still has its graph
     assert attached["latent"].requires_grad
     batch = task.prepare("auxiliary", attached, 0, 0)
     losses, _ = task("auxiliary", batch)
@@ -531,10 +533,10 @@ def test_both_turns_have_noise_of_their_own_and_share_the_latent(base):
 
 
 def test_without_the_regulariser_there_is_no_auxiliary(base):
-    unet, vae = build_networks(base)
+    loaded = BaseNetworks(*build_networks(base), base.info)
     config = GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=0))
-    networks = GeneratorNetworks(unet, vae, base.schedule, "eps", config.networks, False)
-    task = GeneratorTask(networks, None, Contexts(base.prompt_embedding()), base, config, ConditionConfig(), 0, {})
+    networks = GeneratorNetworks(loaded, config.networks, False)
+    task = GeneratorTask(networks, Conditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0)
     assert [player.name for player in task.players()] == ["generator"]
     assert not networks.trained("auxiliary")
     losses, carried = task("generator", task.prepare("generator", make_batch(), 0, 0))
@@ -543,8 +545,8 @@ def test_without_the_regulariser_there_is_no_auxiliary(base):
 
 
 def test_a_base_in_fewer_bits_still_trains_in_float32(base):
-    unet, vae = build_networks(base, torch.bfloat16)
-    networks = GeneratorNetworks(unet, vae, base.schedule, "eps", NetworksConfig(base_dtype="bf16"), True)
+    loaded = BaseNetworks(*build_networks(base, torch.bfloat16), base.info)
+    networks = GeneratorNetworks(loaded, NetworksConfig(base_dtype="bf16"), True)
     for player in ("generator", "auxiliary"):
         assert {value.dtype for value in networks.trained(player).values()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,8 +19,8 @@ from icmsr_core.train.networks.conditioning import ConditionConfig, StructureCon
 from icmsr_core.train.run.loop import train
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.processes import Processes
-from icmsr_core.train.tasks.building import build_generator_task
-from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights
+from icmsr_core.train.tasks.building import Loading, build_generator_task
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.upscale.sizes import resize
 from icmsr_core.weights.base import open_base
 
@@ -254,7 +254,7 @@ def test_a_new_structure_trains_without_a_change_to_the_loop(base, tmp_path, mon
     )
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
     generator = GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=1))
-    task = build_generator_task(open_base(base), generator, condition, pairs.captions, 0, {})
+    task = build_generator_task(open_base(base), generator, condition, pairs.captions, 0, Loading())
     seen = []
     inner = task.features.forward
     monkeypatch.setattr(task.features, "forward", lambda maps: seen.append(maps) or inner(maps))

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.bases import make_unet, make_vae
-from icmsr_core.train.networks.conditioning import ConditionConfig
+from icmsr_core.train.networks.bases import BaseNetworks, make_unet, make_vae
+from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Roles, predict
-from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights
+from icmsr_core.train.tasks.generator import GeneratorTask
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import Generator, GeneratorInfo, PartWeights, load_generator
 from icmsr_core.weights.merging import merge_into
@@ -275,16 +276,14 @@ def test_trap_saving_converts_the_live_model(base: Path, tmp_path: Path):
     assert converted == {torch.float32}, "the trap is still there"
 
     folder = open_base(base)
-    networks = GeneratorNetworks(
-        *build_networks(folder, torch.bfloat16), folder.schedule, "eps", NetworksConfig(base_dtype="bf16"), True
-    )
+    loaded = BaseNetworks(*build_networks(folder, torch.bfloat16), folder.info)
+    networks = GeneratorNetworks(loaded, NetworksConfig(base_dtype="bf16"), True)
     fill(networks)
     config = GeneratorConfig(losses=LossWeights(perceptual=0), networks=networks.config)
-    task = GeneratorTask(
-        networks, None, Contexts(folder.prompt_embedding()), folder, config, ConditionConfig(kind="none"), 0, {}
-    )
+    seen = Conditioning(ConditionConfig(kind="none"), Contexts(folder.prompt_embedding()))
+    task = GeneratorTask(networks, seen, folder, config, 0)
     before = {name: (value.dtype, value.detach().clone()) for name, value in task.named_parameters()}
-    file = load_generator(task.export(tmp_path)[0])
+    file = load_generator(task.export(tmp_path, {})[0])
     assert set(file.unet.lora) == set(networks.unet_roles.lora("generator"))
     for name, value in task.named_parameters():
         assert value.dtype == before[name][0], name

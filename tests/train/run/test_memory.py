@@ -13,7 +13,7 @@ from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.networks.generator import NetworksConfig
 from icmsr_core.train.run.memory import estimate_memory
 from icmsr_core.train.tasks.building import build_generator_task
-from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.train.tasks.task import Batch, Player, Task
 from icmsr_core.weights.base import open_base
 from tests.support.model_files import write_base
@@ -24,9 +24,10 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from icmsr_core.weights.base import open_base
-from icmsr_core.train import building, data, loop, memory  # everything that a run imports, before the first reading
+from icmsr_core.train.run import launch, loop  # everything that a run imports, before the first reading
+from icmsr_core.train.tasks import building
 from icmsr_core.train.networks.conditioning import ConditionConfig
-from icmsr_core.train.tasks.generator import GeneratorConfig
+from icmsr_core.train.tasks.generator_config import GeneratorConfig
 from icmsr_core.train.networks.generator import NetworksConfig
 
 def peak():
@@ -40,7 +41,7 @@ def batch(side):
 torch.set_num_threads(2)
 base, side = open_base(Path(sys.argv[2])), 256
 config = GeneratorConfig(networks=NetworksConfig(base_dtype="bf16"))
-parts = (base, config, ConditionConfig(kind="none"), ("",), 0, {})
+parts = (base, config, ConditionConfig(kind="none"), ("",), 0, building.Loading())
 imports = peak()
 task = building.build_generator_task(*parts)
 counts = {player.name: sum(p.numel() for p in player.parameters.values()) for player in task.players()}
@@ -79,7 +80,7 @@ class Product(Task):
     def grid(self, batch: Batch) -> torch.Tensor:
         return batch["x"]
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: dict[str, object]) -> list[Path]:
         return []
 
 
@@ -104,8 +105,8 @@ def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
             "index": torch.arange(count),
         }
         config = GeneratorConfig(networks=NetworksConfig(**networks), losses=LossWeights(perceptual=0))
-        parts = (base, config, ConditionConfig(kind="none"), ("",), 0, {})
-        return estimate_memory(lambda: build_generator_task(*parts, weights=False), batch, "fp32")[0].peak
+        parts = (base, config, ConditionConfig(kind="none"), ("",), 0, None)
+        return estimate_memory(lambda: build_generator_task(*parts), batch, "fp32")[0].peak
 
     one, two, recomputed = estimate(1), estimate(2), estimate(2, checkpointing=True)
     assert two > 1.7 * one

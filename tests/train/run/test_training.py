@@ -1,6 +1,5 @@
 """The training scripts, run for real at toy size: the chain, kills and resumes, wrong configurations."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -22,14 +21,14 @@ from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.run.launch import parse_config, run_script
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.tasks.adapter import AdapterConfig
-from icmsr_core.train.tasks.building import build_adapter_task, training_base
+from icmsr_core.train.tasks.building import Loading, build_adapter_task, training_base
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.model_files import TINY
 from tests.support.places import ROOT
-from tests.support.script_process import ScriptProcess, start_server
+from tests.support.script_process import ScriptProcess, load_script, start_server
 
 DATA = ["--data.synthetic=1", "--data.crop=32", "--data.folders=[]"]
 TINY_FLAGS = [
@@ -138,7 +137,7 @@ def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path)
     samples = [pairs[number] for number in range(16)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     torch.manual_seed(0)
-    task = build_adapter_task(training_base(""), AdapterConfig(), 0, {})
+    task = build_adapter_task(training_base(""), AdapterConfig(), 0, Loading())
     given = task.prepare("weights", batch, 0, 0)
     blind = {**given, "keep": torch.zeros(16, dtype=torch.bool)}
     with torch.no_grad():
@@ -254,11 +253,7 @@ SCRIPTS |= {name: name for name in ("prior", "adapter", "collapse", "ablation")}
 def test_committed_configurations_are_valid(config, monkeypatch):
     """Every key and value of them, by the script that takes them."""
     name = SCRIPTS.get(config.stem) or SCRIPTS.get(config.stem.split("_")[-1], "distill")
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "train" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
+    script = load_script(name, monkeypatch)
     parsed = parse_config(script.Config, ["--config", str(config)])
     assert (parsed.out if name == "teacher_view" else parsed.run) == f"runs/{config.stem}"
 
@@ -303,13 +298,10 @@ def test_committed_configurations_are_valid(config, monkeypatch):
 )
 def test_wrong_flags_end_with_their_code_and_name_the_value(tmp_path, base, flags, code, words, monkeypatch, capsys):
     # In this process, because starting Python anew takes seconds.
-    spec = importlib.util.spec_from_file_location("distill_script", ROOT / "train" / "distill.py")
-    distill_script = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(distill_script)
+    script = load_script("distill", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, distill(base, tmp_path / "run")), *flags])
     try:
-        given = run_script(distill_script.main)
+        given = run_script(script.main)
     except SystemExit as stop:
         given = stop.code
     assert given == code

@@ -49,7 +49,7 @@ class Points(Task):
     def grid(self, batch: Batch) -> Tensor:
         return batch["sharp"][0].float() / 255
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, settings: dict[str, object]) -> list[Path]:
         path = folder / "points.json"
         path.write_text(json.dumps([float(self.first.detach()), float(self.second.detach())]))
         return [path]
@@ -71,7 +71,7 @@ def run(task: Points, folder: Path, **options: object) -> list[Path]:
     }
     config = LoopConfig(**values)
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=32), 0)
-    return train(task, pairs, config, folder, {"loop": values}, Processes(Accelerator(cpu=True), torch.device("cpu")))
+    return train(task, pairs, config, folder, {"loop": config}, Processes(Accelerator(cpu=True), torch.device("cpu")))
 
 
 def test_each_player_takes_its_turns(tmp_path):

@@ -15,9 +15,11 @@ from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.losses.spectra import local_spectrum
 from icmsr_core.train.networks.bases import NetworkConfig, make_vae
 from icmsr_core.train.networks.conditioning import ConditionConfig
+from icmsr_core.train.networks.decoders import exchange_decoder
 from icmsr_core.train.networks.generator import NetworksConfig
-from icmsr_core.train.tasks.building import build_generator_task, check_generator, exchange_decoder
-from icmsr_core.train.tasks.generator import GeneratorConfig, LossWeights, input_of
+from icmsr_core.train.tasks.building import Loading, build_generator_task, check_generator
+from icmsr_core.train.tasks.generator import input_of
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from tests.support.model_files import TINY, write_base
@@ -42,7 +44,7 @@ def build(base, settings: GeneratorConfig):
     folder = open_base(base)
     check_generator(folder, settings, CONDITION)
     torch.manual_seed(3)
-    return build_generator_task(folder, settings, CONDITION, (), 0, {"run": "somewhere"})
+    return build_generator_task(folder, settings, CONDITION, (), 0, Loading())
 
 
 def step(task, player: str = "generator", rate: float = 1e-2):
@@ -65,7 +67,7 @@ def faithful(base, tmp_path_factory):
     for _ in range(2):
         step(task)
     folder = tmp_path_factory.mktemp("faithful")
-    assert task.export(folder) == [folder / "generator.safetensors", folder / "base"]
+    assert task.export(folder, {}) == [folder / "generator.safetensors", folder / "base"]
     return folder
 
 
@@ -85,15 +87,15 @@ def test_generator_and_new_base_give_what_the_run_saw(base, tmp_path):
     losses = LossWeights(l2=1, perceptual=0, icm=0, autoencoder=0.5)
     task = build(base, config(losses, weights="whole", train_decoder=True, zero_output=True))
     step(task)
-    task.export(tmp_path)
+    task.export(tmp_path, {})
     backbone = load_backbone(Recipe(tmp_path / "base", tmp_path / "generator.safetensors"))
     with torch.no_grad():
-        wanted = task.generate(BATCH)[0]
+        wanted = task.generate(input_of(BATCH))[0]
         again = build(
             tmp_path / "base",
             config(LossWeights(icm=0, perceptual=0), weights="whole", start=str(tmp_path / "generator.safetensors")),
         )
-        latent, picture = again.generate(BATCH)
+        latent, picture = again.generate(input_of(BATCH))
         assert (latent - wanted).abs().max() < 0.01 * wanted.abs().max()  # files hold half precision
         assert (backbone.decode(latent) - picture).abs().max() < 1e-4
 
@@ -121,13 +123,13 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
     task = build(faithful / "base", settings)
     with torch.no_grad():  # LoRA begins at zero: the start itself
         plain = build(faithful / "base", config(LossWeights(icm=0, perceptual=0), weights="whole", start=str(start)))
-        assert (task.generate(BATCH)[0] - plain.generate(BATCH)[0]).abs().max() < 1e-5
+        assert (task.generate(input_of(BATCH))[0] - plain.generate(input_of(BATCH))[0]).abs().max() < 1e-5
     terms, carried = step(task)
     assert terms["icm"].isfinite()
     step(task)
     task("auxiliary", task.prepare("auxiliary", {**BATCH, **carried}, 0, 0))[0]["loss"].backward()
     assert any(value.grad is not None for value in task.networks.trained("auxiliary").values())
-    task.export(tmp_path)
+    task.export(tmp_path, {})
     first, both = load_generator(start), load_generator(tmp_path / "generator.safetensors")
     for part in ("unet", "vae"):
         assert all(
@@ -143,11 +145,11 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
     check_generator(open_base(faithful / "base"), settings, CONDITION)
     again = build(faithful / "base", settings)
     with torch.no_grad():
-        assert (again.generate(BATCH)[0] - plain.generate(BATCH)[0]).abs().max() < 1e-5
-    again.export(tmp_path / "again")
+        assert (again.generate(input_of(BATCH))[0] - plain.generate(input_of(BATCH))[0]).abs().max() < 1e-5
+    again.export(tmp_path / "again", {})
     assert load_generator(tmp_path / "again" / "generator.safetensors").info.realistic_default == 1.0
     with torch.no_grad():
-        wanted = task.generate(BATCH)[0]
+        wanted = task.generate(input_of(BATCH))[0]
         for fidelity, same in ((1.0, True), (0.0, False)):
             backbone = load_backbone(Recipe(faithful / "base", tmp_path / "generator.safetensors", fidelity=fidelity))
             latent = backbone.encode(input_of(BATCH))
@@ -189,7 +191,7 @@ def test_a_start_of_another_kind_is_refused(base, faithful, change, words):
 
 def test_a_start_with_its_own_decoder_is_refused_for_icm(base, tmp_path):
     task = build(base, config(LossWeights(l2=1, perceptual=0, icm=0), weights="whole", train_decoder=True))
-    task.export(tmp_path)
+    task.export(tmp_path, {})
     settings = config(LossWeights(perceptual=0), weights="whole", start=str(tmp_path / "generator.safetensors"))
     with pytest.raises(IcmsrError, match="decoder of its own"):
         check_generator(open_base(base), settings, CONDITION)
@@ -322,7 +324,7 @@ def test_the_autoencoder_alone_makes_a_base(tmp_path):
     assert code == 0, output
     for flags, words in (
         (["--decoder", folder.path], "decoder is for a prior that goes on from a base"),
-        ([alone, "--start", folder.path], "leave one of them out"),
+        ([alone, "--start", folder.path], "give only one of them"),
     ):
         code, output = run("c", *flags)
         assert code == 1

@@ -19,13 +19,15 @@ from icmsr_core.train.losses.perceptual import PerceptualConfig
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
 from icmsr_core.train.networks.adapters import make_adapter
-from icmsr_core.train.networks.conditioning import ConditionConfig, StructureFeatures
+from icmsr_core.train.networks.bases import BaseNetworks
+from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
-from icmsr_core.train.run.loop import autocast, compared_settings
+from icmsr_core.train.run.loop import autocast
 from icmsr_core.train.run.loop_config import LoopConfig, learning_rate
 from icmsr_core.train.run.state import RunState
-from icmsr_core.train.tasks.generator import Contexts, GeneratorConfig, GeneratorTask, LossWeights, input_of
-from icmsr_core.train.tasks.task import Player, shareable
+from icmsr_core.train.tasks.generator import GeneratorTask, input_of
+from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
+from icmsr_core.train.tasks.task import Player
 from icmsr_core.upscale.color import wavelet_color_fix
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -45,16 +47,15 @@ BATCH = {
 def make_task(base: Path, config: GeneratorConfig, condition: ConditionConfig | None = None) -> GeneratorTask:
     folder = open_base(base)
     torch.manual_seed(7)
-    unet, vae = build_networks(folder)
     judged = config.losses.icm > 0
-    networks = GeneratorNetworks(unet, vae, folder.schedule, "eps", config.networks, judged)
+    networks = GeneratorNetworks(BaseNetworks(*build_networks(folder), folder.info), config.networks, judged)
     condition = condition or ConditionConfig()
     features = None
     if judged and condition.names:
         adapter = make_adapter(condition.channels, 8, TINY.unet_channels)
         features = StructureFeatures([adapter], [condition.channels], [1.0])
     contexts = Contexts(folder.prompt_embedding())
-    return GeneratorTask(networks, features, contexts, folder, config, condition, 0, {})
+    return GeneratorTask(networks, Conditioning(condition, contexts, features), folder, config, 0)
 
 
 def config(losses: LossWeights = RECONSTRUCTION, **networks: object) -> GeneratorConfig:
@@ -90,7 +91,7 @@ def test_whole_weights_train_what_they_should(tmp_path, base, decoder):
     same = all(torch.equal(value, before[key]) for key, value in networks.generator_vae.decoder.state_dict().items())
     assert same != decoder
     assert all(torch.equal(value, teacher[key]) for key, value in networks.unet.state_dict().items())
-    weights = load_generator(task.export(tmp_path)[0])
+    weights = load_generator(task.export(tmp_path, {})[0])
     assert any(key.startswith("decoder.") for key in weights.vae.tensors) == decoder
     assert any(key.startswith("encoder.") for key in weights.vae.tensors)
     assert not weights.unet.lora
@@ -106,7 +107,7 @@ def test_lora_trains_unet_and_encoder_and_nothing_else(tmp_path, base):
     assert len(names) == len(task.players()[0].parameters)
     assert all(".lora_" in name and ".generator." in name for name in names)
     assert not any("decoder" in name and "vae" in name for name in names)
-    generator = load_generator(task.export(tmp_path)[0])
+    generator = load_generator(task.export(tmp_path, {})[0])
     assert generator.unet.lora
     assert all(name.startswith(("encoder.", "quant_conv")) for name in generator.vae.lora)
     assert (generator.info.rank, generator.info.alpha) == (4, 4.0)
@@ -117,7 +118,7 @@ def test_zero_output_starts_as_the_autoencoder(base):
     vae = task.networks.vae
     with torch.no_grad():
         plain = vae.decode(vae.encode(input_of(BATCH)).latent_dist.mode()).sample
-        assert torch.allclose(task.generate(BATCH)[1], plain, atol=1e-5)
+        assert torch.allclose(task.generate(input_of(BATCH))[1], plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["lora", "whole"])
@@ -128,10 +129,10 @@ def test_exported_generator_is_the_trained_network(tmp_path, base, weights):
         for parameter in task.players()[0].parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             parameter.copy_(parameter.half().float())  # the file holds 16 bits: nothing is then rounded
-    backbone = load_backbone(Recipe(base, task.export(tmp_path)[0]))
+    backbone = load_backbone(Recipe(base, task.export(tmp_path, {})[0]))
     result = upscale(backbone, BATCH["low"].float() / 255, UpscaleSettings(color_fix="none"))
     with torch.no_grad():
-        expected = task.generate(BATCH)[1].add(1).div(2).clamp(0, 1)
+        expected = task.generate(input_of(BATCH))[1].add(1).div(2).clamp(0, 1)
     assert (result - expected).abs().max() < 5e-4
 
 
@@ -185,7 +186,7 @@ def test_l2_is_the_mean_squared_error_of_the_picture(base):
     task = make_task(base, config())
     found = losses_of(task)
     with torch.no_grad():
-        picture = task.generate(BATCH)[1]
+        picture = task.generate(input_of(BATCH))[1]
     assert found["l2"].item() == pytest.approx(F.mse_loss(picture, bytes_to_signed(BATCH["sharp"])).item(), rel=1e-6)
     mse = (picture.clamp(-1, 1) - bytes_to_signed(BATCH["sharp"])).square().mean().item() / 4
     assert found["psnr"].item() == pytest.approx(-10 * math.log10(mse), rel=1e-5)
@@ -293,38 +294,6 @@ def test_loop_configuration_is_checked(wrong):
         LoopConfig(**wrong)
 
 
-def test_an_exported_file_carries_no_paths_of_this_machine():
-    settings = {
-        "run": "/home/me/runs/a",
-        "device": "cuda:1",
-        "base": "/models/sd21",
-        "loop": {"batch": 2},
-        "data": {"folders": ["/mnt/photos"], "captions": ""},
-        "condition": {"prompt": "a photo/scan"},
-    }
-    assert shareable(settings) == {
-        "base": "sd21",
-        "loop": {"batch": 2},
-        "data": {"folders": ["photos"], "captions": ""},
-        "condition": {"prompt": "a photo/scan"},
-    }
-
-
-def test_only_what_changes_the_weights_marks_a_run():
-    settings = {
-        "run": "a",
-        "device": "cpu",
-        "data": {"crop": 32, "workers": 3, "cache_mb": 9},
-        "prior": {"workers": 1, "save_every": 4, "seed": 2},
-        "loop": {"workers": 1, "save_every": 4, "seed": 2},
-    }
-    assert compared_settings(settings) == {
-        "data": {"crop": 32, "workers": 3},
-        "prior": {"seed": 2},
-        "loop": {"seed": 2},
-    }
-
-
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -351,13 +320,13 @@ def test_base_files_are_readable_by_others(base):
 def test_a_bf16_base_trains_float32_lora(base, checkpointing):
     """With features of an adapter: in float32 they would turn the activations of a bf16 base into float32."""
     folder = open_base(base)
-    unet, vae = build_networks(folder, torch.bfloat16)
+    loaded = BaseNetworks(*build_networks(folder, torch.bfloat16), folder.info)
     settings = config(LossWeights(), base_dtype="bf16", checkpointing=checkpointing)
-    networks = GeneratorNetworks(unet, vae, folder.schedule, "eps", settings.networks, True)
+    networks = GeneratorNetworks(loaded, settings.networks, True)
     features = StructureFeatures([make_adapter(4, 8, TINY.unet_channels)], [4], [1.0])
     nn.Module.to(features, torch.bfloat16)
     contexts = Contexts(folder.prompt_embedding())
-    task = GeneratorTask(networks, features, contexts, folder, settings, ConditionConfig(), 0, {})
+    task = GeneratorTask(networks, Conditioning(ConditionConfig(), contexts, features), folder, settings, 0)
     batch = BATCH
     for player in task.players():
         batch = task.prepare(player.name, batch, 0, 0)

@@ -1,0 +1,52 @@
+"""A run's settings: what its files keep of them, what a resume compares, and what an exported file may tell others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+FREE = MappingProxyType({"free": True})
+"""Metadata of a dataclass field that changes nothing in the weights: a run may be resumed with another value."""
+UNRECORDED = MappingProxyType({"unrecorded": True})
+"""Metadata of a dataclass field that no file keeps."""
+PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
+"""Settings that may hold paths."""
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """`settings` (a dataclass, or a mapping of them) as nested dictionaries for JSON, without `UNRECORDED` fields."""
+    return _plain(settings, lambda field: "unrecorded" not in field.metadata)
+
+
+def compared_settings(settings: Any) -> dict[str, Any]:
+    """`plain_settings` without `FREE` fields: what must be the same when a run is resumed."""
+    return _plain(settings, lambda field: not {"free", "unrecorded"} & field.metadata.keys())
+
+
+def _plain(value: Any, kept: Callable[[Field[Any]], bool]) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name), kept) for field in fields(value) if kept(field)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry, kept) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, kept) for entry in value]
+    return value
+
+
+def shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain `settings` as a file may carry them to others: paths by their last name, no run folder, no device."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [named(entry) for entry in value]
+        return Path(value).name if isinstance(value, str) else value
+
+    shared = {}
+    for key, value in settings.items():
+        if key not in ("run", "device"):
+            nested = isinstance(value, Mapping)
+            shared[key] = shareable(value) if nested else named(value) if key in PATH_KEYS else value
+    return shared

@@ -1,0 +1,65 @@
+"""A run's settings: what a resume compares, what files keep, and what an exported file tells others."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from icmsr_core.train.run.launch import parse_config
+from icmsr_core.train.run.state import fingerprint
+from icmsr_core.train.settings import compared_settings, plain_settings, shareable
+from tests.support.script_process import load_script
+
+OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
+FREE_IN_A_LOOP = {"batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard", "patience"}
+
+
+def names(settings: Mapping[str, object], above: str = "") -> set[str]:
+    """Dotted names of all settings."""
+    found: set[str] = set()
+    for key, value in settings.items():
+        found |= names(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script", "loops"), [("adapter", ["loop"]), ("distill", ["loop"]), ("prior", ["autoencoder", "prior"])]
+)
+def test_a_resume_compares_everything_but_what_changes_no_weight(script, loops, monkeypatch):
+    config = load_script(script, monkeypatch).Config("runs/a")
+    free = names(plain_settings(config)) - names(compared_settings(config))
+    in_loops = {f"{loop}.{key}" for loop in loops for key in FREE_IN_A_LOOP}
+    assert free == {"run", "device", "data.cache_mb"} | in_loops
+
+
+@pytest.mark.parametrize("script", ["adapter", "distill", "prior"])
+def test_whether_a_run_is_a_dry_one_is_kept_nowhere(script, monkeypatch):
+    config = load_script(script, monkeypatch).Config("runs/a", dry_run=True)
+    assert "dry_run" not in plain_settings(config).keys() | compared_settings(config).keys()
+
+
+def test_an_old_run_s_settings_are_still_what_is_compared_and_written(monkeypatch):
+    config = parse_config(load_script("distill", monkeypatch).Config, ["--config", str(OLD_RUN / "distill.yaml")])
+    with safe_open(OLD_RUN / "checkpoints" / "000000004" / "state.safetensors", "pt") as file:
+        written = file.metadata()["fingerprint"]
+    assert fingerprint({**compared_settings(config), "effective batch": 2}) == written
+    assert json.dumps(plain_settings(config), indent=2) + "\n" == (OLD_RUN / "config.json").read_text()
+
+
+def test_an_exported_file_carries_no_paths_of_this_machine():
+    settings = {
+        "run": "/home/me/runs/a",
+        "device": "cuda:1",
+        "base": "/models/sd21",
+        "loop": {"batch": 2},
+        "data": {"folders": ["/mnt/photos"], "captions": ""},
+        "condition": {"prompt": "a photo/scan"},
+    }
+    assert shareable(settings) == {
+        "base": "sd21",
+        "loop": {"batch": 2},
+        "data": {"folders": ["photos"], "captions": ""},
+        "condition": {"prompt": "a photo/scan"},
+    }
