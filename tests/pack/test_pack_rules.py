@@ -218,6 +218,15 @@ def test_the_archive_holds_the_pack_and_nothing_else():
 def test_the_library_is_marked_as_typed():
     """PEP 561: without the marker a type checker ignores the library's annotations."""
     assert (ROOT / "icmsr_core" / "py.typed").read_bytes() == b""
+    assert "Typing :: Typed" in project()["project"]["classifiers"]
+
+
+def test_every_version_of_python_that_is_promised_is_tested():
+    """The classifiers, the oldest version that pyproject.toml allows, and the versions that CI runs."""
+    stated = re.findall(r"Python :: (3\.\d+)", "\n".join(project()["project"]["classifiers"]))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"python: \[(.*)\]", workflow)[1].replace('"', "").split(", ") == stated
+    assert project()["project"]["requires-python"] == f">={stated[0]}"
 
 
 def test_the_pack_has_no_symbolic_links():
