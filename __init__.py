@@ -4,7 +4,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """The pack's extension; imported here so that a test collector that meets this package needs no ComfyUI."""
+    """The pack's extension. Imported only here, so that collecting tests in this package needs no ComfyUI."""
     from .nodes.extension import IcmsrExtension
 
     return IcmsrExtension()

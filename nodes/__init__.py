@@ -1,1 +1,1 @@
-"""ComfyUI nodes: sockets to tensors and back, progress, interrupt. The mathematics is icmsr_core's."""
+"""The ComfyUI nodes: inputs and outputs, progress and interrupts. The computing is done by icmsr_core."""

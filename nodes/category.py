@@ -1,3 +1,3 @@
-"""Where the nodes stand in ComfyUI's menu."""
+"""The place of the nodes in ComfyUI's menu."""
 
 CATEGORY = "image/upscaling/ICM-SR"

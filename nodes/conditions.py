@@ -1,4 +1,4 @@
-"""The node that shows and hands out the structural condition."""
+"""The node that extracts coarse colours and edges from a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .native.sockets import to_image, to_pictures
 
 
 class ExtractCondition(io.ComfyNode):
-    """Colormap and edges of a picture."""
+    """Colours and edges of a picture, together and as pictures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,17 +19,25 @@ class ExtractCondition(io.ComfyNode):
             node_id="ICMSR_ExtractCondition",
             display_name="ICM-SR Extract Condition",
             category=CATEGORY,
-            description="The sparse structure of a picture that ICM-SR conditions on: coarse colours and Canny edges.",
+            description=(
+                "Extracts the coarse colours and the edges of a picture. With an adapter from ICM-SR Load Adapter they "
+                "guide the model."
+            ),
             search_aliases=["colormap", "canny", "hint", "preprocessor"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture to take the structure from, best at the result's size."),
+                io.Image.Input(
+                    "image", tooltip="The picture to read colours and edges from. Best at the size of the result."
+                ),
                 io.Float.Input(
                     "low_threshold",
                     default=100.0,
                     min=0.0,
                     max=2040.0,
                     step=1.0,
-                    tooltip="Canny: an edge goes on where the gradient is above this (grey levels).",
+                    tooltip=(
+                        "Edges continue where the picture changes by more than this. A lower value gives longer edges. "
+                        "Must not be above high_threshold."
+                    ),
                 ),
                 io.Float.Input(
                     "high_threshold",
@@ -37,22 +45,27 @@ class ExtractCondition(io.ComfyNode):
                     min=0.0,
                     max=2040.0,
                     step=1.0,
-                    tooltip="Canny: an edge starts where the gradient is above this. Not below low_threshold.",
+                    tooltip="Edges start where the picture changes by more than this. A lower value gives more edges.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="hint",
-                    tooltip="4 channels: the colormap's RGB and the edges. For ICM-SR Upscale or Apply ControlNet.",
+                    tooltip=(
+                        "Colours and edges together, in 4 channels. Connect it to an input called hint, or to the "
+                        "image of Apply ControlNet. It cannot be previewed."
+                    ),
                 ),
-                io.Image.Output(display_name="colormap", tooltip="One colour for every 64 x 64 pixels, as a picture."),
-                io.Image.Output(display_name="edges", tooltip="The edges in white on black, as a picture."),
+                io.Image.Output(
+                    display_name="colormap", tooltip="The coarse colours as a picture: one for every 64 x 64 pixels."
+                ),
+                io.Image.Output(display_name="edges", tooltip="The edges as a picture, white on black."),
             ],
         )
 
     @classmethod
     def execute(cls, image: torch.Tensor, low_threshold: float = 100.0, high_threshold: float = 200.0) -> io.NodeOutput:
-        from ..icmsr_core.conditions import canny_edges, colormap  # OpenCV, only once it is needed
+        from ..icmsr_core.conditions import canny_edges, colormap  # imports OpenCV, so only when it is needed
 
         pictures = to_pictures(image)
         edges = canny_edges(pictures, low_threshold, high_threshold)

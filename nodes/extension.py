@@ -1,4 +1,4 @@
-"""The list of nodes that ComfyUI takes over."""
+"""The list of nodes that ComfyUI registers."""
 
 from comfy_api.latest import ComfyExtension, io
 

@@ -1,4 +1,4 @@
-"""The node that shows what a diffusion prior takes a noised picture for, with the condition and without."""
+"""The node that shows what a diffusion model makes of a noised picture, with a condition and without."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONGEST_SIDE = 512
-"""Largest side of the picture that is looked at, in pixels: what the bases are trained on, and the grid stays small."""
+"""Longest side of a picture in the grid, in pixels: the size that the bases are trained on. Larger ones are shrunk."""
 MOST_TIMESTEPS = 16
-"""Columns of the grid."""
+"""Most columns of a grid."""
 
 
 class InspectManifold(io.ComfyNode):
-    """The prior's clean estimates as a labelled grid."""
+    """Shows the clean estimates of a diffusion model as a labelled grid."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -45,27 +45,33 @@ class InspectManifold(io.ComfyNode):
             display_name="ICM-SR Inspect Manifold",
             category=CATEGORY,
             description=(
-                "Shows what a diffusion model takes a noised picture for at several timesteps, without ICM-SR's "
-                "condition and with it: how much structure the condition holds on to when the noise hides the picture."
+                "Adds noise to a picture and shows what a diffusion model makes of it, without an adapter and with "
+                "one: how well the adapter keeps the picture when noise hides it. Upscaling does not need this node."
             ),
             search_aliases=["teacher", "clean estimate", "x0", "icm"],
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "A bare base: ICM-SR Load Embedded with generator = none, or a checkpoint of Stable Diffusion "
-                        "1.5 or 2.1."
+                        "A model without a generator: from ICM-SR Load Embedded with generator = none, or from Load "
+                        "Checkpoint (Stable Diffusion 1.5 or 2.1)."
                     ),
                 ),
-                io.Vae.Input("vae", tooltip="The VAE of the same base."),
+                io.Vae.Input("vae", tooltip="The VAE from the same node as the model."),
                 io.Image.Input(
                     "image",
-                    tooltip=f"A sharp picture; each one of a batch gets a grid. Shrunk to {LONGEST_SIDE} pixels.",
+                    tooltip=(
+                        f"A sharp picture. Larger ones are shrunk to {LONGEST_SIDE} pixels. Several pictures get a "
+                        "grid each."
+                    ),
                 ),
                 io.String.Input(
                     "timesteps",
                     default="200, 500, 800",
-                    tooltip="Noise levels, separated by commas: 0 is hardly any noise, 999 hardly any picture.",
+                    tooltip=(
+                        f"1 to {MOST_TIMESTEPS} noise levels, separated by commas, from 0 (hardly any noise) to 999 "
+                        "(hardly any picture)."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",
@@ -73,7 +79,7 @@ class InspectManifold(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the noise, which is the same at all timesteps, with the condition and without.",
+                    tooltip="Chooses the random noise, the same at all noise levels, with the adapter and without.",
                 ),
                 *condition_inputs(),
                 io.Float.Input(
@@ -83,18 +89,21 @@ class InspectManifold(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     optional=True,
-                    tooltip="For control_net: how strongly the condition acts.",
+                    tooltip="How strongly the adapter in control_net guides the model.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="A prompt: needed for checkpoints, replaces the constant prompt embedding of nano.",
+                    tooltip="A prompt from CLIP Text Encode; it may be empty. Checkpoints need one, nano has its own.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="IMAGE",
-                    tooltip="A grid for each picture: the timesteps, and the PSNR of Y against the picture.",
+                    tooltip=(
+                        "One grid for each picture, with a column for each noise level. The dB numbers (PSNR) say how "
+                        "close an estimate is to your picture: higher is closer."
+                    ),
                 )
             ],
         )
@@ -144,7 +153,7 @@ class NoiseLevels:
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
-    """The whole numbers in `text`, separated by commas or spaces. Raises `IcmsrError` for none, many, other words."""
+    """The whole numbers in `text`, separated by commas or spaces; `IcmsrError` for anything else, none or too many."""
     words = text.replace(",", " ").split()
     if not 1 <= len(words) <= MOST_TIMESTEPS or not all(word.isascii() and word.isdigit() for word in words):
         raise IcmsrError(
@@ -157,18 +166,18 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
 def _check_prior(description: ModelDescription, prompted: bool) -> None:
     if description.descriptor.prediction == "residual":
         raise IcmsrError(
-            f"this MODEL carries the generator {description.generator!r}, which predicts a residual at one timestep "
-            "and knows no noise: connect the bare base (ICM-SR Load Embedded with generator = none, or the checkpoint)"
+            f"this MODEL carries the generator {description.generator!r}, which upscales in one step and cannot remove "
+            "noise: connect the model without it (ICM-SR Load Embedded with generator = none, or Load Checkpoint)"
         )
     if description.prompt_embedding is None and not prompted:
         raise IcmsrError(
-            f"the {description.base} comes without a prompt: connect a conditioning (an empty prompt through CLIP Text "
-            "Encode)"
+            f"the {description.base} has no prompt of its own: connect CLIP Text Encode to conditioning (an empty "
+            "prompt will do)"
         )
 
 
 def _size_to_show(height: int, width: int) -> tuple[int, int]:
-    """Height and width with no side above `LONGEST_SIDE`; a line in the log where that is smaller."""
+    """Height and width, shrunk so that no side is above `LONGEST_SIDE`; shrinking is logged."""
     factor = LONGEST_SIDE / max(height, width)
     if factor >= 1:
         return height, width
@@ -181,7 +190,7 @@ class PriorView:
     """One picture [1, 3, H, W] in [0, 1] as the prior of `backbone` sees it through noise."""
 
     def __init__(self, backbone: ComfyBackbone, picture: Tensor, levels: NoiseLevels, steps: Steps) -> None:
-        # OpenCV draws the grid, so its module is imported only once it is needed.
+        # These modules import OpenCV, so only when it is needed.
         from ..icmsr_core.measures.manifold import seeded_noise
 
         self._backbone, self._picture, self._timesteps, self._steps = backbone, picture, levels.timesteps, steps
@@ -227,7 +236,7 @@ class PriorView:
 
 
 def _shown(hint: Tensor, height: int, width: int) -> dict[str, Tensor]:
-    """What a hint [1, C, H, W] holds, as pictures [1, 3, height, width] by name."""
+    """The parts of a hint [1, C, H, W] as pictures [1, 3, height, width], by name."""
     hint = torch.nn.functional.interpolate(hint.float().clamp(0, 1), (height, width), mode="nearest-exact")
     if hint.shape[1] == 4:
         return {"colormap": as_rgb(hint), "edges": as_rgb(hint[:, 3:])}

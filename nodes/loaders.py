@@ -1,4 +1,4 @@
-"""Nodes that bring weights: the embedded model, generator files, adapters."""
+"""The nodes that load weights: the embedded model, generator files, adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_ADAPTER = "none"
 
 
 class LoadEmbedded(io.ComfyNode):
-    """nano, the small model that ships with the pack."""
+    """Loads nano, the small model that comes with the pack."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,7 +35,7 @@ class LoadEmbedded(io.ComfyNode):
             node_id="ICMSR_LoadEmbedded",
             display_name="ICM-SR Load Embedded",
             category=CATEGORY,
-            description="Loads nano, the small super-resolution model that ships with the pack. No download.",
+            description="Loads nano, the small upscaling model that comes with this node pack. Nothing is downloaded.",
             search_aliases=["super resolution", "upscale model", "nano"],
             inputs=[
                 io.Combo.Input(
@@ -43,31 +43,31 @@ class LoadEmbedded(io.ComfyNode):
                     options=["embedded", "none"],
                     default="embedded",
                     tooltip=(
-                        "embedded: ready for ICM-SR Upscale. none: the bare base, for a generator of your own through "
-                        "ICM-SR Apply Generator."
+                        "embedded: nano, ready for ICM-SR Upscale. none: only its base model, for ICM-SR Apply "
+                        "Generator (with a generator file of your own) or ICM-SR Inspect Manifold."
                     ),
                     advanced=True,
                 ),
                 io.Float.Input(
                     "fidelity",
                     **{**FIDELITY_RANGE, "default": EMBEDDED_FIDELITY},
-                    optional=True,  # prompts saved before it was there run as they did
+                    optional=True,  # workflows saved before this input existed still run
                     tooltip=(
-                        "0: trained by reconstruction alone, crisp. 1: with ICM as well, softer, with more faint "
-                        "texture. Up to 2: more. Ignored when generator is none."
+                        "0: crisp, closest to your image. 1: softer, with more faint texture. Values between mix the "
+                        "two, values up to 2 exaggerate. No effect when generator is none."
                     ),
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="nano's UNet, with its generator unless that is none."),
-                io.Vae.Output(display_name="VAE", tooltip="nano's VAE. It belongs to this MODEL."),
+                io.Model.Output(display_name="MODEL", tooltip="nano's MODEL. Connect it to ICM-SR Upscale."),
+                io.Vae.Output(display_name="VAE", tooltip="nano's VAE. It works only with this MODEL."),
             ],
         )
 
     @classmethod
     def execute(cls, generator: str = "embedded", fidelity: float = EMBEDDED_FIDELITY) -> io.NodeOutput:
         base = open_base(embedded_base())
-        # Read first: nothing is built when the file is damaged.
+        # Read first, so that a damaged file is reported before anything is built.
         weights = load_generator(embedded_generator(), EMBEDDED) if generator == "embedded" else None
         model, vae = load_unet(base), load_vae(base)
         description = ModelDescription(
@@ -80,7 +80,7 @@ class LoadEmbedded(io.ComfyNode):
 
 
 class ApplyGenerator(io.ComfyNode):
-    """A generator file over a base model."""
+    """Applies a generator file to a base model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -89,18 +89,24 @@ class ApplyGenerator(io.ComfyNode):
             display_name="ICM-SR Apply Generator",
             category=CATEGORY,
             description=(
-                "Turns a base model into a one-step super-resolution generator, with a file of models/icmsr or "
-                "models/loras. One generator per model; LoRAs of your own may stand before or after it."
+                "Turns a Stable Diffusion model into a one-step upscaler, with a generator file from models/icmsr or "
+                "models/loras. Use one generator per model. LoRAs of your own may come before or after this node."
             ),
             search_aliases=["super resolution", "one step", "lora"],
             inputs=[
-                io.Model.Input("model", tooltip="The bare base that the generator was trained on."),
-                io.Vae.Input("vae", tooltip="The VAE of the same base. Most generators change it too."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The model that the generator was made for, from Load Checkpoint (Stable Diffusion 1.5 or "
+                        "2.1) or from ICM-SR Load Embedded with generator = none."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="The VAE from the same node as the model. Most generators change it too."),
                 io.Combo.Input(
                     "generator",
                     options=[EMBEDDED, *list_files(*GENERATOR_FOLDERS)],
                     default=EMBEDDED,
-                    tooltip="Generator files (.safetensors) in models/icmsr and models/loras.",
+                    tooltip="The generator file (.safetensors), from models/icmsr or models/loras.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -108,7 +114,7 @@ class ApplyGenerator(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="How much of the generator is applied. It was trained for 1.",
+                    tooltip="How much of the generator is applied. Best at 1, the value that it was trained for.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -116,14 +122,17 @@ class ApplyGenerator(io.ComfyNode):
                     **FIDELITY_RANGE,
                     optional=True,
                     tooltip=(
-                        "0: faithful to the image. 1: realistic, as trained. Up to 2: more. For a generator with both "
-                        "sets of weights; leave it at 1 for others."
+                        "0: closest to your image. 1: more invented detail. Values between mix the two, values up to 2 "
+                        "exaggerate. Only for generator files that hold both versions; leave it at 1 for others."
                     ),
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="A copy of the MODEL with the generator."),
-                io.Vae.Output(display_name="VAE", tooltip="A copy of the VAE with the generator, for this MODEL."),
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="A copy of the model with the generator. Connect it to ICM-SR Upscale.",
+                ),
+                io.Vae.Output(display_name="VAE", tooltip="The VAE for this MODEL. Always use the two together."),
             ],
         )
 
@@ -148,7 +157,7 @@ class ApplyGenerator(io.ComfyNode):
 
 
 class LoadAdapter(io.ComfyNode):
-    """A T2I-Adapter, or the pair of a colour and an edge adapter."""
+    """Loads a T2I-Adapter, or a colour and an edge adapter that work as a pair."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -158,8 +167,8 @@ class LoadAdapter(io.ComfyNode):
             display_name="ICM-SR Load Adapter",
             category=CATEGORY,
             description=(
-                "Loads a T2I-Adapter for ICM-SR's condition (colours and edges), or a pair of them. Core's Load "
-                "ControlNet Model would misread ICM-SR's own 4-channel files."
+                "Loads a T2I-Adapter, a small network that guides a model with the colours and edges of a picture. Use "
+                "this node for ICM-SR's own adapters: Load ControlNet Model misreads them."
             ),
             search_aliases=["t2i adapter", "controlnet", "icm"],
             inputs=[
@@ -168,25 +177,28 @@ class LoadAdapter(io.ComfyNode):
                     options=files,
                     default=EMBEDDED,
                     tooltip=(
-                        "nano's own, or T2I-Adapters of ICM-SR, diffusers or TencentARC in models/icmsr and "
-                        "models/controlnet. For a diffusers folder choose the weights file in it."
+                        "nano (embedded) is for nano. For other models, choose a T2I-Adapter from models/icmsr or "
+                        "models/controlnet; of a diffusers folder, the weights file in it."
                     ),
                 ),
                 io.Combo.Input(
                     "second_adapter",
                     options=[NO_ADAPTER, *(name for name in files if name != EMBEDDED)],
                     default=NO_ADAPTER,
-                    optional=True,  # prompts saved before it was there run as they did
+                    optional=True,  # workflows saved before this input existed still run
                     tooltip=(
-                        "For the public pair of Stable Diffusion 1.5: the colour adapter in one input, the canny "
-                        "adapter in the other. Their features are summed."
+                        "For a pair of adapters, such as the public ones for Stable Diffusion 1.5: one for colours, "
+                        "one for canny edges, in any order. Otherwise none."
                     ),
                 ),
             ],
             outputs=[
                 io.ControlNet.Output(
                     display_name="CONTROL_NET",
-                    tooltip="An ordinary CONTROL_NET, for ICM-SR Upscale or for core's Apply ControlNet.",
+                    tooltip=(
+                        "Connect it to ICM-SR Upscale, ICM-SR Inspect Manifold or Apply ControlNet, with the hint from "
+                        "ICM-SR Extract Condition."
+                    ),
                 ),
             ],
         )

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Upscale(io.ComfyNode):
-    """One-step super-resolution."""
+    """Upscales pictures in one diffusion step."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -34,21 +34,23 @@ class Upscale(io.ComfyNode):
             display_name="ICM-SR Upscale",
             category=CATEGORY,
             description=(
-                "Upscales pictures in one diffusion step, in tiles that blend without seams. The same picture and "
-                "settings always give the same result."
+                "Makes pictures larger and clearer in a single step. Large pictures run in tiles that blend without "
+                "seams. The same picture and settings always give the same result."
             ),
             search_aliases=["super resolution", "upscale", "restore", "real-isr", "enhance"],
             inputs=[
-                io.Model.Input("model", tooltip="From ICM-SR Load Embedded or ICM-SR Apply Generator."),
+                io.Model.Input("model", tooltip="The MODEL from ICM-SR Load Embedded or ICM-SR Apply Generator."),
                 io.Vae.Input("vae", tooltip="The VAE from the same node as the MODEL."),
-                io.Image.Input("image", tooltip="Pictures of any size. A batch runs one after another."),
+                io.Image.Input(
+                    "image", tooltip="The pictures to upscale, of any size. Several are upscaled one after another."
+                ),
                 io.Float.Input(
                     "scale",
                     default=UpscaleSettings.scale,
                     min=MIN_SCALE,
                     max=MAX_SCALE,
                     step=0.25,
-                    tooltip="Size of the result over size of the image. The models are trained for 4.",
+                    tooltip="How many times wider and higher the result is. The models are trained for 4.",
                 ),
                 io.Int.Input(
                     "tile",
@@ -57,8 +59,8 @@ class Upscale(io.ComfyNode):
                     max=4096,
                     step=TILE_MULTIPLE,
                     tooltip=(
-                        "Largest tile in pixels of the result, a multiple of 64. Smaller needs less memory; 0 takes "
-                        "the whole picture at once. Halved on its own when memory runs out."
+                        "Largest size of a tile, in pixels of the result: a multiple of 64. Smaller tiles need less "
+                        "memory, and 0 runs the whole picture at once. Halved automatically when memory runs out."
                     ),
                 ),
                 io.Int.Input(
@@ -67,15 +69,18 @@ class Upscale(io.ComfyNode):
                     min=0,
                     max=2048,
                     step=16,
-                    tooltip="Least overlap of neighbouring tiles in pixels of the result, at most half a tile.",
+                    tooltip=(
+                        "Neighbouring tiles overlap by at least this many pixels of the result, and are blended "
+                        "there. At most half a tile; more takes longer."
+                    ),
                 ),
                 io.Combo.Input(
                     "color_fix",
                     options=list(COLOR_FIXES),
                     default=UpscaleSettings.color_fix,
                     tooltip=(
-                        "Colours after the image: wavelet takes its low frequencies, adain its mean and contrast, none "
-                        "leaves the model's."
+                        "How the result gets the colours of your image. wavelet: its coarse colours, area by area. "
+                        "adain: its average colour and contrast. none: the colours stay as the model made them."
                     ),
                 ),
                 io.Int.Input(
@@ -84,8 +89,8 @@ class Upscale(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip=(
-                        "Tiles that run together: faster on a large graphics card, for more memory. 0 takes as many as "
-                        "fit into the memory that is free, up to 8; one on a CPU, where more are slower."
+                        "How many tiles run at once. More is faster on a large graphics card and needs more memory. "
+                        "0: as many as fit into free memory, up to 8 (on a CPU 1, because more would be slower)."
                     ),
                     advanced=True,
                 ),
@@ -97,13 +102,16 @@ class Upscale(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     optional=True,
-                    tooltip="For control_net: how strongly the condition acts. 0 switches it off.",
+                    tooltip="How strongly the adapter in control_net guides the result. 0 switches it off.",
                     advanced=True,
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Optional: replaces the constant prompt embedding of the generator.",
+                    tooltip=(
+                        "Optional: a prompt from CLIP Text Encode that replaces the generator's own. Only imported "
+                        "generators without a prompt need it."
+                    ),
                 ),
                 io.Combo.Input(
                     "vae_mode",
@@ -111,8 +119,9 @@ class Upscale(io.ComfyNode):
                     default=UpscaleSettings.vae,
                     optional=True,
                     tooltip=(
-                        "exact: as if the VAE saw the whole picture at once. bounded: its memory is set by the tile, "
-                        "for a small difference. auto: exact up to the area of 2048 x 2048 pixels of the result."
+                        "How the VAE treats large pictures. exact: the same result as without tiles. bounded: much "
+                        "less memory, with a very small difference. auto: exact for results of up to 2048 x 2048 "
+                        "pixels."
                     ),
                     advanced=True,
                 ),
@@ -213,16 +222,16 @@ class _Batch:
 
 
 def _check_finite(image: torch.Tensor) -> None:
-    """Looks at a whole batch before its first picture is computed, one at a time: a video's last frame comes late."""
+    """Raises `IcmsrError` for NaN or infinite values in any picture, before the first one is computed."""
     for index in range(image.shape[0]):
         if not bool(image[index, ..., :3].isfinite().all()):
             raise IcmsrError(
-                f"image: NaN or infinite values in picture {index + 1} of {image.shape[0]}: mend the step that made it"
+                f"image: NaN or infinite values in picture {index + 1} of {image.shape[0]}: check the node that made it"
             )
 
 
 def _empty_image(count: int, height: int, width: int) -> torch.Tensor:
-    """An IMAGE [N, H, W, 3] to be filled, where core keeps what passes between nodes."""
+    """An IMAGE [N, H, W, 3] to be filled, on the device where core keeps the outputs of nodes."""
     try:
         return torch.empty(
             (count, height, width, 3), dtype=torch.float32, device=comfy.model_management.intermediate_device()
@@ -230,8 +239,8 @@ def _empty_image(count: int, height: int, width: int) -> torch.Tensor:
     except RuntimeError as error:
         gigabytes = count * height * width * 12 / 1e9
         raise IcmsrError(
-            f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, more than is "
-            "free: upscale fewer pictures at a time or at a smaller scale"
+            f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, which is more "
+            "than is free: upscale fewer pictures at a time, or choose a smaller scale"
         ) from error
 
 

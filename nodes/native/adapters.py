@@ -1,4 +1,4 @@
-"""T2I-Adapters of every public layout as core's CONTROL_NET."""
+"""Loads T2I-Adapters of every public layout as core's CONTROL_NET."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from .folders import EMBEDDED, FOLDER, file_stamp, find_file
 
 ADAPTER_FOLDERS = (FOLDER, "controlnet")
 HINT_CHANNELS = 4
-"""ICM-SR's condition: RGB of the colormap, then the edges."""
+"""Channels of ICM-SR's hint: the RGB colormap, then the edges."""
 MOST_LEVELS = 4
-"""Levels that core's full adapter goes down; further ones would stay as large as the fourth."""
+"""Most levels of core's full adapter: further ones would have the size of the fourth."""
 
 
 class HintNetwork(nn.Module):
-    """What core's T2IAdapter runs: one or two adapters, each on its channels of the hint, their features summed.
+    """The network in core's T2IAdapter: one adapter or two, each with its channels of the hint; features are summed.
 
-    The sum has weights 1 and 1, as the authors of the public pair use it (MultiAdapter of diffusers would average).
+    Both have the weight 1, as the authors of the public pair use them (diffusers' MultiAdapter would average).
     """
 
     def __init__(self, networks: Iterable[nn.Module], taken: tuple[int, ...], layout: AdapterLayout) -> None:
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.taken = taken
-        self.unshuffle_amount = layout.factor  # core rounds a hint's size up to it
+        self.unshuffle_amount = layout.factor  # core rounds the size of a hint up to a multiple of it
         self.channels = list(layout.widths)
 
     def accepts(self) -> tuple[int, ...]:
-        """Numbers of channels that a hint may have."""
+        """The numbers of channels that a hint may have."""
         if len(self.taken) > 1:
             return (HINT_CHANNELS,)
         return {1: (1, 3, HINT_CHANNELS), 3: (3, HINT_CHANNELS)}.get(self.taken[0], self.taken)
 
     def forward(self, hint: Tensor) -> dict[str, list[Tensor | None]]:
-        """Core's form of the features of `hint` [N, C, H, W] in [0, 1]. Raises `IcmsrError` for other channels."""
+        """The features of `hint` [N, C, H, W] in [0, 1], in core's form. Raises `IcmsrError` for a wrong number C."""
         if hint.shape[1] not in self.accepts():
             raise wrong_channels(hint.shape[1], self.accepts())
         total: list[Tensor | None] = []
@@ -54,29 +54,29 @@ class HintNetwork(nn.Module):
 
 
 def _channels(hint: Tensor, taken: int) -> Tensor:
-    """Colours for an adapter of 3 channels, edges for one of 1; other hints whole."""
+    """The channels of `hint` for an adapter that takes `taken`: 3 are the colours, 1 is the edges."""
     if hint.shape[1] == taken:
         return hint
     if taken == 3:
         return hint[:, :3]
-    # Edges that come as a picture have three equal channels; core takes their mean too.
+    # Edges as a picture have three equal channels; core takes their mean too.
     return hint[:, 3:4] if hint.shape[1] == HINT_CHANNELS else hint.mean(1, keepdim=True)
 
 
 def wrong_channels(got: int, accepted: tuple[int, ...]) -> IcmsrError:
-    """The error for a hint that an adapter does not take."""
+    """The error for a hint with a number of channels that an adapter does not accept."""
     return IcmsrError(
-        f"hint has {got} channels, this control_net takes {' or '.join(map(str, accepted))}: "
-        "connect the hint output of ICM-SR Extract Condition"
+        f"hint has {got} channels, this control_net takes {' or '.join(map(str, accepted))}: connect the output called "
+        "hint of ICM-SR Extract Condition"
     )
 
 
 def load_control_net(path: Path, second: Path | None = None) -> comfy.controlnet.T2IAdapter:
     """The CONTROL_NET in `path`, or the pair of a colour and an edge adapter in `path` and `second`, in any order.
 
-    Core's own loader takes 4 x 64 channels for an SDXL adapter with one channel, without a word, one factor and the
-    widths of Stable Diffusion for granted, and diffusers' light adapters not at all; hence this one. Raises
-    `IcmsrError` for what `read_adapter` refuses, a tensor that does not fit, and two adapters that are no pair.
+    Core's own loader silently takes an adapter with 4 x 64 input channels for one of SDXL, assumes one downscale factor
+    and the widths of Stable Diffusion, and does not read diffusers' light adapters. Raises `IcmsrError` for what
+    `read_adapter` refuses, for tensors that do not fit, and for two adapters that do not make a pair.
     """
     paths = [path] if second is None else [path, second]
     read = [read_adapter(one) for one in paths]
@@ -84,16 +84,18 @@ def load_control_net(path: Path, second: Path | None = None) -> comfy.controlnet
     taken = tuple(layout.channels_in for layout in layouts)
     if second is not None and sorted(taken) != [1, 3]:
         raise IcmsrError(
-            f"two adapters must be one for colours (3 channels) and one for edges (1 channel), got {taken[0]} and "
+            f"a pair needs one adapter for colours (3 channels) and one for edges (1 channel), got {taken[0]} and "
             f"{taken[1]} channels: set second_adapter to none, or choose such a pair"
         )
     if len({(layout.factor, layout.widths) for layout in layouts}) > 1:
         described = " and ".join(f"{list(layout.widths)} at factor {layout.factor}" for layout in layouts)
-        raise IcmsrError(f"the two adapters are for different bases (widths {described}): choose two of one family")
+        raise IcmsrError(
+            f"the two adapters are for different base models (widths {described}): choose two for the same one"
+        )
     networks = [_network(one, *parts) for one, parts in zip(paths, read)]
     return comfy.controlnet.T2IAdapter(
         HintNetwork(networks, taken, layouts[0]),
-        # Core averages the channels of a hint for an adapter of one; here the network chooses among them.
+        # With 1, core would average the channels of the hint; here the network chooses among them.
         channels_in=max(3, sum(taken)),
         compression_ratio=layouts[0].factor,
         upscale_algorithm="nearest-exact",
@@ -101,13 +103,13 @@ def load_control_net(path: Path, second: Path | None = None) -> comfy.controlnet
 
 
 def _network(path: Path, layout: AdapterLayout, tensors: dict[str, Tensor]) -> nn.Module:
-    """Core's adapter of `layout` with the weights `tensors`, which came from `path`."""
+    """Core's adapter of `layout` with the weights `tensors`, read from `path`."""
     unshuffled, widths = layout.channels_in * layout.factor**2, list(layout.widths)
     network: nn.Module
     if layout.light:
         network = comfy.t2i_adapter.adapter.Adapter_light(cin=unshuffled, channels=widths, nums_rb=layout.blocks)
     elif len(widths) > MOST_LEVELS:
-        raise IcmsrError(f"{path}: a full adapter has at most {MOST_LEVELS} levels in ComfyUI, this one {len(widths)}")
+        raise IcmsrError(f"{path}: ComfyUI's full adapter has at most {MOST_LEVELS} levels, this one has {len(widths)}")
     else:
         network = comfy.t2i_adapter.adapter.Adapter(
             cin=unshuffled,
@@ -128,18 +130,18 @@ def _network(path: Path, layout: AdapterLayout, tensors: dict[str, Tensor]) -> n
 
 
 def list_adapters() -> list[str]:
-    """The embedded one, then the files in models/icmsr and models/controlnet that may hold an adapter, each once."""
+    """The embedded adapter, then the files of models/icmsr and models/controlnet that may be adapters, each once."""
     names = [name for folder in ADAPTER_FOLDERS for name in folder_paths.get_filename_list(folder)]
     return [EMBEDDED, *(name for name in dict.fromkeys(names) if name.endswith(ADAPTER_EXTENSIONS))]
 
 
 def find_adapter(name: str) -> Path:
-    """Path of the adapter file called `name`. Raises `IcmsrError`."""
+    """Path of the adapter file called `name`. Raises `IcmsrError` if there is none."""
     return embedded_adapter() if name == EMBEDDED else find_file(name, *ADAPTER_FOLDERS)
 
 
 def adapter_stamp(name: str) -> str:
-    """Changes whenever the file called `name`, or the config.json beside it, does."""
+    """A text that changes when the file called `name`, or the config.json in its folder, is replaced."""
     path = find_adapter(name)
     config = path.parent / CONFIG_FILE
     return file_stamp(path) + (file_stamp(config) if config.is_file() else "")

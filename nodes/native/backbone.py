@@ -1,4 +1,4 @@
-"""MODEL and VAE seen as icmsr_core's Backbone. Core keeps its say: memory, precision, patches, attention, hooks."""
+"""MODEL and VAE as a Backbone of icmsr_core. Memory, precision, patches, attention and hooks stay with core."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from .vae_steps import decoder_steps, encoder_steps, is_tiny
 
 
 class ComfyBackbone:
-    """`Backbone` over core's objects; use it in a ``with`` statement, which ends the run on core's side.
+    """`Backbone` over core's objects. Use it in a ``with`` statement, which tells core when the run ends.
 
-    Only one network is asked for at a time, so that a card that holds one of them is enough.
+    It asks core for one network at a time, so a card needs memory for the larger of the two only.
     """
 
     def __init__(self, model: Model, vae: Vae, conditioning: Conditioning | None = None, *, bare: bool = False) -> None:
-        """Checks that the parts belong together; loads nothing. Raises `IcmsrError` that says what to connect.
+        """Checks that the parts belong together, without loading them. Raises `IcmsrError` if they do not.
 
-        With `bare` a MODEL without a generator will do: the base's own prior, a checkpoint of core's loaders included.
+        With `bare`, a MODEL without a generator is accepted too, also a checkpoint from core's loaders.
         """
         description: ModelDescription | None = describe(model) if bare else model.get_attachment(ATTACHMENT)
         if description is None or not (bare or description.generator):
             raise IcmsrError(
-                "this MODEL carries no ICM-SR generator: put ICM-SR Apply Generator before this node, or take MODEL "
-                "and VAE from ICM-SR Load Embedded with generator = embedded"
+                "this MODEL has no ICM-SR generator: put ICM-SR Apply Generator before this node, or take MODEL and "
+                "VAE from ICM-SR Load Embedded with generator = embedded"
             )
         self._descriptor = description.descriptor
         if vae.latent_channels != self._descriptor.latent_channels:
             raise wrong_vae(vae.latent_channels, self._descriptor.latent_channels)
         if description.changes_vae and vae.patcher.get_attachment(ATTACHMENT) is not description:
-            tiny = " (a tiny VAE cannot take the changes that it makes)" if is_tiny(vae.first_stage_model) else ""
+            tiny = " (a tiny VAE cannot be used with this generator)" if is_tiny(vae.first_stage_model) else ""
             raise IcmsrError(
-                f"the generator {description.generator!r} comes with a VAE of its own: "
-                f"connect the VAE output of the same node as the MODEL{tiny}"
+                f"the generator {description.generator!r} changes the VAE too: connect the VAE output of the same node "
+                f"as the MODEL{tiny}"
             )
         self._context = _context(model, description, conditioning)
         self._model, self._vae = model, vae
@@ -109,7 +109,7 @@ class ComfyBackbone:
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
         """See `Backbone`."""
         vae, model, factor = self._vae, self._model.model, self._descriptor.latent_factor
-        # Core's estimate for as many pixels as a stripe has: it depends on the area alone.
+        # Core's estimate for the area of a stripe; its shape makes no difference.
         if part == "encoder":
             self._load(vae.patcher, vae.memory_used_encode((1, 3, factor, pixels // factor), vae.vae_dtype))
             steps = (
@@ -130,9 +130,9 @@ class ComfyBackbone:
         return VaeHalf(steps, vae.device, lambda: _room(vae.device))
 
     def tiles_together(self, tiles: TilePlan) -> int:
-        """How many of `tiles` to give to `predict_noise` at once: as many as fit by core's estimate, on a CPU 1.
+        """How many of `tiles` fit into `predict_noise` at once, by core's estimate and free memory; 1 on a CPU.
 
-        Memory is kept free for the part of the UNet that is not loaded yet.
+        Leaves room for the part of the UNet that is not loaded yet.
         """
         patcher = self._model
         if comfy.model_management.is_device_cpu(patcher.load_device):
@@ -158,7 +158,7 @@ class ComfyBackbone:
             self._running = True
 
     def _options(self, timestep: int) -> dict[str, Any]:
-        """The MODEL's transformer options as a sampler would pass them: a fresh copy, networks write into it."""
+        """The MODEL's transformer options as a sampler passes them; a new copy, because networks write into it."""
         options = comfy.utils.deepcopy_list_dict(self._model.model_options["transformer_options"])
         for name, own in (("wrappers", self._model.wrappers), ("callbacks", self._model.callbacks)):
             options[name] = comfy.patcher_extension.merge_nested_dicts(options.get(name, {}), own)
@@ -166,13 +166,14 @@ class ComfyBackbone:
         return {**options, "cond_or_uncond": [0], "sigmas": sigmas[timestep : timestep + 1]}
 
     def _control(self, latent: Tensor, features: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
-        """Core's form of a T2I-Adapter's residuals, one for each level: a stack that the UNet pops block by block."""
+        """A T2I-Adapter's features, one per level, in core's form: a list from which each block pops an entry."""
         got = [tuple(feature.shape[1:]) for feature in features]
         height, width = latent.shape[-2:]
         wanted = [(channels, height >> level, width >> level) for level, channels in enumerate(self._widths)]
-        if got != wanted:  # core itself logs a line and goes on without the condition
+        if got != wanted:  # core would only log it and ignore the condition
             raise IcmsrError(
-                f"the control_net gives features {got}, this MODEL takes {wanted}: choose an adapter of its family"
+                f"this control_net is for another model (its features are {got}, this MODEL takes {wanted}): choose an "
+                "adapter made for this MODEL"
             )
         blocks: list[Tensor | None] = []
         for layers, feature in zip(self._layers, features):
@@ -181,27 +182,27 @@ class ComfyBackbone:
 
 
 def _context(model: Model, description: ModelDescription, conditioning: Conditioning | None) -> Tensor:
-    """The constant context [tokens, width]; a CONDITIONING goes before the generator's own."""
+    """The constant context [tokens, width]: that of the CONDITIONING if there is one, else the generator's own."""
     width = model.model.model_config.unet_config["context_dim"]
     if conditioning is not None:
         context: Tensor | None = conditioning[0][0]
         if context is None or context.shape[-1] != width:
-            got = "nothing" if context is None else f"{context.shape[-1]} values a token"
+            got = "no text" if context is None else f"{context.shape[-1]} values per token"
             raise IcmsrError(
-                f"the conditioning holds {got}, this MODEL takes {width}: encode it with the text encoder of the same "
-                "checkpoint, or leave the input free"
+                f"the conditioning holds {got}, this MODEL takes {width}: use the CLIP of the same checkpoint, or "
+                "leave conditioning unconnected"
             )
         return context[0]
     if description.prompt_embedding is None:
         raise IcmsrError(
-            f"the generator {description.generator!r} holds no prompt embedding: connect a conditioning "
-            "(an empty prompt through CLIP Text Encode)"
+            f"the generator {description.generator!r} has no prompt of its own: connect CLIP Text Encode to "
+            "conditioning (an empty prompt will do)"
         )
     return description.prompt_embedding
 
 
 def _room(device: torch.device) -> float:
-    """Bytes that whole maps may take on `device`; what core leaves free for other programs is not for them."""
+    """Bytes that whole maps may take on `device`: the free memory, without what core leaves to other programs."""
     free = comfy.model_management.get_free_memory(device)
     return free - comfy.model_management.extra_reserved_memory()
 
@@ -209,7 +210,7 @@ def _room(device: torch.device) -> float:
 def _finite(tensor: Tensor, part: str, dtype: torch.dtype) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise IcmsrError(
-            f"{part} gave NaN or infinite values in {dtype}: its weights are damaged, or the precision is too low "
-            "(start ComfyUI with --force-fp32 --fp32-vae)"
+            f"{part} gave NaN or infinite values in {dtype}: the precision is too low (start ComfyUI with --force-fp32 "
+            "--fp32-vae), or the weights are damaged"
         )
     return tensor

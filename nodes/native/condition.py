@@ -23,12 +23,14 @@ def condition_inputs() -> list[io.Input]:
         io.ControlNet.Input(
             "control_net",
             optional=True,
-            tooltip="Optional: an adapter from ICM-SR Load Adapter, with its hint.",
+            tooltip="Optional: an adapter from ICM-SR Load Adapter. Connect hint as well.",
         ),
         io.Image.Input(
             "hint",
             optional=True,
-            tooltip="For control_net: the hint of ICM-SR Extract Condition, one picture or one for each image.",
+            tooltip=(
+                "For control_net: the hint from ICM-SR Extract Condition, either one for all images or one for each."
+            ),
         ),
     ]
 
@@ -55,15 +57,19 @@ class Condition:
         """
         if (control_net is None) != (hint is None):
             given, missing = ("hint", "control_net") if control_net is None else ("control_net", "hint")
-            raise IcmsrError(f"{given} is connected without {missing}: connect both or neither")
+            raise IcmsrError(f"{given} is connected but {missing} is not: connect both or neither")
         if hint is None:
             return None
         if not isinstance(control_net, comfy.controlnet.T2IAdapter) or not _levels(control_net):
             raise IcmsrError(
-                f"control_net must be a T2I-Adapter (from ICM-SR Load Adapter), got a {type(control_net).__name__}"
+                f"control_net must be a T2I-Adapter, got a {type(control_net).__name__}: take it from ICM-SR Load "
+                "Adapter"
             )
         if hint.shape[0] not in (1, pictures):
-            raise IcmsrError(f"hint must hold 1 picture or as many as image ({pictures}), got {hint.shape[0]}")
+            raise IcmsrError(
+                f"hint must hold 1 picture or as many as image ({pictures}), got {hint.shape[0]}: extract it from the "
+                "same images"
+            )
         network, channels = control_net.t2i_model, hint.shape[-1]
         if isinstance(network, HintNetwork):
             accepted = network.accepts()
@@ -93,8 +99,9 @@ class Condition:
         own = factor * 2 ** (levels - 1)
         if own != multiple:
             raise IcmsrError(
-                f"the control_net folds {factor} x {factor} pixels into a cell and has {levels} levels, for pictures "
-                f"in multiples of {own}; this MODEL takes multiples of {multiple}: choose an adapter of its family"
+                f"this control_net is for another model (it works on {factor} x {factor} pixels with {levels} levels, "
+                f"for sizes in multiples of {own}; this MODEL takes multiples of {multiple}): choose an adapter made "
+                "for this MODEL"
             )
         # Nearest, as core resizes hints: edges stay 0 or 1.
         resized = torch.nn.functional.interpolate(self.hint_of(index).float(), size, mode="nearest-exact")
@@ -103,7 +110,7 @@ class Condition:
 
 
 def _levels(control_net: comfy.controlnet.T2IAdapter) -> int:
-    """Levels of features; 0 for the networks of other kinds that core wraps in the same class."""
+    """Number of levels of features; 0 for other kinds of network that core wraps in the same class."""
     return len(getattr(control_net.t2i_model, "channels", ()))
 
 
@@ -137,7 +144,7 @@ class AdapterFeatures:
             rows, columns = box.slices(ratio)
             tiles.append(self._hint[:, :, rows, columns])
         crops = torch.cat(tiles)
-        # A fresh copy for every batch: core keeps the features of a hint until the size changes, not the hint.
+        # A new copy for every batch: core would keep the features of the first hint until the size changes.
         control = self._control_net.copy().set_cond_hint(crops, self._strength)
         cells = (crops.shape[0], 1, crops.shape[2] // ratio, crops.shape[3] // ratio)
         # An adapter uses only the shape and the dtype of the latent, and nothing of the timestep.

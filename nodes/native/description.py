@@ -1,4 +1,4 @@
-"""What ICM-SR knows of a MODEL: it travels as an attachment of its ModelPatcher, through clones and user LoRAs."""
+"""What ICM-SR knows about a MODEL. It is attached to the ModelPatcher, so it survives clones and LoRA loaders."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ log = logging.getLogger(__name__)
 
 ATTACHMENT = "icmsr"
 FAMILY_BY_CONTEXT_WIDTH = {768: "sd15", 1024: "sd21"}
-"""Families of core's checkpoints, told apart by the width of their text embedding."""
+"""Family of a checkpoint by the width of its text embedding."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelDescription:
-    """Attached to a MODEL, and to the VAE whose weights a generator changed along with it."""
+    """Attached to a MODEL, and to the VAE if the generator changed its weights too."""
 
     descriptor: BackboneDescriptor
-    """The backbone, with the generator's timestep and prediction once one is applied."""
+    """The backbone; once a generator is applied, with its timestep and prediction."""
     base: str
     """Name of the base model."""
     base_hash: str = ""
-    """SHA-256 of its UNet weights; empty when unknown."""
+    """SHA-256 of the base's UNet weights; empty if unknown."""
     prompt_embedding: Tensor | None = None
-    """Constant context [tokens, width], or None when a CONDITIONING must be connected."""
+    """Constant context [tokens, width]; None if a CONDITIONING must be connected."""
     generator: str = ""
-    """Name of the generator that is applied; empty for a bare base."""
+    """Name of the applied generator; empty for a base without one."""
     changes_vae: bool = False
-    """Whether that generator changed the VAE, so that the two outputs belong together."""
+    """Whether the generator changed the VAE, so that MODEL and VAE must be used together."""
 
 
 def describe(model: Model) -> ModelDescription:
-    """The description attached to `model`, or one read off a Stable Diffusion 1.5 or 2.1 MODEL of core's loaders.
+    """The description attached to `model`, or for a Stable Diffusion 1.5 or 2.1 MODEL from core's loaders a new one.
 
     Raises `IcmsrError` for a MODEL of any other kind.
     """
@@ -51,11 +51,11 @@ def describe(model: Model) -> ModelDescription:
     family = FAMILY_BY_CONTEXT_WIDTH.get(config.get("context_dim", 0))
     if family is None or config.get("in_channels") != 4 or config.get("adm_in_channels") is not None:
         raise IcmsrError(
-            f"ICM-SR has no generators for a MODEL of type {type(model.model).__name__}: take MODEL and VAE from "
-            "'ICM-SR Load Embedded', or from a checkpoint of Stable Diffusion 1.5 or 2.1-base"
+            f"ICM-SR does not work with a MODEL of the type {type(model.model).__name__}: take MODEL and VAE from "
+            "ICM-SR Load Embedded, or from Load Checkpoint with Stable Diffusion 1.5 or 2.1"
         )
     factor = model.model.latent_format.spacial_downscale_ratio
-    # Not model_type, which core guesses from a weight's statistics: ModelSamplingDiscrete may have corrected it.
+    # Not model_type, which core guesses from the statistics of a weight: ModelSamplingDiscrete may have corrected it.
     sampling = model.get_model_object("model_sampling")
     descriptor = BackboneDescriptor(
         family=family,
@@ -69,31 +69,29 @@ def describe(model: Model) -> ModelDescription:
 
 
 def with_generator(description: ModelDescription, generator: Generator) -> ModelDescription:
-    """`description` after `generator` is applied.
+    """The description of the MODEL once `generator` is applied.
 
-    Raises `IcmsrError` for another family, for a base that predicts something else than the one it was trained on, or
-    when a generator is there already: two would be merged into nonsense.
+    Raises `IcmsrError` for a generator of another family, for one trained on a base with another prediction type, and
+    if a generator is applied already: two merged into one model give nonsense.
     """
     info, descriptor = generator.info, description.descriptor
     if description.generator:
         raise IcmsrError(
-            f"this MODEL already carries the generator {description.generator!r}: connect ICM-SR Apply Generator to "
-            "the bare base (ICM-SR Load Embedded with generator = none)"
+            f"this MODEL already carries the generator {description.generator!r}, and only one is possible: connect a "
+            "model without one (ICM-SR Load Embedded with generator = none, or Load Checkpoint)"
         )
     if info.family != descriptor.family:
         raise IcmsrError(
-            f"{generator.name}: the generator is for the family {info.family!r}, the MODEL ({description.base}) is of "
-            f"{descriptor.family!r}: choose files of one family"
+            f"{generator.name}: the generator is for the family {info.family!r}, this MODEL ({description.base}) is of "
+            f"the family {descriptor.family!r}: choose a generator and a model of the same family"
         )
     where = f"the MODEL, {description.base}"
-    if not description.base_hash:  # nothing but core's judgement stands behind it
-        where += "; where ComfyUI took it for the wrong kind, ModelSamplingDiscrete before this node says which it is"
+    if not description.base_hash:  # a checkpoint, whose prediction type core has guessed
+        where += "; if ComfyUI guessed its kind wrong, set it with ModelSamplingDiscrete before this node"
     own = bool(info.base_hash) and info.base_hash == description.base_hash
     check_prior(generator, descriptor.prediction, where, lambda: own)
     if info.base_hash and description.base_hash and info.base_hash != description.base_hash:
-        log.warning(
-            "%s was trained on other weights of %s than these: results may suffer", generator.name, description.base
-        )
+        log.warning("%s was trained on other weights of %s: the result may be worse", generator.name, description.base)
     descriptor.schedule.check_timestep(info.timestep)
     return replace(
         description,

@@ -1,4 +1,4 @@
-"""A generator file as patches of core's ModelPatcher: core merges them when it loads the networks, and undoes it."""
+"""A generator as patches of core's ModelPatcher, which core merges when it loads the networks and can take back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Patches(NamedTuple):
-    """One set of weights as patches by native parameter name."""
+    """One set of a generator's weights as patches, by native parameter name."""
 
     whole: dict[str, tuple[str, tuple[Tensor]]]
     """Tensors replaced whole, in core's form ("diff", (tensor,))."""
@@ -31,12 +31,12 @@ class Patches(NamedTuple):
 def apply_generator(
     model: Model, vae: Vae, generator: Generator, strength: float = 1.0, fidelity: float = 1.0
 ) -> tuple[Model, Vae]:
-    """Copies of `model` and `vae` with `generator` laid over them; the originals stay as they are.
+    """Copies of `model` and `vae` with `generator` merged in; the originals stay unchanged.
 
-    ``W + strength * (W' - W)``, where W' is what the generator makes of W at `fidelity` (`weights/merging.py`).
-    A `fidelity` of 1, the inputs' default, is taken as not chosen where the generator has one set of weights. LoRAs of
-    the user act on top of it, whichever node comes first. Raises `IcmsrError` for another fidelity there, for one
-    beyond 0..2, and for tensors without a place, which it names.
+    A weight W becomes ``W + strength * (W' - W)``, where W' is the weight merged at `fidelity` (`weights/merging.py`).
+    A generator with one set of weights takes only the fidelity 1, the default of the nodes. LoRAs of the user act on
+    top, whichever node comes first. Raises `IcmsrError` for any other fidelity then, for one outside 0..2, for a VAE
+    that does not belong to the MODEL, and for tensors that do not fit, by name.
     """
     chosen = None if fidelity == 1.0 and not generator.has_two_sets else fidelity
     generator = generator.at_fidelity(chosen)
@@ -45,8 +45,8 @@ def apply_generator(
     embedding = description.prompt_embedding
     if embedding is not None and embedding.shape[1] != config["context_dim"]:
         raise IcmsrError(
-            f"{generator.name}: its prompt embedding is {embedding.shape[1]} wide, this MODEL takes "
-            f"{config['context_dim']}"
+            f"{generator.name}: its prompt embedding has width {embedding.shape[1]}, this MODEL takes "
+            f"{config['context_dim']}: choose a generator and a model that belong together"
         )
     if vae.latent_channels != description.descriptor.latent_channels:
         raise wrong_vae(vae.latent_channels, description.descriptor.latent_channels)
@@ -65,8 +65,8 @@ def apply_generator(
     levels = vae_levels(vae_state)
     if not levels:
         raise IcmsrError(
-            f"{generator.name}: the generator changes an AutoencoderKL, this VAE is of another kind (a tiny one, say): "
-            "connect the VAE of the checkpoint"
+            f"{generator.name}: the generator changes the VAE, and this VAE is of a kind that it cannot change (such "
+            "as a tiny one): connect the VAE of the checkpoint"
         )
     vae_patches = _native_patches(generator, "vae", vae_state, lambda key: native_vae_key(key, levels))
     vae_copy = copy.copy(vae)  # core's VAE has no clone()
@@ -79,19 +79,20 @@ def apply_generator(
 def wrong_vae(got: int, expected: int) -> IcmsrError:
     """The error for a VAE that does not belong to the MODEL."""
     return IcmsrError(
-        f"this VAE has {got} latent channels, the MODEL takes {expected}: connect the VAE of the same loader"
+        f"this VAE has {got} latent channels, the MODEL takes {expected}: connect the VAE from the same node as the "
+        "MODEL"
     )
 
 
 def _warn_of_eight_bits(generator: Generator, model: Model, sets: tuple[Patches, Patches]) -> None:
-    """Core rounds what it merges to the precision of the weights it keeps, and in 8 bits that is most of a LoRA."""
+    """Warns if the MODEL keeps changed weights in 8 bits: core rounds them to that, which destroys most of a LoRA."""
     state = model.model_state_dict()
     keys = {key for patches in sets for part in patches for key in part}
     dtypes = sorted({str(state[key].dtype).removeprefix("torch.") for key in keys if state[key].element_size() == 1})
     if dtypes:
         log.warning(
-            "%s: this MODEL keeps its weights in %s, and the generator is rounded to that as well: "
-            "load the checkpoint in 16 bits for the result it was trained for",
+            "%s: this MODEL keeps its weights in %s, so the generator is rounded to 8 bits too: load the checkpoint in "
+            "16 bits for the full quality",
             generator.name,
             " and ".join(dtypes),
         )
@@ -100,7 +101,7 @@ def _warn_of_eight_bits(generator: Generator, model: Model, sets: tuple[Patches,
 def _native_patches(
     generator: Generator, part: str, state: Mapping[str, Tensor], native: Callable[[str], str]
 ) -> tuple[Patches, Patches]:
-    """The faithful and the realistic set of `part`, their keys and shapes checked against `state`."""
+    """The faithful and the realistic set of `part` (unet or vae), checked against `state` by name and shape."""
     faithful, realistic = generator.sets(part)
     first, wrong = _set_patches(f"{part}.", faithful, state, generator.info.alpha, native)
     second, wrong_above = _set_patches(f"{REALISTIC}{part}.", realistic, state, generator.info.realistic_alpha, native)
@@ -133,16 +134,17 @@ def _set_patches(
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
-    # A linear layer here may be a 1x1 convolution there.
+    # A linear layer of diffusers may be a 1x1 convolution in core.
     return tuple(length for length in tensor.shape if length != 1)
 
 
 def _add(patcher: Patcher, faithful: Patches, realistic: Patches, strength: float, fidelity: float) -> None:
-    """Puts the patches under those that are there already, so that a user's LoRA survives a tensor replaced whole.
+    """Adds the patches before those that the patcher already has, so that a user's LoRA survives replaced tensors.
 
-    Core's patches never know W, which may be loaded, patched or cast: each multiplies it by one number and adds to it.
-    With s the strength and f the fidelity, ``W + s * (W1 + f * (new - W1) - W)`` comes of whole tensors first, LoRA
-    after them: where the realistic set replaces a tensor, s * (1 - f) of the faithful set's parts is left, else s.
+    A patch of core never sees W, which may be loaded, patched or cast: it can only scale the weight and add to it. With
+    s the strength, f the fidelity and W1 the faithful weight, ``W + s * (W1 + f * (new - W1) - W)`` is built from the
+    replaced tensors first and the LoRA after them. Where the realistic set replaces a tensor, the faithful set's part
+    has the factor s * (1 - f), elsewhere s.
     """
     earlier = patcher.patches
     patcher.patches = {}
@@ -171,7 +173,7 @@ def _add(patcher: Patcher, faithful: Patches, realistic: Patches, strength: floa
 
 
 def _split(patches: dict[str, Any], others: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`patches` whose keys are not in `others`, and those whose keys are."""
+    """The `patches` whose keys are not in `others`, and those whose keys are."""
     return (
         {key: patch for key, patch in patches.items() if key not in others},
         {key: patch for key, patch in patches.items() if key in others},

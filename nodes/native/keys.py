@@ -1,4 +1,4 @@
-"""Diffusers' parameter names in ComfyUI's native networks."""
+"""The names that diffusers' parameters have in ComfyUI's native networks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UP = re.compile(r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\
 def native_vae_key(key: str, levels: int) -> str:
     """The native name of an AutoencoderKL parameter; `levels` is the number of the VAE's resolutions.
 
-    A name that no rule knows comes back as it is. Core's own map takes four levels for granted, this one does not.
+    A name that no rule matches comes back unchanged. Core's own map works for four levels only.
     """
 
     def up(match: re.Match[str]) -> str:
@@ -41,11 +41,11 @@ def native_vae_key(key: str, levels: int) -> str:
 
 
 def vae_levels(state: Mapping[str, object]) -> int:
-    """Number of resolutions of the native VAE with the parameter names `state`; 0 when it is no AutoencoderKL."""
+    """Number of resolutions of the native VAE with the parameter names in `state`; 0 if it is not an AutoencoderKL."""
     found = [re.match(r"encoder\.down\.(\d+)\.block\.", key) for key in state]
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def native_unet_keys(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Native name of every UNet parameter, by its diffusers name; some of them no given network has."""
+    """The native name of every UNet parameter by its diffusers name; more than any one network has."""
     return comfy.utils.unet_to_diffusers(dict(unet_config))

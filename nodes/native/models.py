@@ -1,4 +1,4 @@
-"""A base folder of ICM-SR on ComfyUI's native UNet and VAE, by configuration: no diffusers at run time."""
+"""Loads a base folder of ICM-SR into ComfyUI's native UNet and VAE, without diffusers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .core_objects import Model, Vae
 from .keys import native_unet_keys, native_vae_key
 
 CORE_WIDTH = 320
-"""First width of Stable Diffusion's UNet, for which core's memory estimates hold at a factor of 1."""
+"""First width of Stable Diffusion's UNet, for which core's memory factor is 1."""
 MIDDLES = {"UNetMidBlock2DCrossAttn": 1, "UNetMidBlock2D": -1}
-"""Core's `transformer_depth_middle` for diffusers' kinds of middle block; -1 is a single residual block."""
+"""Core's `transformer_depth_middle` for each of diffusers' middle blocks; -1 is a single residual block."""
 CORE_VAE_WIDTH = 128
-"""First width of Stable Diffusion's VAE, for which core's memory estimates hold."""
+"""First width of Stable Diffusion's VAE, for which core estimates memory."""
 
 
 def load_unet(base: BaseFolder) -> Model:
     """The MODEL (a ModelPatcher) of `base`, in the precision that core chooses for the device.
 
-    Raises `IcmsrError` when the configuration is not of Stable Diffusion's layout or a tensor does not fit.
+    Raises `IcmsrError` if the configuration does not have Stable Diffusion's layout or a tensor does not fit.
     """
     config = _model_config(base)
     keys = native_unet_keys(config.unet_config)
@@ -56,15 +56,15 @@ def load_unet(base: BaseFolder) -> Model:
 def load_vae(base: BaseFolder) -> Vae:
     """The VAE of `base`, in the precision that core chooses for the device.
 
-    Raises `IcmsrError` when the configuration has no native counterpart or a tensor does not fit.
+    Raises `IcmsrError` if core has no network for the configuration or a tensor does not fit.
     """
     config = base.vae_config
     widths: list[int] = config["block_out_channels"]
     levels, channels = len(widths), int(config["latent_channels"])
     if any(width % widths[0] or width % 32 for width in widths):
-        raise IcmsrError(f"{base.path}/vae: widths must be multiples of 32 and of the first, got {widths}")
+        raise IcmsrError(f"{base.path}/vae: widths must be multiples of 32 and of the first one, got {widths}")
     if not (config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)):
-        raise IcmsrError(f"{base.path}/vae: ComfyUI's AutoencoderKL needs quant_conv and post_quant_conv")
+        raise IcmsrError(f"{base.path}/vae: without quant_conv or post_quant_conv, which ComfyUI's AutoencoderKL needs")
     state = {native_vae_key(key, levels): _as_conv(key, value) for key, value in base.vae_state().items()}
     given = set(state)
     attends = bool(config.get("mid_block_add_attention", True))
@@ -84,7 +84,7 @@ def load_vae(base: BaseFolder) -> Vae:
     }
     try:
         vae = comfy.sd.VAE(sd=state, config={"params": {"ddconfig": shape, "embed_dim": channels}})
-    except RuntimeError as error:  # a tensor of another shape; core only logs names that are missing or left over
+    except RuntimeError as error:  # a tensor of another shape; missing and surplus names are only logged by core
         raise IcmsrError(f"{base.path}/vae: {' '.join(str(error).split())}") from error
     network = vae.first_stage_model
     if not attends:
@@ -93,7 +93,7 @@ def load_vae(base: BaseFolder) -> Vae:
     _check_fit(f"{base.path}/vae", {key: state[key] for key in given}, network)
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.num_groups = int(config["norm_num_groups"])  # core builds every one of them with 32
+            module.num_groups = int(config["norm_num_groups"])  # core builds all of them with 32
     vae.latent_channels = channels
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (levels - 1)
     narrower = widths[0] / CORE_VAE_WIDTH
@@ -104,12 +104,12 @@ def load_vae(base: BaseFolder) -> Vae:
 
 
 def _as_conv(key: str, value: Tensor) -> Tensor:
-    # Diffusers keeps the attention's projections as linear layers, the native VAE as 1x1 convolutions.
+    # The attention's projections are linear layers in diffusers and 1x1 convolutions in core.
     return value[..., None, None] if ".attentions." in key and value.ndim == 2 else value
 
 
 def _silent_attention(width: int) -> dict[str, Tensor]:
-    """Weights for the attention that core builds in every VAE; it is taken out once the VAE stands."""
+    """Weights for the attention that core builds into every VAE; `load_vae` then removes it."""
     state: dict[str, Tensor] = {}
     for part in ("encoder", "decoder"):
         for name in ("norm", "q", "k", "v", "proj_out"):
@@ -131,7 +131,7 @@ def _model_config(base: BaseFolder) -> Any:
     native = _unet_config(base)
 
     class Config(comfy.supported_models_base.BASE):
-        # BASE would set 64 channels a head, which changes the number of heads without a word.
+        # BASE would silently set 64 channels per head, which changes the number of heads.
         unet_extra_config: dict[str, Any] = {  # noqa: RUF012
             "num_heads": -1,
             "num_head_channels": native.pop("num_head_channels"),
@@ -150,7 +150,7 @@ def _model_config(base: BaseFolder) -> Any:
             return kinds.V_PREDICTION if info.prediction == "v" else kinds.EPS
 
         def inpaint_model(self) -> bool:
-            return False  # BASE takes every UNet with more than 4 input channels for one
+            return False  # BASE says yes for every UNet with more than 4 input channels
 
     return Config(native)
 
@@ -171,16 +171,18 @@ def _unet_config(base: BaseFolder) -> dict[str, Any]:
     head_widths = {width // count for width, count in zip(widths, heads)}
     if len(head_widths) != 1 or any(width % widths[0] or width % 32 for width in widths):
         raise IcmsrError(
-            f"{base.path}/unet: widths must be multiples of 32 and of the first, with heads of one width, "
+            f"{base.path}/unet: widths must be multiples of 32 and of the first one, with heads of one width, "
             f"got {widths} with {heads} heads"
         )
     attends = [1] * (levels - 1) + [0]
-    # The middle attends to itself in diffusers whatever this says, and so it does here.
+    # The middle block always has self-attention, in diffusers and here.
     only_cross = config.get("only_cross_attention", False)
     only_cross = list(only_cross) if isinstance(only_cross, Iterable) else [only_cross] * levels
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     if middle not in MIDDLES:
-        raise IcmsrError(f"{base.path}/unet: ComfyUI's UNet has a middle of {' or '.join(MIDDLES)}, got {middle}")
+        raise IcmsrError(
+            f"{base.path}/unet: ComfyUI's UNet needs the middle block {' or '.join(MIDDLES)}, got {middle}"
+        )
     return {
         "image_size": 32,
         "in_channels": config["in_channels"],

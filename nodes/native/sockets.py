@@ -1,4 +1,4 @@
-"""IMAGE sockets ([B, H, W, C], in [0, 1]) to the core's tensors ([N, C, H, W]) and back: here and nowhere else."""
+"""Conversion between IMAGE ([B, H, W, C] in [0, 1]) and the pictures of icmsr_core ([N, C, H, W]), both ways."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...icmsr_core.pictures.channels import as_rgb
 
 
 def to_pictures(image: Tensor) -> Tensor:
-    """RGB pictures [N, 3, H, W], float32, of an IMAGE; an alpha channel is left out, grey is tripled."""
+    """RGB pictures [N, 3, H, W], float32, of an IMAGE. Alpha is dropped, and grey becomes three equal channels."""
     return as_rgb(rearrange(image, "n h w c -> n c h w")).float()
 
 
 def to_image(pictures: Tensor) -> Tensor:
-    """An IMAGE [N, H, W, C], float32, in [0, 1], where core keeps what passes between nodes (as a rule the CPU)."""
+    """An IMAGE [N, H, W, C], float32, clamped to [0, 1], on the device where core keeps outputs (usually the CPU)."""
     image = rearrange(pictures.float().clamp(0, 1), "n c h w -> n h w c")
     return image.contiguous().to(comfy.model_management.intermediate_device())

@@ -1,5 +1,5 @@
 """Core's AutoencoderKL (comfy/ldm/modules/diffusionmodules/model.py) and TAESD (comfy/taesd/taesd.py) as the steps of
-`tiled_vae_steps`."""
+`icmsr_core/backbone/vae_steps.py`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ...icmsr_core.pictures.ranges import signed_to_unit, unit_to_signed
 
 
 def encoder_steps(vae: Any, device: torch.device) -> tuple[Step, ...]:
-    """The encoder of `vae` with its quant_conv where it has one: [N, 3, H, W] to the moments [N, 2C, h, w].
+    """The encoder of `vae`, with its quant_conv if it has one: from [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    A tiny one gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `UnknownLayer` for a VAE of
-    another layout.
+    The encoder of a TAESD gives the latent [N, C, h, w]. `device` is where the weights are used. Raises `UnknownLayer`
+    for a VAE of another layout.
     """
     if is_tiny(vae):
         return (
@@ -48,9 +48,9 @@ def encoder_steps(vae: Any, device: torch.device) -> tuple[Step, ...]:
 
 
 def decoder_steps(vae: Any, device: torch.device) -> tuple[Step, ...]:
-    """The decoder of `vae` with its post_quant_conv where it has one: [N, C, h, w] to [N, 3, H, W].
+    """The decoder of `vae`, with its post_quant_conv if it has one: from [N, C, h, w] to [N, 3, H, W].
 
-    The rest is as in `encoder_steps`.
+    Arguments and errors are those of `encoder_steps`.
     """
     if is_tiny(vae):
         clamp, *layers = vae.taesd_decoder
@@ -79,8 +79,8 @@ def _half(vae: Any, name: str) -> Any:
     half = getattr(vae, name, None)
     if not all(hasattr(half, part) for part in ("conv_in", "mid", "norm_out", "conv_out")):
         raise UnknownLayer(
-            f"a VAE of the kind {type(vae).__name__} cannot run in tiles: connect one of Stable Diffusion's layout, or "
-            "upscale with tile 0, the whole picture at once"
+            f"a VAE of the kind {type(vae).__name__} cannot run in tiles: connect a Stable Diffusion VAE, or set tile "
+            "to 0 (the whole picture at once)"
         )
     return half
 
@@ -112,7 +112,7 @@ def _block(block: Any, device: torch.device) -> Residual:
 
 
 def _attention(block: Any, device: torch.device) -> list[Step]:
-    if isinstance(block, torch.nn.Identity):  # taken out, as in the embedded VAE
+    if isinstance(block, torch.nn.Identity):  # no attention, as in the embedded VAE (see `models.load_vae`)
         return []
     return [Residual((_norm(block.norm, device), Attention(block.q, block.k, block.v, block.proj_out)))]
 
@@ -122,7 +122,7 @@ def _head(half: Any, device: torch.device) -> list[Step]:
 
 
 def _norm(module: torch.nn.GroupNorm, device: torch.device) -> Norm:
-    # Through core, which may keep the weights elsewhere or patch them only when they are used.
+    # Core may keep the weights on another device, or patch them only when they are used, so it must hand them out.
     return Norm(
         module.num_groups,
         module.eps,

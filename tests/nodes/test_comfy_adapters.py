@@ -211,7 +211,7 @@ def test_damaged_files_are_refused_and_nothing_in_them_runs(tmp_path):
 
 def test_other_kinds_of_file_are_named(tmp_path):
     (tmp_path / "a.onnx").touch()
-    with pytest.raises(IcmsrError, match=r"one of \.safetensors, \.bin"):
+    with pytest.raises(IcmsrError, match=r"must end in one of \.safetensors, \.bin"):
         read_adapter(tmp_path / "a.onnx")
     with pytest.raises(IcmsrError, match="no such file"):
         read_adapter(tmp_path / "missing.safetensors")
@@ -420,19 +420,19 @@ def test_a_v_prediction_model_takes_the_generator_that_was_trained_for_it(outcom
 REFUSALS = {
     "v generator on eps": "the generator is for a base that predicts v, this one predicts eps (the MODEL, sd15",
     "eps generator on v": "the generator is for a base that predicts eps, this one predicts v (the MODEL, sd15 "
-    "checkpoint; where ComfyUI took it for the wrong kind, ModelSamplingDiscrete before this node says which it is): "
-    "choose the eps-prediction",
-    "no prompt": "the sd15 checkpoint comes without a prompt: connect a conditioning",
-    "hint alone": "hint is connected without control_net",
-    "another base's adapter": "folds 4 x 4 pixels into a cell and has 2 levels, for pictures in multiples of 8",
-    "no pair": "one for colours (3 channels) and one for edges (1 channel), got 4 and 1 channels",
+    "checkpoint; if ComfyUI guessed its kind wrong, set it with ModelSamplingDiscrete before this node): choose the "
+    "eps-prediction",
+    "no prompt": "the sd15 checkpoint has no prompt of its own: connect CLIP Text Encode to conditioning",
+    "hint alone": "hint is connected but control_net is not",
+    "another base's adapter": "it works on 4 x 4 pixels with 2 levels, for sizes in multiples of 8",
+    "no pair": "one adapter for colours (3 channels) and one for edges (1 channel), got 4 and 1 channels",
     "twice the same": "got 1 and 1 channels",
-    "pair of two widths": "the two adapters are for different bases (widths [32, 64, 128, 128] at factor 8 and [64",
+    "pair of two widths": "the two adapters are for different base models (widths [32, 64, 128, 128] at factor 8 and",
     "not there": "'nowhere.safetensors' is not in models/icmsr or models/controlnet",
-    "three channels for four": "hint has 3 channels, this control_net takes 4: connect the hint output",
+    "three channels for four": "hint has 3 channels, this control_net takes 4: connect the output called hint",
     "three channels for a pair": "hint has 3 channels, this control_net takes 4",
-    "factor 8 at 4": "folds 8 x 8 pixels into a cell and has 2 levels, for pictures in multiples of 16; this MODEL "
-    "takes multiples of 8: choose an adapter of its family",
+    "factor 8 at 4": "it works on 8 x 8 pixels with 2 levels, for sizes in multiples of 16; this MODEL takes "
+    "multiples of 8): choose an adapter made for this MODEL",
 }
 
 

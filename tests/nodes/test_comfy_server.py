@@ -357,7 +357,7 @@ def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"generator": "embedded"}, "which predicts a residual at one timestep and knows no noise: connect the bare"),
+        ({"generator": "embedded"}, "which upscales in one step and cannot remove noise: connect the model without it"),
         ({"timesteps": "some"}, "timesteps must be 1 to 16 whole numbers separated by commas, got 'some'"),
         ({"timesteps": "200, 1000"}, "1000"),
     ],

@@ -67,7 +67,9 @@ def test_taesd_gives_the_librarys_picture(outcome, name: str, tile: int) -> None
 def test_a_generator_that_changes_the_vae_refuses_it(outcome) -> None:
     apply, run = outcome.errors["apply"], outcome.errors["upscale"]
     assert apply is not None
-    assert "changing.safetensors: the generator changes an AutoencoderKL" in apply
+    assert (
+        "changing.safetensors: the generator changes the VAE, and this VAE is of a kind that it cannot change" in apply
+    )
     assert "connect the VAE of the checkpoint" in apply
     assert run is not None
-    assert "a tiny VAE cannot take the changes that it makes" in run
+    assert "a tiny VAE cannot be used with this generator" in run

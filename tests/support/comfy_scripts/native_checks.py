@@ -193,7 +193,7 @@ with torch.inference_mode():
     error_of("fidelity of one set", apply_node.execute, model, vae, "a.safetensors", fidelity=0.95)
     error_of("fidelity beyond", apply_node.execute, model, vae, "two sets.safetensors", fidelity=2.5)
     single = replace(generator_file.load_generator(loaders.embedded_generator()), realistic={})
-    loaders.load_generator = lambda *_: single  # whatever the pack ships with
+    loaders.load_generator = lambda path, name: replace(single, name=name)  # whatever the pack ships with
     error_of("fidelity of the embedded", loaders.LoadEmbedded.execute, fidelity=0.5)
     error_of("bare base at any fidelity", loaders.LoadEmbedded.execute, "none", fidelity=0.5)
     loaders.load_generator = generator_file.load_generator
