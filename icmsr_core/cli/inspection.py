@@ -21,7 +21,7 @@ from ..weights.single_file import PREFIXES
 from ..weights.tensor_files import read_head, read_tensors
 
 
-def describe(path: Path) -> str:
+def file_report(path: Path) -> str:
     """Lines ``name  value`` about the generator, adapter or base at `path`. Raises `IcmsrError` for anything else."""
     weights = path / WEIGHTS_FILE
     if path.is_dir() and weights.is_file():  # a base keeps its weights one folder further down

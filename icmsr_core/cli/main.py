@@ -104,7 +104,7 @@ def run_upscale(options: argparse.Namespace) -> int:
 
     from ..runtime.ingredients import check_recipe
     from ..upscale.tile_choice import Automatic
-    from .picture_jobs import Job, plan_jobs, planner, run_jobs
+    from .picture_jobs import Job, plan_jobs, planner, upscale_jobs
 
     recipe = recipe_of(options)
     check_recipe(recipe)
@@ -122,7 +122,7 @@ def run_upscale(options: argparse.Namespace) -> int:
             tiles.reset()
             return bar_steps(tiles)
 
-        failed = run_jobs(
+        failed = upscale_jobs(
             backbone,
             jobs,
             planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype),
@@ -180,9 +180,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """``icmsr inspect``."""
-    from .inspection import describe
+    from .inspection import file_report
 
-    print(describe(options.file))
+    print(file_report(options.file))
     return 0
 
 
@@ -190,13 +190,13 @@ def run_import(options: argparse.Namespace) -> int:
     """``icmsr import``."""
     from ..exchange.importers import ImportSettings, import_checkpoint
     from ..weights.hub import find_base
-    from .inspection import describe
+    from .inspection import file_report
 
     base = None if options.base is None else find_base(options.base, options.prompt is not None)
     settings = ImportSettings(options.family, base, options.timestep, options.prediction, options.prompt)
     import_checkpoint(options.kind, options.source, options.dest, settings)
     print(f"wrote {options.dest}")
-    print(describe(options.dest))
+    print(file_report(options.dest))
     return 0
 
 

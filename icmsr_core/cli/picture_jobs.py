@@ -142,7 +142,7 @@ def planner(
     return plan_for
 
 
-def run_jobs(
+def upscale_jobs(
     backbone: Backbone,
     jobs: Sequence[Job],
     plan_for: PlanFor,

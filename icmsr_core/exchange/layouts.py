@@ -11,15 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..errors import IcmsrError
-from ..weights.sd_families import SD_FAMILIES, SD_WIDTHS
+from ..weights.sd_families import SD_FAMILIES, SD_VAE_WIDTHS, SD_WIDTHS
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape by parameter name, diffusers' names."""
 Layout = Mapping[str, Shapes]
 """The shapes of the two networks, ``unet`` and ``vae``."""
 
-VAE_WIDTHS = (128, 256, 512, 512)
-"""Widths of Stable Diffusion's VAE."""
 KOHYA_PREFIX = "lora_unet_"
 """What kohya's keys of the UNet begin with; the module's name follows, its dots written as underscores."""
 
@@ -33,7 +31,7 @@ def published_layout(family: str) -> Layout:
     if family not in widths:
         raise IcmsrError(f"family must be one of {', '.join(sorted(widths))}, got {family!r}")
     unet = unet_shapes(SD_WIDTHS, widths[family], linear_projection=family == "sd21")
-    return {"unet": dict(unet), "vae": dict(vae_encoder_shapes(VAE_WIDTHS))}
+    return {"unet": dict(unet), "vae": dict(vae_encoder_shapes(SD_VAE_WIDTHS))}
 
 
 def unet_shapes(

@@ -19,7 +19,7 @@ from PIL import Image
 from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.backbone.vae_steps import UnknownLayer, VaeHalf
 from icmsr_core.cli import picture_jobs
-from icmsr_core.cli.picture_jobs import Job, plan_jobs, run_jobs, upscale_picture
+from icmsr_core.cli.picture_jobs import Job, plan_jobs, upscale_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
 from icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -60,9 +60,9 @@ def folder_of(folder: Path, number: int) -> list[Job]:
 
 
 def run(jobs: list[Job], backbone: Toy | None = None, **functions) -> tuple[int, list[str]]:
-    """What `run_jobs` returns, and the lines that it reported."""
+    """What `upscale_jobs` returns, and the lines that it reported."""
     lines: list[str] = []
-    return run_jobs(backbone or Toy(), jobs, plan_for, report=lines.append, **functions), lines
+    return upscale_jobs(backbone or Toy(), jobs, plan_for, report=lines.append, **functions), lines
 
 
 def plan_for(height: int, width: int) -> UpscalePlan:

@@ -27,7 +27,6 @@ def write_sd_folder(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     shards: int = 1,
-    seed: int = 0,
     old_attention_names: bool = False,
 ) -> Path:
     """UNet, VAE and scheduler of `family` ("sd15", "sd21"), every tensor random.
@@ -38,7 +37,7 @@ def write_sd_folder(
     the VAE's attention as diffusers did before 0.17.
     """
     configs = {"unet": unet_config(family, width_divisor), "vae": vae_config(width_divisor)}
-    for part, state in random_states(family, width_divisor, dtype, seed).items():
+    for part, state in random_states(family, width_divisor, dtype, 0).items():
         write_json(folder / part / "config.json", configs[part])
         if part == "vae" and old_attention_names:
             state = {old_name(key): value for key, value in state.items()}

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from icmsr_core.cli.inspection import describe
+from icmsr_core.cli.inspection import file_report
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.runtime.recipe import Recipe
@@ -168,7 +168,7 @@ def test_a_file_says_its_own_fidelity(tmp_path, two_sets: Generator) -> None:
         save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
         info = load_generator(path).info
         assert info.realistic_default == value
-        assert f"{value:g} unless asked for" in describe(path)
+        assert f"{value:g} unless asked for" in file_report(path)
     for value in (-0.1, 2.5):
         save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
         with pytest.raises(IcmsrError, match=f"realistic_default in its description must be from 0 to 2, got {value}"):
@@ -194,7 +194,7 @@ def test_a_second_set_for_one_network(tmp_path, two_sets: Generator) -> None:
 def test_inspection_tells_both_sets(tmp_path, two_sets: Generator, generator: Generator) -> None:
     def shown(held: Generator) -> dict[str, str]:
         save_generator(tmp_path / "generator.safetensors", held)
-        lines = describe(tmp_path / "generator.safetensors").splitlines()
+        lines = file_report(tmp_path / "generator.safetensors").splitlines()
         return dict(re.split(" {2,}", line, maxsplit=1) for line in lines)
 
     rows = shown(two_sets)

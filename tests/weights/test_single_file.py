@@ -16,7 +16,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
-from icmsr_core.cli.inspection import describe
+from icmsr_core.cli.inspection import file_report
 from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
@@ -198,7 +198,7 @@ def test_the_command_line_takes_a_file(tmp_path, narrow: Path, narrow_folder: Pa
 
 
 def test_inspect_tells_what_a_file_holds(narrow: Path) -> None:
-    text = describe(narrow)
+    text = file_report(narrow)
     assert "base, a checkpoint in one file" in text
     assert re.search(r"family +sd21", text)
     assert re.search(r"latent +4 channels, 1 cell per 8 px", text)
