@@ -50,7 +50,12 @@ def lettering() -> Image:
 
 def preset(name: str) -> Callable[[Image, int], Image]:
     """The degradation of that name."""
-    return lambda picture, seed: degrade(picture, PRESETS[name], np.random.default_rng(seed))
+
+    def damage(picture: Image, seed: int) -> Image:
+        low = degrade(np.rint(picture * 255).astype(np.uint8), PRESETS[name], np.random.default_rng(seed))
+        return low.astype(np.float32) / np.float32(255)
+
+    return damage
 
 
 def reduced(picture: Image) -> Image:

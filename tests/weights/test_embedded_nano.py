@@ -33,9 +33,14 @@ def results(nano) -> dict[str, tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
     for seed, name in enumerate(PICTURES):
         truth = getattr(data, name)()
         truth = (truth if truth.ndim == 3 else np.repeat(truth[..., None], 3, axis=-1))[:160, :160, :3]
-        low = degrade(truth.astype(np.float32) / 255, PRESETS["camera"], np.random.default_rng(seed))
-        found[name] = upscale(nano, to_tensor(low)), resize(to_tensor(low), 160, 160), truth
+        low = to_tensor(poor(truth, seed))
+        found[name] = upscale(nano, low), resize(low, 160, 160), truth
     return found
+
+
+def poor(truth: np.ndarray, seed: int) -> np.ndarray:
+    """What the preset `camera` makes of `truth` (uint8), in [0, 1]."""
+    return degrade(truth, PRESETS["camera"], np.random.default_rng(seed)).astype(np.float32) / np.float32(255)
 
 
 def flat(*colour: float, size: int = 48) -> torch.Tensor:
@@ -107,7 +112,7 @@ def test_noise_of_a_flat_area_is_not_amplified(nano) -> None:
 def test_fidelity_trades_detail_for_closeness() -> None:
     """Toward the set trained with ICM as well: softer, as docs/nano.md says."""
     truth = data.coffee()[100:228, 200:328]
-    low = to_tensor(degrade(truth.astype(np.float32) / 255, PRESETS["camera"], np.random.default_rng(0)))
+    low = to_tensor(poor(truth, 0))
     ratios = []
     for fidelity in (0.0, 0.5, 1.0):
         result = upscale(load_backbone(Recipe(generator=embedded_generator(), fidelity=fidelity)), low)

@@ -1,22 +1,21 @@
 """Synthetic camera: a sharp picture in, the low-resolution picture a poor camera and the web would have made of it out.
 
 The second-order model of Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833, section 3): blur, resize, noise and JPEG,
-twice, with ringing from a sinc filter.
-The same steps at scale 1, with motion blur and masked regions beside them, make the inputs of other restoration tasks
-(`degradation_presets.PRESETS`). Pictures here are numpy float32 arrays [H, W, 3], RGB in [0, 1].
+twice, with ringing from a sinc filter. The same steps at scale 1, with motion blur and masked regions added, make the
+inputs of other restoration tasks (`presets.PRESETS`). `degrade` takes and gives uint8; between its steps pictures are
+float32 [H, W, 3], RGB in [0, 1].
 """
 
 import math
-from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import IcmsrError
 from ...pictures.files import FloatArray
 from .blur_kernels import Kernel, gaussian_kernel, motion_kernel, plateau_kernel, sinc_kernel
 from .presets import KERNEL_KINDS, DegradationConfig, Range, StageConfig
+from .sources import Pixels
 
 _FILTERS = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
@@ -118,11 +117,11 @@ def _noise(image: FloatArray, stage: StageConfig, rng: np.random.Generator) -> F
     return np.asarray(np.clip(image + noise, 0.0, 1.0), dtype=np.float32)
 
 
-def _to_bytes(image: FloatArray) -> npt.NDArray[np.uint8]:
+def _to_bytes(image: FloatArray) -> Pixels:
     return (np.clip(image, 0.0, 1.0) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-def _to_floats(image: npt.NDArray[Any]) -> FloatArray:
+def _to_floats(image: Pixels) -> FloatArray:
     return image.astype(np.float32) / np.float32(255)
 
 
@@ -163,16 +162,15 @@ def _covered(image: FloatArray, bounds: Range, rng: np.random.Generator) -> Floa
     return np.where(mask[..., None] > 0, np.float32(0.5), image)
 
 
-def degrade(image: FloatArray, config: DegradationConfig, rng: np.random.Generator) -> FloatArray:
-    """The low-resolution picture [H/scale, W/scale, 3] of `image`; float32, every value k/255 with k whole.
+def degrade(image: Pixels, config: DegradationConfig, rng: np.random.Generator) -> Pixels:
+    """The low-resolution picture uint8 [H/scale, W/scale, 3] of `image` uint8 [H, W, 3], both RGB.
 
-    `image` is float32 [H, W, 3], RGB in [0, 1], H and W multiples of `config.scale`; it is not changed. The result
-    depends on the picture, the configuration and the state of `rng` alone.
-    Raises IcmsrError for another shape or type. Source: Real-ESRGAN section 3; presets and options as named in the
-    configuration.
+    H and W are multiples of `config.scale`; `image` is not changed. The result depends on the picture, the
+    configuration and the state of `rng` alone. Raises IcmsrError for another shape or type. Source: Real-ESRGAN section
+    3; presets and options as named in the configuration.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.float32:
-        raise IcmsrError(f"image must be float32 [H, W, 3], got {image.dtype} {list(image.shape)}: convert it first")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise IcmsrError(f"image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}: convert it first")
     height, width = image.shape[:2]
     if height % config.scale or width % config.scale or not height or not width:
         raise IcmsrError(
@@ -180,7 +178,7 @@ def degrade(image: FloatArray, config: DegradationConfig, rng: np.random.Generat
         )
     output = (height // config.scale, width // config.scale)
     last = config.first
-    low = _round(image, output, config.first, rng)
+    low = _round(_to_floats(image), output, config.first, rng)
     if rng.random() < config.second_stage_prob:
         low = _jpeg(low, config.first, rng)
         last = config.second
@@ -195,4 +193,4 @@ def degrade(image: FloatArray, config: DegradationConfig, rng: np.random.Generat
         low = _jpeg(low, last, rng)
     if config.mask_share[1] > 0:
         low = _covered(low, config.mask_share, rng)
-    return _to_floats(_to_bytes(low))
+    return _to_bytes(low)

@@ -194,8 +194,7 @@ class TrainingPairs(Samples):
         }
         if self.degraded:
             preset = self._presets[int(rng.choice(len(self._presets), p=self._weights))]
-            low = degrade(sharp.astype(np.float32) / 255.0, preset, rng)
-            sample["low"] = _tensor((low * 255.0).round().astype(np.uint8))
+            sample["low"] = _tensor(degrade(sharp, preset, rng))
         return sample
 
     def blank(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from ...upscale.settings import UpscaleSettings
 from ...upscale.sizes import resize
 from ..data.degradation import degrade
 from ..data.presets import PRESETS
+from ..data.sources import read_photograph
 
 Pairs = Sequence[tuple[str, Path, Path]]
 """Name, input and truth of each picture."""
@@ -36,7 +37,7 @@ def make_photographs(folder: Path, photographs: Sequence[Path], count: int, side
         return folder
     large = []
     for path in sorted(photographs):
-        picture = read_picture(path).rgb
+        picture = read_photograph(path)
         if min(picture.shape[:2]) >= side:
             large.append((path.stem, picture))
     if len(large) < count:
@@ -51,7 +52,7 @@ def make_photographs(folder: Path, photographs: Sequence[Path], count: int, side
         low = degrade(sharp, PRESETS["light"], np.random.default_rng(number))
         for part, image in (("hr", sharp), ("lr", low)):  # the input last: its number says that all is there
             (folder / part).mkdir(parents=True, exist_ok=True)
-            write_picture(folder / part / f"{name}.png", Picture(rgb=image))
+            write_picture(folder / part / f"{name}.png", Picture(rgb=image.astype(np.float32) / np.float32(255)))
     return folder
 
 
