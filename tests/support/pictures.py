@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from skimage import data
 
 
 def random_picture(height: int, width: int, count: int = 1, channels: int = 3, *, seed: int = 0) -> torch.Tensor:
@@ -18,3 +19,9 @@ def write_random_picture(path: Path, width: int = 20, height: int = 12, mode: st
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
     Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8)).save(path)
     return path
+
+
+def photo(height: int, width: int) -> torch.Tensor:
+    """A part of scikit-image's astronaut, [1, 3, height, width], float32 in [0, 1]."""
+    crop = np.ascontiguousarray(data.astronaut()[:height, 100 : 100 + width])
+    return torch.from_numpy(crop).permute(2, 0, 1)[None].float().contiguous() / 255

@@ -4,10 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from icmsr_core.backbone.protocol import BackboneDescriptor
-from icmsr_core.backbone.vae_steps import Pointwise, VaeHalf
 from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.picture_jobs import plan_jobs, planner, upscale_jobs
 from icmsr_core.pictures.files import Picture, write_picture
@@ -18,27 +15,10 @@ from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
 from icmsr_core.upscale.tile_choice import Automatic
 from icmsr_core.upscale.tiling import plan_tiles
+from tests.support.toy_backbone import Toy
 
+DESCRIPTOR = Toy().descriptor
 SETTINGS = UpscaleSettings(scale=2, tile=64, overlap=16, color_fix="none")
-
-
-class Toy:
-    """A backbone whose VAE moves pixels into channels and back, and whose UNet changes nothing."""
-
-    descriptor = BackboneDescriptor("toy", 192, 8, 16, 200, "residual")
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        return F.pixel_unshuffle(image, 8)
-
-    def predict_noise(self, latent, timestep, features=None) -> torch.Tensor:
-        return torch.zeros_like(latent)
-
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return F.pixel_shuffle(latent, 8)
-
-    def vae_half(self, part: str, pixels: int) -> VaeHalf:
-        step = Pointwise(self.encode, down=8) if part == "encoder" else Pointwise(self.decode, up=8)
-        return VaeHalf((step,), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -56,26 +36,26 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def test_a_plan_holds_sizes_tiles_stripes_mode_and_steps() -> None:
-    plan = plan_upscale(Toy.descriptor, 41, 100, SETTINGS)
+    plan = plan_upscale(DESCRIPTOR, 41, 100, SETTINGS)
     assert plan.settings is SETTINGS
     assert (plan.source, plan.target, plan.padded) == ((41, 100), (82, 200), (96, 208))
     assert plan.tiles == plan_tiles(12, 26, 8, 2, 2)
     assert plan.stripes == plan_stripes(12, 26, 8)
     assert plan.exact
     assert plan.steps == len(plan.tiles) + 2 * plan.stripes.number
-    assert plan.with_batch(3) == plan_upscale(Toy.descriptor, 41, 100, UpscaleSettings(2, None, 64, 16, 3, "none"))
+    assert plan.with_batch(3) == plan_upscale(DESCRIPTOR, 41, 100, UpscaleSettings(2, None, 64, 16, 3, "none"))
 
 
 def test_the_whole_picture_is_one_tile_and_one_stripe() -> None:
-    plan = plan_upscale(Toy.descriptor, 300, 500, UpscaleSettings(tile=0, overlap=0))
+    plan = plan_upscale(DESCRIPTOR, 300, 500, UpscaleSettings(tile=0, overlap=0))
     assert (len(plan.tiles), plan.stripes.number, plan.steps) == (1, 1, 3)
 
 
 def test_the_vae_is_exact_by_the_size_of_the_padded_result() -> None:
-    assert plan_upscale(Toy.descriptor, 512, 512, UpscaleSettings(scale=4)).exact
-    assert not plan_upscale(Toy.descriptor, 512, 513, UpscaleSettings(scale=4)).exact
-    assert plan_upscale(Toy.descriptor, 512, 513, UpscaleSettings(scale=4, vae="exact")).exact
-    assert not plan_upscale(Toy.descriptor, 8, 8, UpscaleSettings(vae="bounded")).exact
+    assert plan_upscale(DESCRIPTOR, 512, 512, UpscaleSettings(scale=4)).exact
+    assert not plan_upscale(DESCRIPTOR, 512, 513, UpscaleSettings(scale=4)).exact
+    assert plan_upscale(DESCRIPTOR, 512, 513, UpscaleSettings(scale=4, vae="exact")).exact
+    assert not plan_upscale(DESCRIPTOR, 8, 8, UpscaleSettings(vae="bounded")).exact
 
 
 def test_a_batch_is_planned_once(planned: Counter) -> None:
@@ -94,7 +74,7 @@ def test_a_folder_is_planned_once_a_size_or_once_a_picture_where_memory_decides(
     for index, width in enumerate((20, 30, 20, 30)):
         write_picture(tmp_path / "in" / f"{index}.png", Picture(torch.rand(12, width, 3).numpy()))
     monkeypatch.setattr(picture_jobs, "free_memory", lambda _: 1e9)
-    plan_for = planner(Toy.descriptor, SETTINGS, automatic, torch.device("cpu"), torch.float32)
+    plan_for = planner(DESCRIPTOR, SETTINGS, automatic, torch.device("cpu"), torch.float32)
     failures: list[str] = []
     assert upscale_jobs(Toy(), plan_jobs(tmp_path / "in", tmp_path / "out"), plan_for, report=failures.append) == 0
     assert failures == []
