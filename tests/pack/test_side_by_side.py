@@ -198,10 +198,10 @@ def test_names_without_a_partner_are_listed(page, folders: Path, tmp_path: Path)
         ("Only in Folder A (2)", "lonely, photo_5"),
         ("Only in Folder B (1)", "forlorn.v2"),
         ("Inputs: none for (1)", "photo_3"),
-        ("Folder B: two files of one name (1)", "photo_5"),
+        ("Folder B: two files with one name (1)", "photo_5"),
         ("Folder A: formats that a browser cannot show (1)", "scan.tif"),
     ):
-        assert f"{why}, left out\n{name}\n" in report + "\n"
+        assert f"{why}, skipped\n{name}\n" in report + "\n"
     start(page)
     assert "of 4" in page.inner_text("#trial")
 
@@ -214,7 +214,7 @@ def test_what_stands_in_the_way_is_said(page, folders: Path, tmp_path: Path):
     page.click("#start")
     report = page.inner_text("#report")
     assert 'Both folders are called "warm"' in report
-    assert "Type who answers." in report
+    assert "Type the participant." in report
     assert page.is_visible("#setup")
 
 
@@ -227,7 +227,7 @@ def test_answers_survive_a_reload_and_can_be_changed(page, folders: Path):
     choose(page, folders / "warm", folders / "cold", participant="somebody else")
     assert page.inner_text("#start") == "Start"
     page.fill("#participant", "p1")
-    assert "3 answers of p1" in page.inner_text("#report")
+    assert "3 answers from p1" in page.inner_text("#report")
     start(page)
     assert "Picture 4 of 6" in page.inner_text("#trial")
     third = side_of(page, "warm"), seen(page)[1]
@@ -326,12 +326,12 @@ def centre(page, pane: str) -> tuple[float, float]:
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
-def test_a_file_that_cannot_be_opened_is_passed_over_and_named(page, folders: Path, tmp_path: Path):
+def test_a_file_that_cannot_be_opened_is_skipped_and_named(page, folders: Path, tmp_path: Path):
     shutil.copytree(folders / "warm", tmp_path / "warm")
     (tmp_path / "warm" / "photo_2.png").write_bytes(b"not a picture")
     choose(page, tmp_path / "warm", folders / "cold")
     start(page)
     for _ in range(5):
         give(page, "left")
-    assert "Could not be opened, not asked: photo_2." in page.inner_text("#end")
+    assert "Skipped, could not be opened: photo_2." in page.inner_text("#end")
     assert len(download(page)) == 5
