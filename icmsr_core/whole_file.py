@@ -12,13 +12,14 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place next to `path` for the block to write a file to, which is then flushed to the disk and renamed to `path`.
+    """A temporary path in the folder of `path`: the block writes it, then it is flushed to disk and renamed to `path`.
 
-    An error in the block, or an interruption, leaves what was at `path` and nothing else. The folder must be there.
+    After an error in the block, or an interruption, `path` is as it was and the temporary file is gone. The folder must
+    exist.
     """
     temporary = path.parent / f".icmsr-{uuid.uuid4().hex}.part"
     try:
-        # As readable as any new file: those of the tempfile module and of safetensors are for their owner only.
+        # Readable like any new file: tempfile and safetensors make files that only their owner can read.
         with open(temporary, "xb") as made:
             mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
         yield temporary
@@ -27,11 +28,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # gone already, unless something above failed or was interrupted
+        temporary.unlink(missing_ok=True)  # still there only after an error or an interruption
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` by `replacing` it. Makes the folder."""
+    """Writes `data` to `path` by `replacing`; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(data)

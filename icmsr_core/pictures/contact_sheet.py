@@ -1,4 +1,4 @@
-"""Labelled sheets of crops from several folders of pictures: one row for each picture, one column for each folder."""
+"""Labelled sheets of crops from several folders of pictures: a row for each picture, a column for each folder."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import IcmsrError
 from .files import READ_EXTENSIONS, FloatArray, find_pictures, read_picture
+from .panels import enlarged
 
 INK = (25, 25, 25)
 PAPER = (255, 255, 255)
 NARROWEST_LABEL = 8
-"""Room for text in font sizes, where the crops themselves are narrower."""
+"""Least width of a label in multiples of the font size, for crops that are narrower."""
 
 
 @dataclass(frozen=True)
 class SheetColumn:
-    """A folder of pictures and what stands above it."""
+    """A folder of pictures and its heading."""
 
     title: str
     """The column's heading."""
     folder: Path
-    """Its pictures; they are found by their file name without extension."""
+    """Where its pictures are; they are found by their file name without extension."""
 
     @classmethod
     def parse(cls, text: str) -> SheetColumn:
-        """From ``TITLE=FOLDER``; raises `IcmsrError` for anything else."""
+        """The column for ``TITLE=FOLDER``; raises `IcmsrError` for anything else."""
         title, equals, folder = text.partition("=")
         if not (title.strip() and equals and folder):
             raise IcmsrError(f"a column is TITLE=FOLDER, got {text!r}: write for example nano=results/nano")
@@ -40,7 +41,7 @@ class SheetColumn:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A picture, and where it is cropped."""
+    """A picture and the place of its crop."""
 
     name: str
     """The file name without extension."""
@@ -49,7 +50,7 @@ class SheetRow:
 
     @classmethod
     def parse(cls, text: str) -> SheetRow:
-        """From ``NAME`` or ``NAME:X,Y``, NAME with or without a picture's extension; raises `IcmsrError` else."""
+        """The row for ``NAME`` or ``NAME:X,Y``, NAME with or without extension; raises `IcmsrError` otherwise."""
         name, colon, position = text.rpartition(":")
         if not colon:
             name, position = text, ""
@@ -69,7 +70,7 @@ class SheetSettings:
     zoom: int = 1
     """Each pixel of the crop becomes a square of this side."""
     gap: int = 8
-    """White between the tiles and around the sheet, in pixels."""
+    """Width in pixels of the white between tiles and around the sheet."""
     font_size: int = 18
     """Height of the labels' font, in pixels."""
 
@@ -86,7 +87,7 @@ class SheetSettings:
 
 @dataclass(frozen=True)
 class SheetLayout:
-    """Where everything lies on a sheet, in pixels; it follows from the labels and the settings alone."""
+    """Where everything is on a sheet, in pixels; decided by the labels and the settings alone."""
 
     titles: tuple[str, ...]
     """Headings of the columns."""
@@ -110,7 +111,7 @@ class SheetLayout:
         )
 
     def draw_labels(self) -> Image.Image:
-        """The sheet without its tiles: titles above the columns, names before the rows (Pillow's font: Latin only)."""
+        """The sheet without its tiles: titles above the columns, names left of the rows (Pillow's font: Latin only)."""
         sheet = Image.new("RGB", self.size, PAPER)
         draw = ImageDraw.Draw(sheet)
         for column, title in enumerate(self._titles):
@@ -134,7 +135,7 @@ class SheetLayout:
 
     @cached_property
     def _column_width(self) -> int:
-        """At least a tile; more where a short title would not fit above it."""
+        """At least a tile; more if a short title would not fit above it."""
         widest = max(self._extent(title)[0] for title in self.titles)
         return max(self.settings.tile, min(widest, NARROWEST_LABEL * self.settings.font_size))
 
@@ -151,13 +152,13 @@ class SheetLayout:
         return max(self._extent(title)[1] for title in self._titles)
 
     def _extent(self, text: str) -> tuple[int, int]:
-        """(width, height) of the text, the room below the last line's letters included."""
+        """(width, height) of the text, including the room for letters that reach below the last line."""
         draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
         right, bottom = draw.multiline_textbbox((0, 0), text + "|", self._font, anchor="la")[2:]
         return int(np.ceil(right)), int(np.ceil(bottom))
 
     def _wrapped(self, text: str, width: int) -> str:
-        """`text` in lines of at most `width` pixels: broken after a space, _, - or . where there is one."""
+        """`text` in lines of at most `width` pixels, broken after a space, _, - or . if there is one."""
         lines: list[str] = []
         line = ""
         for letter in text:
@@ -175,16 +176,15 @@ class SheetLayout:
 def contact_sheet(
     columns: Sequence[SheetColumn], rows: Sequence[SheetRow], settings: SheetSettings | None = None
 ) -> FloatArray:
-    """The sheet [H, W, 3] in [0, 1], float32: the same square of each picture from each folder, with titles and names.
+    """The sheet [H, W, 3], float32 in [0, 1]: the same square crop of each picture from each folder, with labels.
 
-    Within a row the largest picture sets the view. A smaller one, such as the low-resolution input, is enlarged to it
-    by repeating pixels, so its size must divide the view's by one whole number. Tiles are exact: each sample is one of
-    the file's. Rows of the same picture are told apart by the crop's corner. Transparency and colour profiles are
-    ignored. `write_picture(path, Picture(rgb=sheet))` writes it.
+    The largest picture of a row sets the view. A smaller one, such as the low-resolution input, is enlarged to it by
+    repeating pixels, so the view must be a whole multiple of its size. Every sample of a tile is one of the file's.
+    Rows of the same picture have the crop's corner in their label. Transparency and colour profiles are ignored.
 
-    Raises IcmsrError, before any picture is read, for no columns or rows, a folder that is missing, and names that a
-    folder lacks (all of them are listed) or has twice; and then, naming the file, for one that cannot be read, sizes
-    that do not fit each other, and a crop that does not fit the picture.
+    Raises IcmsrError, before any picture is read, if there are no columns or rows, a folder is missing, or a folder has
+    a name not at all (all such names are listed) or twice; later, with the file's name, if a picture cannot be read,
+    sizes do not fit each other, or a crop does not fit its picture.
     """
     settings = settings or SheetSettings()
     if not columns or not rows:
@@ -208,7 +208,7 @@ def enlarged_crop(picture: FloatArray, view: tuple[int, int], corner: tuple[int,
     """The square [side, side, 3] at `corner` (x, y) of `picture` [h, w, 3] enlarged to `view` (width, height).
 
     Pixels are repeated (nearest neighbour). Raises IcmsrError if the view is not a whole multiple of the picture, the
-    same in both directions, or the square does not lie inside it.
+    same in both directions, or if the square reaches beyond the view.
     """
     height, width = picture.shape[:2]
     factor = view[0] // width
@@ -235,12 +235,12 @@ def _tiles(row: SheetRow, paths: Sequence[Path], settings: SheetSettings) -> lis
             tile = enlarged_crop(picture, view, corner, settings.crop)
         except IcmsrError as error:
             raise IcmsrError(f"{path}: {error}") from error
-        tiles.append(tile.repeat(settings.zoom, axis=0).repeat(settings.zoom, axis=1))
+        tiles.append(enlarged(tile, settings.zoom))
     return tiles
 
 
 def _find_files(columns: Sequence[SheetColumn], rows: Sequence[SheetRow]) -> list[list[Path]]:
-    """For each row the file of each column."""
+    """The file of each column, row by row."""
     by_name: list[dict[str, list[Path]]] = []
     problems = []
     for column in columns:

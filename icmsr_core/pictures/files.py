@@ -1,4 +1,4 @@
-"""Pictures in files and as arrays: PNG, JPEG, WebP and TIFF, read (BMP too) and written, in 8 or 16 bits."""
+"""Reads and writes pictures: PNG, JPEG, WebP and TIFF in 8 or 16 bits, and reads BMP. Arrays to tensors and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 
 ENCODED_ROWS = 256
-"""Rows that are rounded at a time."""
+"""Rows that are rounded to 8 or 16 bits at a time."""
 _WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 WRITE_EXTENSIONS: tuple[str, ...] = tuple(_WRITE_FORMATS)
 """Extensions, in lower case, that `write_picture` takes."""
@@ -45,19 +45,19 @@ _pillow_globals = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture in memory, upright, and all that its file said about it. Change it with `dataclasses.replace`.
+    """A picture in memory, upright, with everything that its file says about it. Change it with `dataclasses.replace`.
 
-    Raises IcmsrError if the arrays do not have the shapes and types named below, or `bits` is neither 8 nor 16.
+    Raises IcmsrError if an array has another shape or type than named below, or if `bits` is neither 8 nor 16.
     """
 
     rgb: FloatArray
     """float32 [height, width, 3], R, G, B in [0, 1], in the file's own colour space, not premultiplied by alpha."""
     alpha: FloatArray | None = None
-    """float32 [height, width] in [0, 1], 1 opaque; None where the file has no transparency."""
+    """float32 [height, width] in [0, 1], 1 opaque; None if the file has no transparency."""
     bits: int = 8
-    """Bits per sample of the source, 8 or 16; `write_picture` keeps them where the format can."""
+    """Bits per sample of the source, 8 or 16; `write_picture` keeps them if the format can."""
     grey: bool = False
-    """The source was greyscale: R = G = B, and the output is written as grey again where the format can."""
+    """The source was greyscale: R = G = B, and the output is written as grey again if the format can."""
     metadata: Metadata = field(default_factory=Metadata)
     """Profile, EXIF, XMP, resolution and text of the source."""
 
@@ -97,7 +97,7 @@ def from_tensor(tensor: torch.Tensor) -> FloatArray:
 def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
     """The picture files of `folder`, sorted by name: `READ_EXTENSIONS` in any case, no hidden files, no sub-folders.
 
-    An empty list where there are none. Raises IcmsrError if `folder` is missing, not a folder or not readable.
+    Empty if there are none. Raises IcmsrError if `folder` is missing, not a folder or not readable.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,18 +114,19 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """The picture in a PNG, JPEG, WebP, TIFF or BMP file, told by its content; of several frames or pages the first.
+    """The picture in a PNG, JPEG, WebP, TIFF or BMP file; the content decides, not the extension.
 
+    - Of several frames or pages the first is read, with a logged warning.
     - It is turned upright by its EXIF orientation, which is then 1.
-    - Palettes are expanded, and transparency of every kind (channel, palette, colour key) becomes `alpha`.
-    - PNG and TIFF with 16 bits per sample keep them (`bits` 16); 12-bit TIFF counts as 16, all else as 8.
-    - CMYK becomes sRGB: through the file's own CMYK profile where it has a usable one, by the plain formula otherwise.
-      That profile describes inks, so it is not carried on.
-    - Two things are logged as warnings: frames left out, and 16-bit colours that could only be read as 8 bits.
+    - Palettes are expanded, and every kind of transparency (channel, palette, colour key) becomes `alpha`.
+    - PNG and TIFF with 16 bits per sample keep them (`bits` 16); 12-bit TIFF counts as 16, everything else as 8. 16-bit
+      colours that can only be read as 8 bits are logged as a warning.
+    - CMYK becomes sRGB: through the file's own CMYK profile if that is usable, else by the plain formula. The profile
+      describes inks, so it is dropped.
 
-    Raises IcmsrError, naming the file, if it is missing, a folder, unreadable, empty, not a picture of these formats,
-    damaged or cut short, of a kind of samples that has no agreed range (float, 32-bit), or larger than `max_pixels`.
-    (Damage inside JPEG data that leaves the stream decodable cannot be seen by any decoder.)
+    Raises IcmsrError, which names the file, if it is missing, a folder, unreadable, empty, not a picture in these
+    formats, damaged or incomplete, larger than `max_pixels`, or has samples without a defined black and white (float,
+    32-bit). Damage inside JPEG data that leaves the stream decodable cannot be detected.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -141,7 +142,7 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
                         f"{path}: {width} x {height} is {width * height / 1e6:.0f} megapixels, "
                         f"more than the {max_pixels / 1e6:.0f} allowed: cut it into parts, or raise max_pixels"
                     )
-                # MPO: a photograph with a depth map or a second eye behind it; nobody expects those in the output.
+                # MPO: a photograph followed by a depth map or the view of a second lens, which nobody expects here.
                 frames = int(getattr(image, "n_frames", 1))
                 if frames > 1 and image.format != "MPO":
                     log.warning("%s: only the first of its %d frames is read", path, frames)
@@ -159,15 +160,14 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     """Write `picture` in the format that the extension of `path` names (`WRITE_EXTENSIONS`, in any case).
 
     - Samples are clamped to [0, 1] and rounded to the nearest level; `bits` 16 is kept in PNG and TIFF.
-    - A grey picture is written as grey (BT.601 luma of `rgb`), except in WebP, and, with alpha, in 16-bit TIFF, which
-      have no such form. JPEG has no alpha: the picture is laid on white, with a logged warning.
-    - Metadata go where the format can carry them, see `save_arguments`.
-    - `quality`, 1..100, is that of JPEG (full colour resolution) and WebP (100: lossless). TIFF is uncompressed.
-    - The file appears whole or not at all: it is written beside its place under a temporary name that begins with a
-      dot, flushed to the disk, then renamed over whatever was there.
+    - A grey picture is written as grey (BT.601 luma of `rgb`). WebP has no grey, and 16-bit TIFF no grey with alpha.
+    - JPEG has no alpha: the picture is laid on white, with a logged warning.
+    - Metadata is written as far as the format can hold it, see `save_arguments`.
+    - `quality`, 1..100, is for JPEG (full colour resolution) and WebP (100: lossless). TIFF is uncompressed.
+    - The file appears whole or not at all, see `replace_file`.
 
-    Raises IcmsrError, naming the file, for an unknown extension, a quality outside 1..100, an output folder that is
-    missing or not writable, values that are not finite, and a picture too large for the format.
+    Raises IcmsrError, which names the file, for an unknown extension, a quality outside 1..100, an output folder that
+    is missing or not writable, values that are not finite, and a picture too large for the format.
     """
     path = Path(path)
     file_format = _WRITE_FORMATS.get(path.suffix.lower())
@@ -215,9 +215,9 @@ def _read_bytes(path: Path) -> bytes:
 
 @contextmanager
 def _pillow_quiet_and_unlimited() -> Iterator[None]:
-    """Pillow's own limit on pixels is a global, and lower than ours: away with it while one of our files is read.
+    """Lifts Pillow's global limit on pixels, lower than `MAX_PIXELS`, and silences its warnings about odd tags.
 
-    Its remarks on odd tags go too: a file that matters ends in an error, and the others need no line on stderr.
+    Files that cannot be read end in an error anyway; the others need no line on stderr.
     """
     with _pillow_globals, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> byt
     grey = picture.grey and file_format != "WEBP" and not (wide and kept and file_format == "TIFF")
     height, width = picture.rgb.shape[:2]
     samples = np.empty((height, width, (1 if grey else 3) + kept), np.uint16 if wide else np.uint8)
-    for top in range(0, height, ENCODED_ROWS):  # beside the result, memory holds no copy of the picture in float32
+    for top in range(0, height, ENCODED_ROWS):  # so that no float32 copy of the whole picture is made
         rows = slice(top, top + ENCODED_ROWS)
         channels = np.clip(picture.rgb[rows], 0, 1)
         opaque = np.ones(1, np.float32) if alpha is None else np.clip(alpha[rows], 0, 1)[..., None]
@@ -267,7 +267,7 @@ def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> byt
     if wide:
         return (encode_png_16bit if file_format == "PNG" else encode_tiff_16bit)(samples, arguments)
     if file_format == "JPEG":
-        arguments |= {"quality": quality, "subsampling": 0}  # no detail is made to be halved again in the colours
+        arguments |= {"quality": quality, "subsampling": 0}  # full resolution of the colours too
     elif file_format == "WEBP":
         # `exact` keeps colours under full transparency. Without loss, Pillow's quality is the effort.
         arguments |= {"exact": True, "lossless": quality == 100, "quality": 80 if quality == 100 else quality}

@@ -1,6 +1,6 @@
-"""What a picture file holds besides pixels: colour profile, EXIF, XMP, resolution, text. Read from and given to Pillow.
+"""What a picture file holds besides pixels: colour profile, EXIF, XMP, resolution, text; by way of Pillow.
 
-Not carried: thumbnails, MakerNote offsets (the bytes stay, their inner addresses do not), IPTC, JPEG comments.
+Not kept: thumbnails, IPTC, JPEG comments. MakerNote keeps its bytes, but addresses inside it no longer fit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _EXIF_IFD = 0x8769
 _GPS_IFD = 0x8825
 _XMP = 700
 _X_RESOLUTION = 282
-# Tags of EXIF's first directory that describe the picture. The others there describe a file's layout (TIFF strips,
-# thumbnails) or are carried apart (resolution, profile, XMP): they would be false in the file that is written.
+# Tags of EXIF's first directory that describe the picture. The others there describe the layout of the old file (TIFF
+# strips, thumbnails) or are kept elsewhere (resolution, profile, XMP): in the new file they would be wrong.
 _DESCRIPTIVE_TAGS = frozenset(
     # ImageDescription, Make, Model, Orientation, Software, DateTime, Artist, HostComputer, ratings, Copyright,
     # the two sub-directories, and the XP* fields of Windows
@@ -37,7 +37,7 @@ class Metadata:
     """What goes from the input file to the output file, apart from the pixels."""
 
     icc_profile: bytes | None = None
-    """ICC profile of the RGB or grey samples; never a CMYK one. None: sRGB is assumed by everyone."""
+    """ICC profile of the RGB or grey samples; never a CMYK one. None: readers assume sRGB."""
     exif: bytes | None = None
     """EXIF block that begins with `Exif\\0\\0`. Its orientation is 1: the pixels are already turned."""
     xmp: bytes | None = None
@@ -49,7 +49,7 @@ class Metadata:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1..8, by which the pixels of `image` still have to be turned; 1 where absent or nonsense."""
+    """EXIF orientation, 1..8, by which the pixels of `image` still have to be turned; 1 if it is missing or invalid."""
     value = _exif_of(image).get(ORIENTATION, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -68,9 +68,9 @@ def read_metadata(image: Image.Image) -> Metadata:
 def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[str, Any]:
     """Arguments of `PIL.Image.Image.save` that write `metadata` into a "PNG", "JPEG", "WEBP" or "TIFF" file.
 
-    What the format cannot hold is left out: text exists in PNG only, resolution in all but WebP. A profile whose
-    colour space is not that of the samples (`grey` or RGB) is left out too, and so is EXIF or XMP that is too long
-    for JPEG; both with a logged warning.
+    What the format cannot hold is dropped: text exists in PNG only, resolution in all but WebP. Two things are dropped
+    with a logged warning: a profile whose colour space is not that of the samples (`grey` or RGB), and EXIF or XMP that
+    is too long for JPEG.
     """
     arguments: dict[str, Any] = {}
     if metadata.icc_profile is not None:
@@ -114,7 +114,7 @@ def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[
 def _exif_of(image: Image.Image) -> Image.Exif:
     try:
         return image.getexif()
-    except Exception as error:  # a damaged block raises whatever its parser stumbles over
+    except Exception as error:  # parsers of damaged blocks raise nearly everything
         log.warning("EXIF is dropped, it cannot be read: %s", error)
         return Image.Exif()
 
@@ -140,7 +140,7 @@ def _exif_bytes(image: Image.Image) -> bytes | None:
 
 def _icc_profile(image: Image.Image) -> bytes | None:
     profile = image.info.get("icc_profile")
-    # 128 bytes is the header, which names the colour space. CMYK is converted by the reader.
+    # The header has 128 bytes and names the colour space. CMYK is converted when the picture is read.
     if not isinstance(profile, bytes) or len(profile) < 128 or profile[16:20] not in (b"RGB ", b"GRAY"):
         return None
     return profile
@@ -158,7 +158,7 @@ def _xmp(image: Image.Image) -> bytes | None:
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
     tags = getattr(image, "tag_v2", None)
     if tags is not None and _X_RESOLUTION not in tags:
-        return None  # Pillow says 1 dpi for a TIFF file that says nothing
+        return None  # Pillow reports 1 dpi for a TIFF file without a resolution
     try:
         horizontal, vertical = (float(value) for value in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

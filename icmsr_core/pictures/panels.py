@@ -6,9 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
+from einops import repeat
 
 from ..errors import IcmsrError
-from ..pictures.files import FloatArray
+from .files import FloatArray
+
+MIN_CELL = 192
+"""Least width of a grid's cells in pixels: the longest labels, such as ``t = 950   12.3 dB``, fit into it."""
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+Cell = tuple[str, FloatArray | None]
+"""A label and a picture [H, W, 3] in [0, 1]; None leaves the cell white."""
+
+
+def enlarged(picture: FloatArray, factor: int) -> FloatArray:
+    """`picture` [H, W, 3] with every pixel as a square of `factor` x `factor`."""
+    larger: FloatArray = repeat(picture, "h w c -> (h rows) (w columns) c", rows=factor, columns=factor)
+    return larger
 
 
 def side_by_side(panels: dict[str, FloatArray], gap: int = 8) -> FloatArray:
@@ -17,42 +31,34 @@ def side_by_side(panels: dict[str, FloatArray], gap: int = 8) -> FloatArray:
     columns: list[FloatArray] = []
     for label, picture in panels.items():
         strip = np.full((32, picture.shape[1], 3), 255, np.uint8)
-        cv2.putText(strip, label, (6, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (25, 25, 25), 1, cv2.LINE_AA)
+        cv2.putText(strip, label, (6, 22), _FONT, 0.6, (25, 25, 25), 1, cv2.LINE_AA)
         labelled = np.vstack([strip.astype(np.float32) / 255, picture])
         columns += [np.ones((height + 32, gap, 3), np.float32), labelled]
     return np.ascontiguousarray(np.hstack(columns[1:]).astype(np.float32))
 
 
-MIN_CELL = 192
-"""Least width of a grid's cells in pixels: the longest labels, such as ``t = 950   12.3 dB``, fit into it."""
-
-
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
-
-
-Cell = tuple[str, FloatArray | None]
-"""A label and a picture [H, W, 3] in [0, 1]; None leaves the cell white."""
-
-
 def labelled_grid(rows: Mapping[str, Sequence[Cell]], gap: int = 8) -> FloatArray:
-    """Rows of cells [H, W, 3] of one size under their labels, with the row's name at its left: one picture on white.
+    """One picture on white: rows of cells [H, W, 3] under their labels, with the name of each row on its left.
 
-    Cells narrower than `MIN_CELL` are enlarged by a whole factor. Raises `IcmsrError` where sizes or numbers of cells
-    differ, and where there is no picture.
+    Cells narrower than `MIN_CELL` are enlarged by a whole factor. Raises `IcmsrError` if the cells differ in size, the
+    rows in length, or if there is no picture at all.
     """
     sizes = {picture.shape for cells in rows.values() for _, picture in cells if picture is not None}
     counts = {len(cells) for cells in rows.values()}
     if len(sizes) != 1 or len(counts) != 1:
         raise IcmsrError(
-            f"a grid needs cells of one size and as many in every row, got sizes {sorted(sizes)} and "
-            f"{sorted(counts)} cells"
+            "a grid needs pictures of one size and the same number of cells in every row, got sizes "
+            f"{sorted(sizes)} and {sorted(counts)} cells"
         )
     shape = sizes.pop()
     factor = -(-MIN_CELL // shape[1])
     margin = 20 + max(cv2.getTextSize(name, _FONT, 0.7, 2)[0][0] for name in rows)
     lines: list[FloatArray] = []
     for name, cells in rows.items():
-        panels = [side_by_side({label: _enlarged(picture, shape, factor)}) for label, picture in cells]
+        panels = [
+            side_by_side({label: enlarged(np.ones(shape, np.float32) if picture is None else picture, factor)})
+            for label, picture in cells
+        ]
         height = panels[0].shape[0]
         heading = np.full((height, margin, 3), 255, np.uint8)
         cv2.putText(heading, name, (10, height // 2), _FONT, 0.7, (25, 25, 25), 2, cv2.LINE_AA)
@@ -62,8 +68,3 @@ def labelled_grid(rows: Mapping[str, Sequence[Cell]], gap: int = 8) -> FloatArra
         lines.append(np.hstack(line))
         lines.append(np.ones((gap, *lines[-1].shape[1:]), np.float32))
     return np.ascontiguousarray(np.vstack(lines).astype(np.float32))
-
-
-def _enlarged(picture: FloatArray | None, shape: tuple[int, ...], factor: int) -> FloatArray:
-    whole = np.ones(shape, np.float32) if picture is None else picture
-    return whole.repeat(factor, 0).repeat(factor, 1)

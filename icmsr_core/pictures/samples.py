@@ -1,4 +1,4 @@
-"""The samples of a Pillow image as an array: upright, palettes and colour keys expanded, 16 bits kept."""
+"""The samples of a Pillow image as an array: upright, with palettes and colour keys expanded and 16 bits kept."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SIGNED = 2
 
 
 def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.NDArray[Any], int]:
-    """Samples [height, width, channels] of an opened `image`, turned by its EXIF orientation, and the value of white.
+    """Samples [height, width, channels] of the opened `image`, turned upright, and the value of white.
 
     `data` is the whole file, `path` its name for messages. Channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha
-    (not premultiplied). The samples are uint8 with white 255, or uint16 with white 65535 (4095 for 12-bit TIFF).
-    Loads `image`. Raises IcmsrError for samples without an agreed range (float, signed, 32-bit), for Lab colours, and
-    for 16-bit colours that Pillow and OpenCV read differently (seen with separate colour planes).
+    (not premultiplied). The samples are uint8 with white 255, or uint16 with white 65535 (4095 for 12-bit TIFF). Loads
+    `image`. Raises IcmsrError for samples without a defined black and white (float, signed, 32-bit), for Lab colours,
+    and for 16-bit colours that Pillow and OpenCV read differently (it happens with separate colour planes).
     """
     orientation = orientation_of(image)
     image.load()
-    # Pillow has turned a TIFF picture by now and says so by dropping the tag; others are turned here.
+    # Loading turns TIFF pictures, and Pillow then drops the tag; other formats are turned here.
     remaining = orientation_of(image)
     depth = _depth(image, data)
     signed = _SIGNED in _tag(image, _TIFF_SAMPLE_FORMAT, (1,))
@@ -51,7 +51,7 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
 
 
 def _depth(image: Image.Image, data: bytes) -> int:
-    """Bits per sample in the file; Pillow's mode does not tell."""
+    """Bits per sample in the file, which Pillow's mode does not say."""
     if image.format == "PNG":
         return data[24]
     if image.format == "TIFF":
@@ -67,7 +67,7 @@ def _grey_samples(image: Image.Image, depth: int) -> npt.NDArray[Any]:
     """uint16 [height, width, 1 or 2] of a grey picture with more than 8 bits."""
     white = 2**depth - 1
     grey = np.asarray(image).astype(np.uint16)
-    if _tag(image, _TIFF_PHOTOMETRIC, 1) == 0:  # white is 0, which Pillow does not turn round in this mode
+    if _tag(image, _TIFF_PHOTOMETRIC, 1) == 0:  # white is 0, and Pillow does not invert it in this mode
         grey = white - grey
     key = image.info.get("transparency")
     if isinstance(key, int):
@@ -78,10 +78,10 @@ def _grey_samples(image: Image.Image, depth: int) -> npt.NDArray[Any]:
 def _color_samples(
     image: Image.Image, data: bytes, path: Path, orientation: int, remaining: int
 ) -> npt.NDArray[Any] | None:
-    """uint16 [height, width, 2..4], upright, by OpenCV; None where it cannot read the file.
+    """uint16 [height, width, 2..4], upright, read by OpenCV; None if it cannot read the file.
 
-    Its upper bytes must be what Pillow has read. That makes OpenCV safe, which silently returns half a picture for
-    half a file, and Pillow, which mixes up the uncompressed separate planes of a TIFF file.
+    The upper bytes must equal what Pillow read, because both can be wrong without an error: OpenCV returns half a
+    picture for half a file, Pillow mixes up the separate planes of an uncompressed TIFF file.
     """
     decoded = decode_16bit(data)
     if decoded is None or decoded.shape[2] < len(image.getbands()):
@@ -139,7 +139,7 @@ def _rgb_from_cmyk(image: Image.Image) -> Image.Image:
 
 
 def _turned(samples: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
-    """[height, width, channels] made upright from EXIF orientation 1..8 (EXIF 2.32, section 4.6.4, tag 274)."""
+    """[height, width, channels] turned upright from EXIF orientation 1..8 (EXIF 2.32, section 4.6.4, tag 274)."""
     if orientation >= 5:  # 5..8 are stored with rows and columns exchanged
         samples = samples.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):

@@ -1,7 +1,7 @@
-"""PNG and TIFF with 16 bits per sample, which Pillow reads and writes for grey pictures only.
+"""PNG and TIFF with 16 bits per sample in colour; Pillow reads and writes 16 bits for grey pictures only.
 
-Reading goes through OpenCV. Writing borrows everything but the samples from a file that Pillow writes, so that both
-depths carry the same metadata.
+OpenCV reads. Writing lets Pillow write an 8-bit file and replaces its samples, so that both depths carry the same
+metadata.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _TIFF_SHORT, _TIFF_LONG = 3, 4
 def decode_16bit(data: bytes) -> npt.NDArray[np.uint16] | None:
     """Samples [height, width, channels] of a colour PNG or TIFF file with 16 bits per sample, not turned.
 
-    Channels are R, G, B and, where the file has a fourth, A. None where OpenCV cannot read the file as that.
+    The channels are R, G, B, and A if there are four. None if OpenCV cannot read such samples from the file.
     """
     if not data.startswith(PNG_SIGNATURE):
-        # Some versions of OpenCV turn a TIFF picture and some do not: leave them nothing to turn.
+        # Some versions of OpenCV turn a TIFF picture, some do not: without an orientation none does.
         data = _with_tiff_tag(data, _ORIENTATION, 1)
     samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if samples is None or samples.dtype != np.uint16 or samples.ndim != 3 or samples.shape[2] not in (3, 4):
@@ -43,7 +43,7 @@ def decode_16bit(data: bytes) -> npt.NDArray[np.uint16] | None:
 def encode_png_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str, Any]) -> bytes:
     """A PNG file of `samples` [height, width, channels], channels 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA).
 
-    `save_arguments` are Pillow's: the profile, EXIF, resolution and text that it would write are taken over.
+    `save_arguments` are Pillow's, with the profile, EXIF, resolution and text to write.
     """
     height, width, channels = samples.shape
     carrier = io.BytesIO()
@@ -64,7 +64,7 @@ def encode_png_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str, 
 def encode_tiff_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str, Any]) -> bytes:
     """An uncompressed TIFF file of `samples` [height, width, channels], channels 1, 3 or 4; metadata as for PNG.
 
-    Pillow writes a picture of 8 bits that is twice as wide, whose bytes are the same; then two tags are put right.
+    Pillow writes an 8-bit picture of twice the width, whose bytes are the same; then two tags are corrected.
     """
     height, width, channels = samples.shape
     halves = samples.astype("<u2").view(np.uint8).reshape(height, 2 * width, channels)
@@ -90,9 +90,9 @@ def _ancillary_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:
-    """A copy of a classic TIFF file with every value of a SHORT or LONG tag of its first directory set to `value`.
+    """A copy of a classic TIFF file in which every value of a SHORT or LONG tag of the first directory is `value`.
 
-    The same bytes come back where there is no such tag or no such directory (BigTIFF, damaged).
+    `data` itself if it has no such tag or no such directory (BigTIFF, damaged).
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None:
@@ -106,7 +106,7 @@ def _with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:
             if found != tag or kind not in (_TIFF_SHORT, _TIFF_LONG) or count > 4:
                 continue
             values = struct.pack(f"{order}{count}{'H' if kind == _TIFF_SHORT else 'I'}", *[value] * count)
-            # Up to four bytes stand in the entry itself, more at the address it gives.
+            # Up to four bytes are in the entry itself, more are at the address that it holds.
             place = entry + 8 if len(values) <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
             if place + len(values) > len(patched):
                 return data

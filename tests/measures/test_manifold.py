@@ -152,9 +152,9 @@ def test_the_grid_shows_every_picture_under_its_label():
         manifold_grid(picture(0.5), (200, 800), {**rows, "icm": [picture(0)]})
     with pytest.raises(IcmsrError, match="one size"):
         labelled_grid({"a": [("x", picture(0)), ("y", picture(0, 32))]})
-    with pytest.raises(IcmsrError, match="as many in every row"):
+    with pytest.raises(IcmsrError, match="the same number of cells in every row"):
         labelled_grid({"a": [("x", picture(0))], "b": []})
-    with pytest.raises(IcmsrError, match="a grid needs cells"):
+    with pytest.raises(IcmsrError, match="a grid needs pictures of one size"):
         labelled_grid({})
 
 
