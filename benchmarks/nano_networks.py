@@ -22,7 +22,8 @@ from icmsr_core.measures.metrics import dss, fsim, high_frequency_ratio, psnr_y
 from icmsr_core.pictures.files import from_tensor
 from icmsr_core.pictures.ranges import bytes_to_signed, bytes_to_unit, signed_to_unit, unit_to_signed
 from icmsr_core.runtime.latents import posterior_mode
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae

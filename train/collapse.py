@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.experiments.collapse import (
     COLLAPSE_ARMS,
     Bench,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.run.launch import Stage, Training, run_script, run_training
 from icmsr_core.train.run.loop_config import LoopConfig

@@ -20,8 +20,10 @@ from diffusers import AutoencoderKL
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
+from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
-from icmsr_core.train.data.pairs import DataConfig, Samples, TrainingPairs
+from icmsr_core.train.data.pairs import TrainingPairs
+from icmsr_core.train.data.samples import Samples
 from icmsr_core.train.networks.bases import BaseNetworks, NetworkConfig, make_unet, make_vae, save_base
 from icmsr_core.train.networks.decoders import exchange_decoder
 from icmsr_core.train.run.launch import Stage, Training, run_script, run_training

@@ -27,7 +27,8 @@ from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import encode_picture
 from ...weights.tensor_files import open_tensors, write_tensors
-from .pairs import DataConfig, Samples, find_photographs
+from .data_config import DataConfig, find_photographs
+from .samples import Samples
 from .sources import Pixels, read_photograph
 from .synthetic import synthetic_picture
 

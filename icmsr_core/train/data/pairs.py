@@ -6,114 +6,24 @@ in memory, and not on where a run was stopped and taken up again.
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import IcmsrError
-from ..settings import FREE
+from .data_config import DataConfig, find_photographs
 from .degradation import degrade
 from .presets import PRESETS, DegradationConfig
-from .sources import Photographs, PictureCache, Pixels, folder_source, list_source, read_captions, read_photograph
+from .samples import Samples
+from .sources import Photographs, PictureCache, Pixels, read_photograph
 from .synthetic import synthetic_picture
-
-log = logging.getLogger(__name__)
 
 _ATTEMPTS = 20  # photographs drawn for one sample before giving up
 _NAMED = 4  # unreadable photographs that one sample can name
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where training pictures come from and what is done to them."""
-
-    folders: tuple[str, ...] = ()
-    """Folders of photographs, searched recursively (neither folders nor lists are read if synthetic is 1)."""
-    lists: tuple[str, ...] = ()
-    """Text files with the path of one photograph a line, relative to the list's folder; # begins a comment line."""
-    weights: tuple[float, ...] = ()
-    """How often each folder, then each list, is drawn from; empty: every photograph is equally likely."""
-    captions: str = ""
-    """Text file with a line NAME<tab>CAPTION for each captioned photograph: its path below its folder (or as its list
-    has it), or its file name alone; empty: no captions."""
-    hold_out: float = 0.0
-    """Share of the photographs, 0 to below 1, that training never sees: chosen by a hash of their names."""
-    small: str = "skip"
-    """What happens to photographs smaller than the crop: skip (another one is drawn), or upscale (bicubic)."""
-    cache_mb: int = field(default=512, metadata=FREE)
-    """Memory for decoded photographs in each worker, in MiB; 0: each is decoded whenever it is drawn."""
-    synthetic: float = 0.15
-    """Share of procedurally made pictures."""
-    crop: int = 96
-    """Side of the sharp crop in pixels, a multiple of 32."""
-    shrink: float = 2.0
-    """Photographs are first shrunk by a random factor from 1 to this: it hides their own JPEG and lens blur."""
-    degradations: tuple[str, ...] = ("light", "realesrgan")
-    """Presets of the degradation (see `icmsr_core.train.data.presets.PRESETS`), all of the same scale."""
-    degradation_weights: tuple[float, ...] = (0.7, 0.3)
-    """How often each preset is drawn."""
-
-    def __post_init__(self) -> None:
-        if self.crop < 32 or self.crop % 32:
-            raise IcmsrError(f"data.crop must be a positive multiple of 32, got {self.crop}")
-        if not 0 <= self.synthetic <= 1:
-            raise IcmsrError(f"data.synthetic must be between 0 and 1, got {self.synthetic}")
-        if not 0 <= self.hold_out < 1:
-            raise IcmsrError(f"data.hold_out must be at least 0 and below 1, got {self.hold_out}: try 0.02")
-        if not 1 <= self.shrink < math.inf:
-            raise IcmsrError(f"data.shrink must be a number from 1 up, got {self.shrink}")
-        if self.small not in ("skip", "upscale"):
-            raise IcmsrError(f"data.small must be skip or upscale, got {self.small!r}")
-        if self.cache_mb < 0:
-            raise IcmsrError(f"data.cache_mb must be at least 0, got {self.cache_mb}: 0 keeps nothing in memory")
-        if self.weights:
-            _check_weights("data.weights", self.weights, "data.folders and data.lists", self.folders + self.lists)
-        unknown = [name for name in self.degradations if name not in PRESETS]
-        if unknown:
-            raise IcmsrError(f"data.degradations: unknown {unknown}, known are {sorted(PRESETS)}")
-        _check_weights("data.degradation_weights", self.degradation_weights, "data.degradations", self.degradations)
-        scales = {name: PRESETS[name].scale for name in self.degradations}
-        if len(set(scales.values())) > 1:
-            raise IcmsrError(f"data.degradations must be of one scale, got {scales}: train one task at a time")
-
-    @property
-    def scale(self) -> int:
-        """How many times smaller than the sharp crop the degraded picture is, in height and width."""
-        return PRESETS[self.degradations[0]].scale
-
-
-def _check_weights(where: str, weights: tuple[float, ...], what: str, entries: tuple[str, ...]) -> None:
-    fine = all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf
-    if len(weights) != len(entries) or not fine:
-        raise IcmsrError(
-            f"{where} needs one non-negative weight per entry of {what}, {len(entries)}, one of them "
-            f"above 0, got {weights}"
-        )
-
-
-def find_photographs(config: DataConfig, held_out: bool = False) -> Photographs:
-    """The photographs that `config` names, in one half of its split. Reads folders, lists and captions, no picture.
-
-    Raises IcmsrError for whatever is missing, empty or malformed there (see `icmsr_core.train.data.sources`).
-    """
-    if not config.folders and not config.lists:
-        raise IcmsrError(
-            "data.folders is empty and so is data.lists: name a folder of photographs, or set data.synthetic to 1"
-        )
-    sources = [*map(folder_source, config.folders), *map(list_source, config.lists)]
-    captions = read_captions(config.captions) if config.captions else None
-    return Photographs(sources, config.weights, captions, config.hold_out, held_out)
 
 
 @dataclass
@@ -122,25 +32,6 @@ class _Met:
 
     unreadable: list[int] = field(default_factory=list)
     small: int = 0
-
-
-class Samples(Dataset[dict[str, Tensor]]):
-    """What a run trains on: endlessly many samples, each a function of the run's seed and its number alone."""
-
-    config: DataConfig
-    photographs: list[Path]
-    """The photographs they come from; a sample's ``unreadable`` counts in this list."""
-
-    def __len__(self) -> int:
-        return 1 << 40  # the sampler says when to stop
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sample number `index`."""
-
-    @abstractmethod
-    def blank(self) -> dict[str, Tensor]:
-        """A sample of the same shapes, made without reading a photograph."""
 
 
 class TrainingPairs(Samples):
@@ -256,100 +147,3 @@ def _resized(picture: Pixels, side: int, how: int) -> Pixels:
 
 def _tensor(picture: Pixels) -> Tensor:
     return rearrange(torch.from_numpy(picture), "h w c -> c h w").contiguous()
-
-
-class Tally:
-    """What the samples of a run met, counted in the main process from its batches.
-
-    Each unreadable photograph is logged as a warning, with the reason, when it is first seen.
-    """
-
-    unreadable: list[str]
-    """The files that could not be read, sorted."""
-
-    def __init__(self, pairs: Samples) -> None:
-        self._photographs = pairs.photographs
-        self._samples, self._events = 0, [0, 0]
-        self.unreadable = []
-
-    def add(self, batch: Mapping[str, Tensor]) -> None:
-        """Counts one batch of `make_loader`'s (``events`` [batch, 2] and ``unreadable`` [batch, 4] of it)."""
-        self._samples += len(batch["events"])
-        for column, count in enumerate(batch["events"].sum(dim=0).tolist()):
-            self._events[column] += count
-        for number in set(batch["unreadable"].flatten().tolist()) - {-1}:
-            path = self._photographs[number]
-            if str(path) not in self.unreadable:
-                self.unreadable = sorted([*self.unreadable, str(path)])
-                log.warning("skipped in training: %s", _why_unreadable(path))
-
-    def take(self) -> dict[str, int]:
-        """How many samples there were since the last call, and how often an unreadable and a small photograph were met
-        in them: the keys samples, unreadable and small."""
-        unreadable, small = self._events
-        counts = {"samples": self._samples, "unreadable": unreadable, "small": small}
-        self._samples, self._events = 0, [0, 0]
-        return counts
-
-
-def _why_unreadable(path: Path) -> str:
-    try:
-        read_photograph(path)
-    except IcmsrError as error:
-        return str(error)
-    return f"{path}: it could not be read by a data worker, though it can be now"
-
-
-class Resumable(Sampler[int]):
-    """The sample numbers of process `rank`, from `start` up to at most `stop`.
-
-    Every step of all processes takes the next batch * processes numbers, of which process r has the r-th run of `batch`
-    numbers; a last step that would not be whole is left out.
-    """
-
-    def __init__(self, start: int, stop: int, batch: int = 1, rank: int = 0, processes: int = 1) -> None:
-        if batch < 1 or not 0 <= rank < processes:
-            raise IcmsrError(
-                f"batch must be at least 1 and rank from 0 up to below processes, got batch {batch}, "
-                f"rank {rank}, processes {processes}"
-            )
-        self.batch, self.step = batch, batch * processes
-        self.first, self.steps = start + rank * batch, max(0, stop - start) // self.step
-
-    def __iter__(self) -> Iterator[int]:
-        for step in range(self.steps):
-            first = self.first + step * self.step
-            yield from range(first, first + self.batch)
-
-    def __len__(self) -> int:
-        return self.steps * self.batch
-
-
-def make_loader(
-    pairs: Samples, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
-) -> DataLoader[dict[str, Tensor]]:
-    """Batches of samples `start` to `stop`, for process `rank` of `processes`; the same whatever number of workers.
-
-    `batch` is that of one process. All processes together see, step by step and in their order, the samples that one
-    process with the batch ``batch * processes`` sees. Raises IcmsrError as `Resumable` does.
-    """
-    return DataLoader(
-        pairs,
-        batch_size=batch,
-        sampler=Resumable(start, stop, batch, rank, processes),
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=False,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
-    )
-
-
-def _start_worker(_: int) -> None:
-    # A scheduler, `timeout` or Ctrl-C signals the whole process group, and a worker that died of it would take the loop
-    # down before the state is saved. A group of its own, rather than ignoring the signals: the loop ends its workers
-    # with SIGTERM.
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)

@@ -21,7 +21,8 @@ from ...errors import IcmsrError
 from ...measures.metrics import metric
 from ...weights.generator_file import holds_two_sets
 from ...whole_file import replace_file
-from ..data.pairs import DataConfig, TrainingPairs
+from ..data.data_config import DataConfig
+from ..data.pairs import TrainingPairs
 from ..networks.conditioning import ConditionConfig, StructureConfig
 from ..run.logs import METRICS_FILE, read_metrics
 from ..run.loop import train

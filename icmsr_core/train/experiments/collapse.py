@@ -37,8 +37,9 @@ from ...upscale.sizes import resize
 from ...weights.base import open_base
 from ...weights.embedded import embedded_base
 from ...weights.tensor_files import read_tensors, write_tensors
+from ..data.data_config import DataConfig
 from ..data.draws import TimestepConfig, all_timesteps, timesteps
-from ..data.pairs import DataConfig, TrainingPairs
+from ..data.pairs import TrainingPairs
 from ..losses.diagnostics import diagnostics
 from ..losses.icm import auxiliary_loss, icm_gradient, icm_loss
 from ..networks.adapters import make_adapter

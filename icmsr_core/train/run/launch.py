@@ -14,7 +14,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from ...errors import IcmsrError
-from ..data.pairs import Samples, TrainingPairs
+from ..data.pairs import TrainingPairs
+from ..data.samples import Samples
 from ..tasks.task import Task
 from .loop import Interrupted, train
 from .loop_config import LoopConfig

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
-from ..data.pairs import Samples, Tally, make_loader
+from ..data.loader import make_loader
+from ..data.samples import Samples, Tally
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, newest_checkpoint, write_checkpoint

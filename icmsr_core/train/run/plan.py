@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-from ..data.pairs import Samples
+from ..data.samples import Samples
 from ..settings import plain_settings
 from ..tasks.task import Task
 from .loop_config import LoopConfig

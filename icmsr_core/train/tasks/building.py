@@ -15,7 +15,7 @@ from ...runtime.prompts import check_prompts, constant_prompt, embed_prompts
 from ...weights.base import BaseFolder, open_base
 from ...weights.embedded import embedded_base
 from ...weights.generator_file import load_generator
-from ..data.pairs import DataConfig
+from ..data.data_config import DataConfig
 from ..networks.adapters import make_adapter, read_adapter_config
 from ..networks.bases import BaseNetworks
 from ..networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures

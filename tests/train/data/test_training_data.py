@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.data.pairs import DataConfig, Resumable, Tally, TrainingPairs, make_loader
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.loader import Resumable, make_loader
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.data.presets import PRESETS
+from icmsr_core.train.data.samples import Tally
 from icmsr_core.train.data.sources import PictureCache, falls_into_hold_out, read_photograph
 from icmsr_core.train.data.synthetic import synthetic_picture
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from icmsr_core import conditions
 from icmsr_core.conditions import canny_edges, colormap, register_structure, sketch, structure_names
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureConfig, StructureFeatures, picture_of
 from icmsr_core.train.run.loop import train

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from icmsr_core.cli.main import main
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.run.launch import parse_config, run_script
 from icmsr_core.train.run.logs import read_metrics

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.data.pairs import DataConfig, TrainingPairs
+from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.run.loop import train
 from icmsr_core.train.run.loop_config import LoopConfig
