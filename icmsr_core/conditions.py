@@ -1,10 +1,11 @@
-"""The sparse structure F of a picture: an 8x8-like colormap and Canny edges, and a registry of further structures.
+"""Structures of a picture that condition the regulariser: a coarse colormap and Canny edges; a registry for more.
 
-In training F looks at the ground truth, and the adapter turns it into features for teacher and auxiliary (ICM-SR,
-arXiv 2511.22048, section 3). The paper names segmentation, depth and sketch as future work: `sketch` and `segmentation`
-are registered here (ours), as examples of how the method is extended. Pictures are RGB tensors [N, 3, H, W], float in
-[0, 1], of any size from 1x1 up; so are the maps that come back, float32 on the input's device. OpenCV on the CPU does
-the work, one picture at a time; every structure is deterministic.
+In training they are taken from the ground truth, and the adapter turns them into features for teacher and auxiliary
+(ICM-SR, arXiv 2511.22048, section 3, function F). The paper names segmentation, depth and sketch as future work;
+`sketch` and `segmentation` here are ours and show how to add one.
+
+Pictures are RGB tensors [N, 3, H, W], float in [0, 1], of any size from 1x1 up. Maps are float32 in [0, 1], of the same
+size, on the input's device. OpenCV computes them on the CPU, one picture at a time; all structures are deterministic.
 """
 
 import inspect
@@ -36,16 +37,16 @@ class Structure:
     """A kind of structural condition."""
 
     name: str
-    """What configurations and commands call it."""
+    """Its name in configurations and commands."""
     channels: int
     """Number of channels of its map."""
     function: Function
-    """From pictures [N, 3, H, W] to maps [N, channels, H, W], both in [0, 1]; further arguments are its options."""
+    """From pictures [N, 3, H, W] to maps [N, channels, H, W], both in [0, 1]; its other arguments are the options."""
     description: str
-    """One line for a user."""
+    """One line for users."""
 
     def options(self) -> dict[str, Any]:
-        """Names and defaults of the function's options: its arguments after the pictures."""
+        """The function's options, which are its arguments after the pictures, with their defaults."""
         arguments = list(inspect.signature(self.function).parameters.values())[1:]
         return {argument.name: argument.default for argument in arguments}
 
@@ -54,11 +55,11 @@ _STRUCTURES: dict[str, Structure] = {}
 
 
 def register_structure(name: str, channels: int, description: str) -> Callable[[AnyFunction], AnyFunction]:
-    """Decorator that makes a function known as the structure `name`; the function itself is returned unchanged.
+    """Decorator that registers a function as the structure `name` and returns it unchanged.
 
-    The function takes pictures [N, 3, H, W] in [0, 1] and returns maps [N, channels, H, W] in [0, 1]; further arguments
-    need defaults, and are the options that `extract` hands on.
-    Raises IcmsrError when the name is taken or empty, or when channels is below 1.
+    The function takes pictures [N, 3, H, W] in [0, 1] and returns maps [N, channels, H, W] in [0, 1]. Its other
+    arguments need defaults; they are the options that `extract` passes on.
+    Raises IcmsrError if the name is taken or empty, or if `channels` is below 1.
     """
     if not name or name in _STRUCTURES:
         raise IcmsrError(f"a structure needs a name that is not taken yet, got {name!r}: taken are {_known()}")
@@ -78,7 +79,7 @@ def structure_names() -> tuple[str, ...]:
 
 
 def structure(name: str) -> Structure:
-    """The structure of that name. Raises IcmsrError, which lists the known names, when there is none."""
+    """The structure of that name. Raises IcmsrError, which lists the known names, if there is none."""
     if name not in _STRUCTURES:
         raise IcmsrError(f"unknown structure {name!r}: choose from {_known()}")
     return _STRUCTURES[name]
@@ -87,12 +88,12 @@ def structure(name: str) -> Structure:
 def extract(image: Tensor, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> Tensor:
     """Maps of the named structures side by side: [N, sum of their channels, H, W] in [0, 1], in the given order.
 
-    `image` is [N, 3, H, W] in [0, 1]. `options` has keyword arguments for a structure's function under its name, such
-    as ``{"colormap": {"cells": (8, 8)}, "edges": {"low": 100, "high": 200}}``. Raises IcmsrError for an unknown name,
-    for no name, for options of a structure that is not among `names` or that it does not have, and for a registered
-    function whose map has another shape than it promised.
+    `image` is [N, 3, H, W] in [0, 1]. `options` holds options by structure, such as ``{"colormap": {"cells": (8, 8)},
+    "edges": {"low": 100, "high": 200}}``. Raises IcmsrError for an unknown name, for no name, for options of a
+    structure that is not in `names`, for unknown options, and for a function whose map has another shape than it is
+    registered with.
     """
-    entries, given = check_structures(names, options), options or {}  # all names, before the first picture is worked on
+    entries, given = check_structures(names, options), options or {}  # all names, before the first picture is processed
     maps = []
     for entry in entries:
         found = entry.function(image, **given.get(entry.name, {}))
@@ -104,10 +105,9 @@ def extract(image: Tensor, names: Sequence[str], options: Mapping[str, Mapping[s
 
 
 def check_structures(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Structure]:
-    """The structures of these names, in their order, once `names` and `options` are what `extract` takes.
+    """The structures of these names, in their order. Raises IcmsrError as `extract` does for names and options.
 
-    Names alone are checked, before any picture is there; values are checked by the structure's function. The errors
-    are those of `extract`.
+    Needs no picture: names of structures and options are checked, values are checked later by the function itself.
     """
     if isinstance(names, str) or not names:
         raise IcmsrError(f"names must be a list of one or more structures, got {names!r}: choose from {_known()}")
@@ -130,12 +130,12 @@ def _known() -> str:
 
 
 def _per_picture(image: Tensor, work: Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]) -> Tensor:
-    """`work` on each picture as uint8 [H, W, 3]; its uint8 [H, W, C] answers as one float32 [N, C, H, W] in [0, 1]."""
+    """The uint8 maps [H, W, C] that `work` makes of each uint8 picture [H, W, 3]: float32 [N, C, H, W] in [0, 1]."""
     if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point() or 0 in image.shape:
         raise IcmsrError(
             f"image must be a float tensor [N, 3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}: convert it"
         )
-    # Half precision cannot tell all 256 levels apart after the multiplication, hence float32 first.
+    # float32 first: half precision cannot distinguish all 256 levels after the multiplication.
     levels = image.detach().to("cpu", torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8)
     pictures = rearrange(levels, "n c h w -> n h w c").contiguous().numpy()
     maps = torch.from_numpy(np.stack([work(picture) for picture in pictures]))
@@ -146,13 +146,16 @@ def _per_picture(image: Tensor, work: Callable[[npt.NDArray[np.uint8]], npt.NDAr
 def colormap(image: Tensor, cells: tuple[int, int] | None = None, sampling: str = "cubic") -> Tensor:
     """Colours of a coarse grid, enlarged to the picture's size in hard-edged cells: [N, 3, H, W] in [0, 1].
 
-    The picture as uint8 is shrunk to the grid and enlarged with INTER_NEAREST. The grid has `cells` = (rows, columns),
-    at most one to a pixel; without it one cell covers 64 pixels: (H // 64, W // 64), at least (1, 1), so that 512 px
-    have 8x8. Training passes (8, 8) for a crop of any size (ours). `sampling` is how it is shrunk: "cubic" is
-    INTER_CUBIC, the T2I-Adapter's published preprocessing, which does not average: a cell has the colour of the 4x4
-    pixels about its middle (weights [-3, 19, 19, -3] / 32 each way where they lie evenly), whatever else is in it.
-    "area" is INTER_AREA, the cell's mean (ours). `image` is [N, 3, H, W], float in [0, 1].
-    Raises IcmsrError for another shape, an integer tensor, another sampling, or cells outside 1..H, 1..W.
+    The uint8 picture is shrunk to the grid and enlarged with INTER_NEAREST. The grid has `cells` = (rows, columns), at
+    most one per pixel. Without `cells` a cell covers 64 pixels: (H // 64, W // 64), at least (1, 1), so that 512 px
+    have 8x8. Training passes (8, 8) for crops of any size (ours).
+
+    `sampling` is how the picture is shrunk. "cubic" is INTER_CUBIC, the T2I-Adapter's published preprocessing. It does
+    not average: a cell has the colour of the 4x4 pixels at its centre (weights [-3, 19, 19, -3] / 32 along each axis if
+    they are evenly placed), whatever else is in the cell. "area" is INTER_AREA, the cell's mean (ours).
+
+    `image` is [N, 3, H, W], float in [0, 1]. Raises IcmsrError for another shape, an integer tensor, another sampling,
+    or cells outside 1..H, 1..W.
     """
     height, width = image.shape[-2:]
     rows, columns = cells if cells is not None else (max(1, height // CELL), max(1, width // CELL))
@@ -173,11 +176,11 @@ def colormap(image: Tensor, cells: tuple[int, int] | None = None, sampling: str 
 def canny_edges(image: Tensor, low: float = 100, high: float = 200) -> Tensor:
     """Canny edges: [N, 1, H, W], 1 on an edge and 0 elsewhere.
 
-    cv2.Canny runs on the RGB uint8 picture, not on its grey version, and so takes at each pixel the channel with the
-    strongest gradient, as in the T2I-Adapter's preprocessing. `low` and `high` are its two thresholds on the L1
-    gradient (3x3 Sobel, grey levels): edges start above `high` and go on above `low`.
-    `image` is [N, 3, H, W], float in [0, 1]. Raises IcmsrError for another shape, an integer tensor, or thresholds
-    that are not 0 <= low <= high <= 2040, the largest gradient there is.
+    cv2.Canny runs on the RGB uint8 picture, not on a grey version, as in the T2I-Adapter's preprocessing: at each pixel
+    the channel with the strongest gradient counts. `low` and `high` are its thresholds on the L1 gradient (3x3 Sobel,
+    in grey levels): edges start above `high` and continue above `low`. `image` is [N, 3, H, W], float in [0, 1]. Raises
+    IcmsrError for another shape, an integer tensor, or thresholds that are not 0 <= low <= high <= 2040, the largest
+    possible gradient.
     """
     if not 0 <= low <= high <= 2040:
         raise IcmsrError(f"Canny thresholds must be 0 <= low <= high <= 2040, got low {low}, high {high}: try 100, 200")
@@ -186,13 +189,14 @@ def canny_edges(image: Tensor, low: float = 100, high: float = 200) -> Tensor:
 
 @register_structure("sketch", 1, "soft pencil lines, brighter where they are stronger")
 def sketch(image: Tensor, sigma: float = 1.0, strength: float = 8.0) -> Tensor:
-    """Pencil lines on the dark side of edges and on dark strokes: [N, 1, H, W], 0 on blank paper, towards 1 on a line.
+    """Pencil lines on the dark side of edges and on dark strokes: [N, 1, H, W], 0 on blank paper, up to 1 on a line.
 
-    Soft (in 256 levels), where `canny_edges` decides. A difference of Gaussians of the grey picture with sigmas `sigma`
-    and 1.6 `sigma`, in pixels, over the wider one: lines in shade and in light count alike. Its positive part, less a
-    threshold for noise, goes through tanh with the slope `strength`. After XDoG (Winnemöller, Kyprianidis, Olsen 2012),
-    without its tones; the numbers are ours. `image` is [N, 3, H, W], float in [0, 1].
-    Raises IcmsrError for another shape, an integer tensor, sigma outside 0.3..20, or strength not above 0.
+    Lines are soft (256 levels), unlike those of `canny_edges`. They are the difference of two Gaussians of the grey
+    picture, with sigmas `sigma` and 1.6 `sigma` in pixels, divided by the wider one, so that lines in shade and in
+    light count alike. Its positive part, minus a threshold for noise, goes through tanh with the slope `strength`.
+    After XDoG (Winnemöller, Kyprianidis, Olsen 2012), without its tones; the numbers are ours. `image` is [N, 3, H, W],
+    float in [0, 1]. Raises IcmsrError for another shape, an integer tensor, sigma outside 0.3..20, or strength not
+    above 0.
     """
     if not 0.3 <= sigma <= 20:
         raise IcmsrError(f"sigma must be within 0.3..20 pixels, got {sigma}: try 1")
@@ -204,7 +208,7 @@ def sketch(image: Tensor, sigma: float = 1.0, strength: float = 8.0) -> Tensor:
         fine, wide = (
             cv2.GaussianBlur(grey, (0, 0), width, borderType=cv2.BORDER_REPLICATE) for width in (sigma, 1.6 * sigma)
         )
-        # 32 grey levels keep the noise of night skies from filling the paper; a hundredth is a photograph's grain.
+        # 32 grey levels keep noise in dark skies from becoming lines; 0.01 is about a photograph's grain.
         darker = (wide - fine) / (wide + 32) - 0.01
         return np.rint(255 * np.tanh(strength * np.maximum(darker, 0))).astype(np.uint8)[..., None]
 
@@ -213,12 +217,12 @@ def sketch(image: Tensor, sigma: float = 1.0, strength: float = 8.0) -> Tensor:
 
 @register_structure("segmentation", 3, "a few flat regions in their mean colours")
 def segmentation(image: Tensor, segments: int = 8) -> Tensor:
-    """A few smooth-edged flat regions, each painted with its mean colour: [N, 3, H, W] in [0, 1].
+    """A few flat regions with smooth edges, each painted with its mean colour: [N, 3, H, W] in [0, 1].
 
-    At most `segments` colours to a picture. Regions of colour, not of meaning (no network is asked): mean shift and
-    k-means in CIELAB on a copy of at most 128 pixels, each label's share of the neighbourhood enlarged and the largest
-    taken. The numbers are ours. `image` is [N, 3, H, W], float in [0, 1].
-    Raises IcmsrError for another shape, an integer tensor, or segments outside 1..64.
+    At most `segments` colours per picture. Regions are found by colour, not by meaning (there is no network): mean
+    shift and k-means in CIELAB on a copy of at most 128 pixels a side. Each label's share of the neighbourhood is
+    enlarged, and the largest share wins. The numbers are ours. `image` is [N, 3, H, W], float in [0, 1]. Raises
+    IcmsrError for another shape, an integer tensor, or segments outside 1..64.
     """
     if not 1 <= segments <= MOST_SEGMENTS:
         raise IcmsrError(f"segments must be within 1..{MOST_SEGMENTS}, got {segments}: try 8")
@@ -243,11 +247,12 @@ def segmentation(image: Tensor, segments: int = 8) -> Tensor:
 
 
 def _colour_clusters(small: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
-    """Labels [H, W] from 0 of at most `most` clusters of similar colour in a uint8 picture [H, W, 3]."""
+    """Labels [H, W], from 0, of at most `most` clusters of similar colours in a uint8 picture [H, W, 3]."""
     calm = cv2.pyrMeanShiftFiltering(small, sp=8, sr=20, maxLevel=0)
     colours = cv2.cvtColor(calm.astype(np.float32) / 255, cv2.COLOR_RGB2Lab).reshape(-1, 3)
-    # The first cluster starts at the most ordinary colour, each further one at the colour farthest from all others, as
-    # long as that is 10 Lab units away: k-means from there needs no random numbers, and a plain picture few clusters.
+    # The first cluster starts at the colour closest to the mean, each further one at the colour farthest from all
+    # clusters so far, while that is over 10 Lab units away. So k-means needs no random numbers, and a plain picture
+    # gets few clusters.
     labels: npt.NDArray[Any] = np.zeros((len(colours), 1), np.int32)
     middle = colours[np.argmin(np.square(colours - colours.mean(axis=0)).sum(axis=1))]
     distance = np.square(colours - middle).sum(axis=1)
@@ -260,12 +265,3 @@ def _colour_clusters(small: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
         stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 0.1)
         labels = cv2.kmeans(colours, count, labels, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)[1]
     return labels.reshape(small.shape[:2])
-
-
-def hint(image: Tensor, cells: tuple[int, int] | None = None, low: float = 100, high: float = 200) -> Tensor:
-    """The adapter's 4-channel condition: RGB `colormap` first, `canny_edges` fourth. [N, 4, H, W] in [0, 1].
-
-    Arguments and errors are those of the two functions; `extract(image, ["colormap", "edges"])` is the same with
-    their defaults.
-    """
-    return torch.cat([colormap(image, cells), canny_edges(image, low, high)], dim=1)

@@ -15,7 +15,6 @@ from icmsr_core.conditions import (
     check_structures,
     colormap,
     extract,
-    hint,
     register_structure,
     segmentation,
     sketch,
@@ -23,6 +22,9 @@ from icmsr_core.conditions import (
     structure_names,
 )
 from icmsr_core.errors import IcmsrError
+
+ICM = ("colormap", "edges")
+"""The structures of ICM-SR's 4-channel hint."""
 
 
 def to_tensor(*pictures: np.ndarray) -> torch.Tensor:
@@ -124,41 +126,40 @@ def test_flat_colours_come_back_and_orientation_is_kept() -> None:
 
 def test_batch_equals_one_by_one() -> None:
     image = to_tensor(noise(90, 130, 1), noise(90, 130, 2), np.full((90, 130, 3), 127, np.uint8))
-    whole = hint(image)
+    whole = extract(image, ICM)
     assert whole.shape == (3, 4, 90, 130)
-    assert torch.equal(whole, torch.cat([hint(image[i : i + 1]) for i in range(3)]))
+    assert torch.equal(whole, torch.cat([extract(image[i : i + 1], ICM) for i in range(3)]))
 
 
 def test_grey_pictures_have_grey_colormaps() -> None:
     grey = np.repeat(noise(130, 70)[..., :1], 3, axis=2)
-    result = hint(to_tensor(grey))[0]
+    result = extract(to_tensor(grey), ICM)[0]
     assert torch.equal(result[0], result[1])
     assert torch.equal(result[0], result[2])
     assert np.array_equal(result[3].numpy() * 255, cv2.Canny(np.ascontiguousarray(grey[..., 0]), 100, 200))
 
 
-def test_hint_is_colormap_then_edges(photo: np.ndarray) -> None:
+def test_the_hint_is_the_colormap_then_the_edges(photo: np.ndarray) -> None:
     image = to_tensor(photo)
-    result = hint(image, cells=(4, 6), low=50, high=150)
+    result = extract(image, ICM, {"colormap": {"cells": (4, 6)}, "edges": {"low": 50, "high": 150}})
     assert torch.equal(result[:, :3], colormap(image, (4, 6)))
     assert torch.equal(result[:, 3:], canny_edges(image, 50, 150))
-    assert torch.equal(hint(image), extract(image, ["colormap", "edges"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_types_and_values_outside_the_range(dtype: torch.dtype, photo: np.ndarray) -> None:
     image = (to_tensor(photo) * 1.5 - 0.25).to(dtype)
     kept = image.clone()
-    result = hint(image)
+    result = extract(image, ICM)
     assert result.dtype == torch.float32
     assert result.min() >= 0
     assert result.max() <= 1
     assert torch.equal(image, kept)
-    assert torch.equal(result, hint(image.float().clamp(0, 1)))
+    assert torch.equal(result, extract(image.float().clamp(0, 1), ICM))
 
 
 def test_gradient_needing_input_gives_a_plain_map() -> None:
-    assert not hint(torch.rand(1, 3, 64, 64, requires_grad=True)).requires_grad
+    assert not extract(torch.rand(1, 3, 64, 64, requires_grad=True), ICM).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_gradient_needing_input_gives_a_plain_map() -> None:
     ],
 )
 def test_wrong_pictures_are_named(image: torch.Tensor) -> None:
-    for function in (colormap, canny_edges, hint, sketch, segmentation):
+    for function in (colormap, canny_edges, sketch, segmentation):
         with pytest.raises(IcmsrError, match="image must be"):
             function(image)
 
@@ -180,7 +181,7 @@ def test_wrong_pictures_are_named(image: torch.Tensor) -> None:
 @pytest.mark.parametrize(("low", "high"), [(200, 100), (-1, 100), (0, 3000), (float("nan"), 100)])
 def test_wrong_thresholds_are_named(low: float, high: float) -> None:
     with pytest.raises(IcmsrError, match="low"):
-        hint(torch.zeros(1, 3, 8, 8), low=low, high=high)
+        extract(torch.zeros(1, 3, 8, 8), ICM, {"edges": {"low": low, "high": high}})
 
 
 @pytest.mark.parametrize("cells", [(0, 8), (8, -1), (9, 8)])

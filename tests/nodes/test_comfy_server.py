@@ -186,7 +186,7 @@ def test_committed_workflow_gives_the_library_s_picture(comfy_server, object_inf
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
     if path.stem == "inspect_manifold":
-        hint = conditions.hint(tensor(picture))
+        hint = conditions.extract(tensor(picture), ("colormap", "edges"))
         features = load_adapter(embedded_adapter(), 4)(pad_to_multiple(hint, 8))
         expected = library_grid(picture, features, (200, 500, 800), 0, hint)
     else:
@@ -256,7 +256,7 @@ def test_all_nodes_together_give_the_library_s_picture(comfy_server, request):
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
     source = tensor(picture)
-    hint = conditions.hint(source, low=20, high=60)
+    hint = conditions.extract(source, ("colormap", "edges"), {"edges": {"low": 20, "high": 60}})
     assert 0 < float(hint[:, 3].mean()) < 1
     hint = pad_to_multiple(torch.nn.functional.interpolate(hint, (270, 210), mode="nearest-exact"), 8)
 
@@ -349,7 +349,7 @@ def test_what_the_prior_sees_is_what_the_library_says(comfy_server):
     }
     kind, data, entry = comfy_server.run(prompt)
     assert kind == "execution_success", data
-    hint = conditions.hint(tensor(picture), low=20, high=60)
+    hint = conditions.extract(tensor(picture), ("colormap", "edges"), {"edges": {"low": 20, "high": 60}})
     features = [2 * level for level in adapter(pad_to_multiple(hint[:, 3:], 8))]
     assert_same_picture(comfy_server.picture(entry), library_grid(picture, features, (100, 800), 3, hint))
 
