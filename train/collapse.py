@@ -16,14 +16,9 @@ import torch
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.pairs import TrainingPairs
-from icmsr_core.train.experiments.collapse import (
-    COLLAPSE_ARMS,
-    Bench,
-    CollapseArm,
-    CollapseConfig,
-    adapter_stem,
-    load_crops,
-)
+from icmsr_core.train.experiments.collapse import Bench
+from icmsr_core.train.experiments.collapse_config import COLLAPSE_ARMS, CollapseArm, CollapseConfig, adapter_stem
+from icmsr_core.train.experiments.collapse_crops import load_crops
 from icmsr_core.train.experiments.collapse_report import markdown, write_report
 from icmsr_core.train.experiments.jobs import run_jobs
 from icmsr_core.train.run.launch import parse_config, run_script

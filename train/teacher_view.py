@@ -19,12 +19,11 @@ from icmsr_core.train.experiments.teacher_view import (
     ViewConfig,
     check_view,
     load_arms,
-    markdown,
     measure_view,
     open_teacher,
     read_crops,
-    write_view,
 )
+from icmsr_core.train.experiments.teacher_view_report import markdown, write_view
 from icmsr_core.train.run.launch import parse_config, run_script
 from icmsr_core.train.settings import plain_settings
 from icmsr_core.train.tasks.building import training_base

@@ -20,14 +20,12 @@ from icmsr_core.train.experiments.teacher_view import (
     View,
     ViewConfig,
     check_view,
-    error_figure,
     load_arms,
-    markdown,
     measure_view,
     open_teacher,
     read_crops,
-    summary,
 )
+from icmsr_core.train.experiments.teacher_view_report import error_figure, markdown, summary
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from icmsr_core.train.networks.conditioning import ConditionConfig, StructureConfig
 from icmsr_core.train.run.launch import run_script

@@ -18,7 +18,8 @@ from ...pictures.files import FloatArray, read_picture
 from ...whole_file import replace_file
 from ..run.plots import DPI, write_figure
 from .ablation import ARMS, PAIRS, PHOTOGRAPHS, REFERENCES, START, AblationConfig
-from .collapse_report import DIAGNOSTIC_LABELS, spread
+from .collapse_report import DIAGNOSTIC_LABELS
+from .spread import spread
 
 AblationResults = Mapping[str, Any]
 """What `load_results` returns."""

@@ -16,10 +16,7 @@ auxiliary could remember it.
 from __future__ import annotations
 
 import copy
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,155 +26,24 @@ from torch import Tensor, nn
 
 from ...backbone.context import repeated_context
 from ...backbone.noise_schedule import NoiseSchedule
-from ...errors import IcmsrError
-from ...pictures.ranges import bytes_to_signed, bytes_to_unit, unit_to_signed
-from ...runtime.diffusers_backbone import build_networks
-from ...runtime.latents import encode_picture
-from ...upscale.sizes import resize
+from ...pictures.ranges import bytes_to_unit
 from ...weights.base import open_base
 from ...weights.embedded import embedded_base
 from ...weights.tensor_files import read_tensors, write_tensors
-from ..data.data_config import DataConfig
 from ..data.draws import TimestepConfig, all_timesteps, timesteps
-from ..data.pairs import TrainingPairs
 from ..losses.diagnostics import diagnostics
 from ..losses.icm import auxiliary_loss, icm_gradient, icm_loss
 from ..networks.adapters import make_adapter
 from ..networks.bases import NetworkConfig, make_unet
 from ..networks.conditioning import StructureConfig, StructureFeatures
 from ..networks.roles import predict
+from .collapse_config import CollapseArm, CollapseConfig
+from .collapse_crops import Crops, condition_maps
 
 GENERATOR_TIMESTEP = 200
 NOISE_LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Noise levels, as shares of T, of the diagnostics."""
 Values = dict[str, float]
-
-
-@dataclass(frozen=True)
-class CollapseArm:
-    """One arm of the experiment."""
-
-    name: str
-    """What tables and plots call it."""
-    structure: StructureConfig
-    """What teacher and auxiliary see."""
-    source: str = "truth"
-    """Of the truth, or of the generator's own input."""
-
-
-COLLAPSE_ARMS = (
-    CollapseArm("none", StructureConfig("none")),
-    CollapseArm("colormap 1", StructureConfig("colormap", cells=1)),
-    CollapseArm("colormap 4", StructureConfig("colormap", cells=4)),
-    CollapseArm("colormap 8", StructureConfig("colormap", cells=8)),
-    CollapseArm("edges", StructureConfig("edges")),
-    CollapseArm("icm", StructureConfig("icm", cells=8)),
-    CollapseArm("colormap 16", StructureConfig("colormap", cells=16)),
-    CollapseArm("colormap 32", StructureConfig("colormap", cells=32)),
-    CollapseArm("colormap 64", StructureConfig("colormap", cells=64)),
-    CollapseArm("image", StructureConfig("image")),
-    CollapseArm("image of input", StructureConfig("image"), "input"),
-)
-"""From nothing to everything. "image of input" determines the generator's latent, as the lemma has it."""
-
-
-@dataclass(frozen=True)
-class CollapseConfig:
-    """Size of the experiment."""
-
-    crop: int = 64
-    """Side of the crops in pixels."""
-    crops: int = 8_000
-    """Training crops."""
-    held_out_crops: int = 256
-    """Crops of the diagnostics, of photographs that training never sees."""
-    unet_channels: tuple[int, ...] = (32, 64)
-    """Width of the small UNet's levels."""
-    batch: int = 16
-    """Crops per step."""
-    prior_steps: int = 4000
-    """Steps of the teacher."""
-    generator_steps: int = 1000
-    """Steps of the generator before it is frozen."""
-    adapter_steps: int = 1200
-    """Steps of each adapter."""
-    auxiliary_steps: int = 700
-    """Steps of each auxiliary on the frozen generator."""
-    joint_steps: int = 100
-    """Steps of generator and auxiliary together."""
-    icm_weight: float = 1.0
-    """Weight of ICM beside an L2 of 1 in joint training."""
-    learning_rate: float = 1e-3
-    """Peak learning rate; adapters have twice this, joint training a tenth."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the auxiliary's and of joint training: their samples and noise."""
-    conditions: tuple[str, ...] = field(default_factory=lambda: tuple(arm.name for arm in COLLAPSE_ARMS))
-    """Arms to run, by name."""
-
-    def __post_init__(self) -> None:
-        known = [arm.name for arm in COLLAPSE_ARMS]
-        unknown = [name for name in self.conditions if name not in known]
-        if unknown or not self.conditions:
-            raise IcmsrError(f"collapse.conditions must be among {', '.join(known)}, got {list(self.conditions)}")
-        for name in (
-            "crops",
-            "held_out_crops",
-            "batch",
-            "prior_steps",
-            "generator_steps",
-            "adapter_steps",
-            "auxiliary_steps",
-            "joint_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise IcmsrError(f"collapse.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.seeds:
-            raise IcmsrError("collapse.seeds is empty: name one or more")
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Crops in memory: pictures uint8, and their latents."""
-
-    sharp: Tensor
-    low: Tensor
-    truth: Tensor
-    """Latent [N, C, h, w] of the truth."""
-    given: Tensor
-    """Latent of the resized input."""
-
-    def __len__(self) -> int:
-        return self.sharp.shape[0]
-
-    def take(self, index: Tensor) -> Crops:
-        """Those at `index`."""
-        return Crops(self.sharp[index], self.low[index], self.truth[index], self.given[index])
-
-
-def load_crops(config: CollapseConfig, data: DataConfig, file: Path) -> tuple[Crops, Crops]:
-    """Training and held-out crops; made once, then read from `file`."""
-    if not file.exists():
-        base = open_base(embedded_base())
-        vae = build_networks(base)[1]
-        tensors: dict[str, Tensor] = {}
-        for part, count in (("train", config.crops), ("held_out", config.held_out_crops)):
-            pairs = TrainingPairs(data, 0, held_out=part == "held_out")
-            samples = [pairs[index] for index in range(count)]
-            sharp, low = (torch.stack([sample[name] for sample in samples]) for name in ("sharp", "low"))
-            side = sharp.shape[-1]
-            tensors |= {f"{part}/sharp": sharp, f"{part}/low": low}
-            enlarged = (unit_to_signed(resize(bytes_to_unit(some), side, side)) for some in low.split(64))
-            with torch.no_grad():
-                truth = [encode_picture(vae, bytes_to_signed(some)) for some in sharp.split(64)]
-                given = [encode_picture(vae, some) for some in enlarged]
-            tensors |= {f"{part}/truth": torch.cat(truth), f"{part}/given": torch.cat(given)}
-        write_tensors(file, tensors, {"format": "icmsr-crops"})
-    found = read_tensors(file)[0]
-    train, held_out = (
-        Crops(*(found[f"{part}/{name}"] for name in ("sharp", "low", "truth", "given")))
-        for part in ("train", "held_out")
-    )
-    return train, held_out
 
 
 class Bench:
@@ -347,18 +213,6 @@ class Bench:
                 }
             )
         return rows
-
-
-def adapter_stem(structure: StructureConfig) -> str:
-    """Name, without extension, of an adapter's file in a run's folder ``adapters``: what it was trained for."""
-    return "_".join(re.findall("[a-z0-9]+", json.dumps(structure.describe(), sort_keys=True)))
-
-
-def condition_maps(arm: CollapseArm, crops: Crops) -> Tensor:
-    """The condition [N, channels, H, W] of `crops`, from the truth or from the resized input."""
-    if arm.source == "truth":
-        return arm.structure.maps(bytes_to_unit(crops.sharp))
-    return arm.structure.maps(resize(bytes_to_unit(crops.low), *crops.sharp.shape[-2:]))
 
 
 def _detail(latent: Tensor) -> Tensor:

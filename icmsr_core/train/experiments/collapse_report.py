@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ...whole_file import replace_file
 from ..run.plots import DPI, write_figure
+from .spread import spread
 
 CollapseResults = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By condition and seed: what `Bench.run` returned."""
@@ -26,12 +26,6 @@ COLLAPSED = {"rho": 1.0, "cos": 1.0, "mse_auxiliary": 0.0}
 """The value of each sign of collapse when the regulariser has collapsed."""
 PHASES = {"frozen": "frozen generator", "joint": "after joint training"}
 PHASE_COLOURS = {"frozen": "#1b6ca8", "joint": "#d1495b"}
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of the sample; 0 for one value)."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
 
 
 def over_levels(rows: Sequence[Mapping[str, float]], name: str) -> float:

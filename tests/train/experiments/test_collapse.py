@@ -9,16 +9,11 @@ import torch
 from PIL import Image
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.experiments.collapse import (
-    COLLAPSE_ARMS,
-    NOISE_LEVELS,
-    Bench,
-    CollapseArm,
-    CollapseConfig,
-    Crops,
-    condition_maps,
-)
-from icmsr_core.train.experiments.collapse_report import conditions_figure, levels_figure, markdown, spread, summary
+from icmsr_core.train.experiments.collapse import NOISE_LEVELS, Bench
+from icmsr_core.train.experiments.collapse_config import COLLAPSE_ARMS, CollapseArm, CollapseConfig
+from icmsr_core.train.experiments.collapse_crops import Crops, condition_maps
+from icmsr_core.train.experiments.collapse_report import conditions_figure, levels_figure, markdown, summary
+from icmsr_core.train.experiments.spread import spread
 from icmsr_core.train.networks.conditioning import StructureConfig
 from tests.support.script_process import ROOT, ScriptProcess
 
