@@ -4,9 +4,10 @@
     python benchmarks/seams.py --pictures FOLDER --number 6 --tiles 512 768 1024 --overlaps 64 128 --shortest 256
 
 The energy is the mean squared difference of neighbouring pixels across every line where a tile begins to fade in, is
-half in, or is all there. A seam adds to it: 1 is no seam, the mean over the pictures should stay below 1.05. "work" is
-the area of the tiles over that of the picture, the largest of the pictures; "PSNR" is tiled against untiled. Pictures
-are enlarged four times by the embedded model; tiles that hold the whole picture are left out. The VAE is exact.
+halfway in, or is fully in. A seam adds to it: 1 means no seam, and the mean over the pictures should stay below 1.05.
+"work" is the area of the tiles divided by that of the picture, the largest of all pictures; "PSNR" is tiled against
+untiled. The embedded model enlarges the pictures four times, with the VAE in exact mode. Pictures that fit into one tile
+are skipped.
 """
 
 import argparse

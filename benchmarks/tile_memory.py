@@ -4,9 +4,9 @@
     python benchmarks/tile_memory.py --clock cpu --threads 1 --models sd21 --tiles 256 512
     python benchmarks/tile_memory.py --device cuda --dtypes bf16 --models nano sd21 --batches 1 4 8
 
-The numbers of `icmsr_core/upscale/tile_choice.py` come from here. Every line is measured in a process of its own: the
-peak less what the process held before (libraries, weights, pictures), over the latent cells of all tiles of the batch,
-or over the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random
+The numbers in `icmsr_core/upscale/tile_choice.py` come from here. Each line is measured in its own process: the peak
+minus what the process held before (libraries, weights, pictures), divided by the latent cells of all tiles of the batch,
+or by the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random
 weights of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
 """
 
@@ -59,14 +59,14 @@ class Found(NamedTuple):
     seconds: float
     """For a megapixel (2^20 pixels)."""
     memory: float
-    """Bytes beside what was held before."""
+    """Peak in bytes, without what was held before."""
     factor: int
     """Pixels per latent cell along each axis."""
 
 
 @torch.inference_mode()
 def measure_case(case: Case) -> Found:
-    """Loads the networks of `case` and measures it; for a process of its own."""
+    """Loads the networks of `case` and measures it; to run in its own process."""
     use_threads(case.threads)
     torch.manual_seed(0)
     device = torch.device(case.device)

@@ -3,9 +3,9 @@
     python benchmarks/tiled_vae.py --pictures FOLDER
     python benchmarks/tiled_vae.py --pictures FOLDER --sizes 4096 --modes exact bounded --clock cpu
 
-The pictures of the folder, as many as it takes, are laid side by side, enlarged four times, encoded and decoded by the
-embedded model's VAE. Every line is measured in a process of its own. "against" is the first mode of the line's size;
-"beside them" is the peak of the process less the picture, the result and what it held before.
+Pictures of the folder, as many as are needed, are laid side by side, enlarged four times, encoded and decoded by the
+embedded model's VAE. Each line is measured in its own process. "against the first" compares with the first mode of the
+same size; "beside them" is the peak of the process minus the picture, the result and what it held before.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def mosaic(folder: Path, size: int) -> torch.Tensor:
 
 
 def measure_case(case: Case) -> Found:
-    """Loads nano and measures `case`; for a process of its own."""
+    """Loads nano and measures `case`; to run in its own process."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
     from icmsr_core.runtime.recipe import Recipe
     from icmsr_core.tiled_vae.tiled import decode_tiled, encode_tiled, plan_stripes

@@ -144,7 +144,7 @@ def test_memory_of_a_long_picture_grows_by_the_pictures_alone(monkeypatch: pytes
     monkeypatch.setattr(color, "STRIPE_ROWS", 64)
     monkeypatch.setattr(tiled_vae_statistics, "FEWEST", 16)
     monkeypatch.setattr(tiled_vae_statistics, "LARGEST", 16 * ((FIELD + 2 * FIELD_MARGIN) * 4) ** 2)
-    # As many windows whatever the picture: none is left out.
+    # As many windows whatever the picture: none is dropped.
     monkeypatch.setattr(tiled_vae_statistics, "calibrate", lambda off, weights: weights / weights.sum())
     backbone = backbone_of(random_vae(3, False, True))
     settings = UpscaleSettings(scale=2, tile=64, overlap=16, vae="bounded")

@@ -25,7 +25,7 @@ class Axis(NamedTuple):
 
 @st.composite
 def axes(draw: st.DrawFn, longest: int = 60) -> Axis:
-    """Arguments of `plan_axis` that leave a tile room of its own."""
+    """Arguments of `plan_axis` with which tiles can advance."""
     multiple = draw(st.sampled_from([1, 2, 3, 4, 8]))
     tile = multiple * draw(st.integers(1, 16))
     overlap = draw(st.integers(0, tile // 2))
