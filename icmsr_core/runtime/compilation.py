@@ -1,7 +1,7 @@
 """torch.compile for the UNet, where the machine has a compiler.
 
 The tiles of a picture are all of one size, so pictures of one size are compiled once, statically. The VAE runs in
-stripes of changing heights and is left as it is.
+stripes of changing heights and is not compiled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..errors import IcmsrError
 COMPILERS = ("g++", "clang++", "c++", "cl")
 BACKEND = "inductor"
 SIZES = 64
-"""Sizes of tiles that are compiled in one run, for a folder of many sizes; beyond them the UNet runs as it is."""
+"""Most tile sizes that one run compiles, for a folder of many sizes; for further ones the UNet runs uncompiled."""
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises `IcmsrError` where torch.compile could not make code for `device`; asked before anything is loaded."""
+    """Raises `IcmsrError` where torch.compile cannot make code for `device`; called before anything is loaded."""
     if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise IcmsrError(
             "--compile needs a C++ compiler on a CPU and found none of "
@@ -35,6 +35,6 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` in compiled code, which is made at the first call with every shape."""
+    """`forward`, compiled at the first call with each shape of input."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SIZES)
     return torch.compile(forward, dynamic=False, backend=BACKEND)

@@ -1,4 +1,4 @@
-"""The device that a name asks for."""
+"""Devices by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from ..errors import IcmsrError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU. Raises `IcmsrError` for a device that cannot be used here."""
+    """The device called `name`; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises `IcmsrError` for a device that cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

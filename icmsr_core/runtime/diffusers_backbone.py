@@ -29,7 +29,7 @@ from .recipe import Recipe
 
 
 class DiffusersBackbone:
-    """`Backbone` over diffusers modules on one device, in one precision so long as that is enough (`precision`)."""
+    """`Backbone` over diffusers modules on one device; a part that overflows in 16 bits goes on in float32."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class DiffusersBackbone:
         self._descriptor = descriptor
         self.device, self.dtype = device, dtype
         self.unet, self.vae = unet, vae
-        # Module.to and not the network's own: diffusers 0.42 warns of "modules ... in float32: []" at every cast.
+        # Module.to instead of the network's own: diffusers 0.42 warns about "modules ... in float32: []" at every cast.
         convert: Any = torch.nn.Module.to
         for network in (unet, vae):
             convert(network, device, dtype).eval().requires_grad_(False)
@@ -71,7 +71,7 @@ class DiffusersBackbone:
         self._fix_step()
 
     def encode(self, image: Tensor) -> Tensor:
-        """See `Backbone`. Raises `IcmsrError` where the result is not finite even in float32, as do the others."""
+        """See `Backbone`. Like the other two, raises `IcmsrError` when the result is not finite even in float32."""
 
         def compute(dtype: torch.dtype) -> Tensor:
             return encode_picture(self.vae, image.to(self.device, dtype))
@@ -82,16 +82,16 @@ class DiffusersBackbone:
         """See `Backbone`."""
 
         def compute(dtype: torch.dtype) -> Tensor:
-            if self._context.dtype != dtype:  # what was computed from it once is in the other precision, too
+            if self._context.dtype != dtype:  # constants computed from it are in the other precision too
                 self._context = self._context.to(dtype)
                 self._fix_step()
-            # A fresh list each call: diffusers consumes it with pop(0), and a second call with the emptied list would
-            # run unconditioned without a word.
+            # A new list for each call: diffusers empties it with pop(0), and a second call with the empty list would
+            # silently run without the condition.
             residuals = None if features is None else [entry.to(self.device, dtype) for entry in features]
             given = latent.to(self.device, dtype)
             output = self.unet(
                 given,
-                timestep,  # a number: a tensor would have to be read back from the device
+                timestep,  # an int: a tensor would have to be read back from the device
                 encoder_hidden_states=repeated_context(self._context, given),
                 down_intrablock_additional_residuals=residuals,
             )
@@ -108,7 +108,7 @@ class DiffusersBackbone:
         return self._parts["decoder"].run(compute)
 
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
-        """See `Backbone`. The steps raise `Widened` where 16 bits were not enough: ask for them again."""
+        """See `Backbone`. The steps raise `Widened` when 16 bits were not enough: call this again then."""
         factor, guard = self.vae.config.scaling_factor, self._parts[part]
         dtype, channels = guard.dtype, self._descriptor.latent_channels
         if part == "encoder":
@@ -118,7 +118,7 @@ class DiffusersBackbone:
                 Pointwise(lambda moments: guard.check(moments[:, :channels].float() * factor)),
             )
         else:
-            # Cast and scaled in the order of `decode`, which rounds as it does.
+            # Cast, then scaled, as `decode` does: the other order would round differently.
             steps = (
                 Pointwise(lambda latent: latent.to(dtype) / factor),
                 *decoder_steps(self.vae),
@@ -134,7 +134,7 @@ class DiffusersBackbone:
 
 
 def silence_diffusers() -> None:
-    """Keeps diffusers' advice to programmers (on `.to(dtype)`, say) out of a program's output; errors still show."""
+    """Hides diffusers' advice to programmers (about `.to(dtype)`, for example); its errors still show."""
     diffusers_logging.set_verbosity_error()
 
 
@@ -143,9 +143,9 @@ def build_networks(
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """UNet and VAE of `base` in `dtype` on the CPU, strictly loaded, every parameter trainable.
 
-    With `generator`, it is merged in at its fidelity. Built without weights and filled tensor by tensor, each merged in
-    float32 and cast as it is read: the peak of memory is the two networks and a few tensors more. Raises `IcmsrError`
-    when a tensor is missing, left over or of another shape, in the base or in the generator.
+    `generator` is merged in at its fidelity. The networks are built without weights and filled tensor by tensor: each
+    is read, merged in float32 and cast, so the peak of memory is the two networks and a few tensors. Raises
+    `IcmsrError` when a tensor of the base or the generator is missing, unexpected or of another shape.
     """
     networks = _build(base, PARTS, dtype, generator)
     return networks["unet"], networks["vae"]
@@ -156,10 +156,10 @@ def _build(base: BaseFolder, parts: Sequence[str], dtype: torch.dtype, generator
     networks: dict[str, Any] = {}
     for part in parts:
         kind, config = kinds[part]
-        # Parameters alone stay without memory: a buffer that no file holds gets its values here and nowhere else.
+        # Parameters only: buffers that no file holds get their values here.
         with init_empty_weights(include_buffers=False):
             networks[part] = kind.from_config(dict(config))
-        if generator is not None:  # on shapes alone, so before the first tensor is read
+        if generator is not None:  # needs shapes only, so before the first tensor is read
             check_fit(generator, part, networks[part].state_dict())
     for part, network in networks.items():
         if generator is None:
@@ -176,7 +176,7 @@ def _build(base: BaseFolder, parts: Sequence[str], dtype: torch.dtype, generator
 
 def _tiny_vae(tiny: TinyVae, dtype: torch.dtype) -> AutoencoderTiny:
     """`tiny` built in `dtype`. Raises `IcmsrError` when its tensors do not fit its configuration."""
-    # diffusers writes block_out_channels into its own files and warns of it when it reads them.
+    # diffusers writes block_out_channels into its own files and warns about it when it reads them.
     config = {key: value for key, value in tiny.config.items() if key != "block_out_channels"}
     with init_empty_weights(include_buffers=False):
         vae = AutoencoderTiny.from_config({"latent_channels": tiny.latent_channels, **config})
@@ -191,10 +191,10 @@ def _tiny_vae(tiny: TinyVae, dtype: torch.dtype) -> AutoencoderTiny:
 def _collected(
     tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """`tensors` in `dtype`, each in a place that was set aside for it before the first was read.
+    """`tensors` in `dtype`, each copied into memory that was allocated before the first was read.
 
-    Otherwise what is kept lies between what merging leaves behind, and memory is full of holes: measured at half of
-    SD2.1's width, twice the result.
+    Otherwise the results lie between the temporaries of merging and memory fragments: at half of SD2.1's width the peak
+    was twice the result.
     """
     places = {key: torch.empty(value.shape, dtype=dtype) for key, value in expected.items()}
     state = {}
@@ -205,7 +205,7 @@ def _collected(
 
 
 def _merged(base: BaseFolder, generator: Generator, part: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `base` in float32, with the generator merged into each in turn."""
+    """The tensors of `base` in float32, one at a time, with `generator` merged in."""
     for parameter, tensor in base.tensors(part, torch.float32):
         yield parameter, merged_parameter(generator, part, parameter, tensor)
 

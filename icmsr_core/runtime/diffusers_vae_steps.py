@@ -1,6 +1,6 @@
-"""diffusers' AutoencoderKL and AutoencoderTiny as the steps of `tiled_vae_steps`.
+"""diffusers' AutoencoderKL and AutoencoderTiny as lists of steps (`backbone/vae_steps.py`).
 
-Works on the layers, so it needs no diffusers itself.
+Reads the layers of a VAE that is already built, so it does not import diffusers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..pictures.ranges import signed_to_unit, unit_to_signed
 def encoder_steps(vae: Any) -> tuple[Step, ...]:
     """The encoder of `vae` with its quant_conv: [N, 3, H, W] to the moments [N, 2C, h, w].
 
-    A tiny one gives the latent [N, C, h, w]. Raises `UnknownLayer` for a VAE with layers that have no step.
+    A tiny VAE gives the latent [N, C, h, w] instead. Raises `UnknownLayer` for a layer that no step exists for.
     """
     encoder = vae.encoder
     if hasattr(encoder, "layers"):  # tiny: it takes a picture in [0, 1]
@@ -83,5 +83,5 @@ def _norm(module: torch.nn.GroupNorm) -> Norm:
 
 
 def _on_channels(layer: torch.nn.Linear) -> TensorMap:
-    # In order, or torch multiplies row by row.
+    # Contiguous, or torch multiplies row by row.
     return lambda x: rearrange(layer(rearrange(x, "n c h w -> n h w c").contiguous()), "n h w c -> n c h w")

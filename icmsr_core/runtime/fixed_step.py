@@ -1,15 +1,15 @@
-"""What never changes in a one-step generator is computed once: all that timestep and context decide. Source: ours.
+"""Computes once what never changes in a one-step generator: all that timestep and context alone decide (ours).
 
-A generator runs a UNet2DConditionModel at one timestep with one context, picture after picture, tile after tile. Then
+A generator runs a UNet2DConditionModel at one timestep with one context, for every picture and every tile. Therefore
 
-- the time embedding's projection in each residual block is one vector, which goes into the bias of the convolution
-  before it: no projection, and no pass over the map to add it;
-- keys and values of every attention to the context are constants, for all pictures of a batch alike;
-- with a context of ONE token the softmax is 1 whatever the query, so that the attention's result is the constant
-  to_out(to_v(context)): query, attention, the norm before it and the projection after it are all left out, exactly.
+- the projection of the time embedding in each residual block is a constant vector: it is added to the bias of the
+  convolution before it, which saves the projection and a pass over the map;
+- keys and values of every attention to the context are constants, the same for all pictures of a batch;
+- with a context of ONE token the softmax is 1 for any query, so the result of the attention is the constant
+  to_out(to_v(context)): the query, the attention, the norm before it and the projection after it are skipped, exactly.
 
-Modules keep their parameters and their names; only ``forward`` of each is replaced, on the instance. Works on the
-layers' shape, not their class, so that this module needs no diffusers.
+Modules keep their parameters and names; only ``forward`` is replaced, on the instance. The layers are recognised by
+their attributes, so this module does not import diffusers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from ..errors import IcmsrError
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
-"""diffusers' attention without additions of others (an IP-Adapter's processor reads more than the context)."""
+"""diffusers' plain attention; other processors, such as an IP-Adapter's, read more than the context."""
 ABSENT = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
-"""Parts of diffusers' Attention that Stable Diffusion's UNets do not have."""
+"""Options of diffusers' Attention that Stable Diffusion's UNets do not use."""
 KEPT_ARGUMENTS = (
     "down_intrablock_additional_residuals",
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "return_dict",
 )
-"""Arguments that act outside what is computed once. With any other one a call runs as if nothing were fixed."""
+"""Arguments that do not touch the constants. A call with any other argument runs the plain UNet."""
 OTHER_INPUTS = (
     "class_embed_type",
     "num_class_embeds",
@@ -44,7 +44,7 @@ OTHER_INPUTS = (
     "time_cond_proj_dim",
     "dual_cross_attention",
 )
-"""Configuration entries of UNets whose embedding or context depends on more than timestep and context."""
+"""Configuration entries of UNets with inputs besides sample, timestep and context."""
 
 
 Forward = Callable[..., Any]
@@ -53,18 +53,21 @@ Forward = Callable[..., Any]
 def fix_step(
     unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward] | None = None
 ) -> None:
-    """Lets `unet` (diffusers' UNet2DConditionModel) compute what `timestep` and `context` alone decide just once.
+    """Makes `unet` (diffusers' UNet2DConditionModel) compute everything that depends on these two alone only once.
 
-    `context` is [tokens, width] or [1, tokens, width]. Later calls at this timestep with this context, for any batch,
-    give the plain UNet's result but for rounding (float32: 1e-5 of the output's scale). All other calls run as before:
-    another timestep or context, masks, `cross_attention_kwargs`, or gradients for the weights. A T2I-Adapter's and a
-    ControlNet's residuals go with it. Weights may change, be cast or moved: what follows from them is computed anew
-    (only writing into a weight's ``.data`` goes unnoticed). Layers that are no plain convolution or linear layer
-    (unmerged LoRA) stay as they are, and where one is exchanged later every call runs as before. On an accelerator pass
-    the timestep as an int, and a view of the very `context`: anything else must be read back first. Undo with
-    `release_step`, also before copying the module. `compiled` is given the UNet's forward for one to run in its place;
-    what is kept and compared from call to call stays outside.
-    Raises `IcmsrError` for a context that does not fit, and for a UNet with inputs beside sample, timestep and context.
+    `context` is [tokens, width] or [1, tokens, width]. Later calls with this timestep and context, at any batch size,
+    give the plain UNet's result up to rounding (float32: 1e-5 of the output's scale); residuals of a T2I-Adapter or a
+    ControlNet may be passed. All other calls run the plain UNet: another timestep or context, masks,
+    `cross_attention_kwargs`, or gradients for the weights.
+
+    Weights may be changed, cast or moved: the constants are computed again (only a write into a weight's ``.data`` goes
+    unnoticed). Layers other than plain convolutions and linear layers (unmerged LoRA) stay as they are; when a layer is
+    replaced later, every call runs the plain UNet. On an accelerator, pass the timestep as an int and a view of this
+    same `context`: anything else has to be read back first. `compiled` maps the UNet's forward to a compiled one; the
+    comparisons between calls stay outside of it. `release_step` undoes all this; call it before copying the module.
+
+    Raises `IcmsrError` for a context that does not fit, and for a UNet with more inputs than sample, timestep and
+    context.
     """
     release_step(unet)
     config: Any = unet.config
@@ -81,32 +84,32 @@ def fix_step(
 
 
 def release_step(unet: nn.Module) -> None:
-    """Takes back `fix_step`; without effect on a UNet that is not fixed."""
+    """Undoes `fix_step`; does nothing to a UNet that is not fixed."""
     fixed = getattr(unet.__dict__.get("forward"), "__self__", None)
     if isinstance(fixed, FixedStep):
         fixed.remove()
 
 
 class FixedStep:
-    """One UNet at one timestep with one context, while `fix_step` holds."""
+    """The state of one UNet between `fix_step` and `release_step`."""
 
     def __init__(self, unet: nn.Module, timestep: int, context: Tensor, compiled: Callable[[Forward], Forward]) -> None:
         self._unet: Any = unet
         self._timestep, self._context = timestep, context
-        self._values = context.clone()  # the caller's own may be written into
+        self._values = context.clone()  # the caller may write into its own
         self._plain = compiled(unet.forward)
         self._layers = list(_layers(unet))
         self._seen: list[tuple[int, int]] = []
         self._running = False
 
     def install(self) -> None:
-        """Replaces ``forward`` of the UNet and of the layers that gain by it."""
+        """Replaces ``forward`` of the UNet and of the layers with constants."""
         self._unet.forward = self.forward
         for layer in self._layers:
             layer.install(lambda: self._running)
 
     def remove(self) -> None:
-        """Puts every ``forward`` back."""
+        """Restores every ``forward``."""
         for module in (self._unet, *(layer.module for layer in self._layers)):
             module.__dict__.pop("forward", None)
 
@@ -126,7 +129,7 @@ class FixedStep:
         if not bool(same) or context.shape[1:] != self._context.shape[1:]:
             return False
         if context.device.type != "cpu" and _same_memory(context, self._context):
-            return True  # not read back, which would wait for the device
+            return True  # comparing values would wait for the device
         return bool((context == self._values.to(context.device, context.dtype)).all())
 
     def _may_run(self) -> bool:
@@ -135,7 +138,7 @@ class FixedStep:
 
     @torch.no_grad()
     def _refresh(self, given: Tensor) -> None:
-        """Computes the constants, if the weights are not those that they were computed from."""
+        """Computes the constants unless the weights are those that they were computed from."""
         sources = [self._unet.time_embedding, *(source for layer in self._layers for source in layer.sources)]
         weights = [weight for source in sources for weight in source.parameters()]
         seen = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
@@ -151,17 +154,17 @@ class FixedStep:
 
 
 class _Layer(ABC):
-    """A module whose ``forward`` has a short way beside the plain one."""
+    """A module with a shorter ``forward`` for the fixed step."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.sources = self._find_sources()
-        """The layers within, whose weights the constants depend on."""
+        """The layers inside it whose weights the constants depend on."""
         self._processor = getattr(module, "processor", None)
         self._plain = module.forward
 
     def install(self, running: Callable[[], bool]) -> None:
-        """Replaces the module's ``forward``; the short way is taken while `running`."""
+        """Replaces the module's ``forward``: it calls `short` while `running` returns true."""
 
         def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
             return self.short(hidden) if running() else self._plain(hidden, *arguments, **options)
@@ -169,7 +172,7 @@ class _Layer(ABC):
         self.module.forward = forward
 
     def is_intact(self) -> bool:
-        """Whether nobody has put other layers, or another way to attend, in the place of those that were found."""
+        """Whether its layers and its attention processor are still those that were found."""
         same = all(now is then for now, then in zip(self._find_sources(), self.sources))
         return same and getattr(self.module, "processor", None) is self._processor
 
@@ -182,11 +185,11 @@ class _Layer(ABC):
 
     @abstractmethod
     def short(self, hidden: Tensor) -> Tensor:
-        """The module's result for its first argument."""
+        """The module's result for its first argument, from the constants."""
 
 
 class _Residual(_Layer):
-    """A ResnetBlock2D: its time projection lies in the bias of its first convolution."""
+    """A ResnetBlock2D: the time projection is added to the bias of its first convolution."""
 
     _bias: Tensor
 
@@ -211,7 +214,7 @@ class _ToContext(_Layer):
     """An Attention to the context."""
 
     constant: Tensor | None = None
-    """Its result [1, 1, C], where that depends on nothing else."""
+    """Its result [1, 1, C] for a context of one token; None for longer ones."""
     _key: Tensor
     _value: Tensor
 
@@ -225,7 +228,7 @@ class _ToContext(_Layer):
         self._key, self._value = self._heads(attention.to_k(context)), self._heads(value)
 
     def _heads(self, projected: Tensor) -> Tensor:
-        """[N, L, heads * d] as [1, heads, N * L, d]: a query sees the same context wherever it stands in the batch."""
+        """[N, L, heads * d] as [1, heads, N * L, d]: all queries of a batch see the same context."""
         return rearrange(projected, "n tokens (heads d) -> 1 heads (n tokens) d", heads=self.module.heads)
 
     def short(self, hidden: Tensor) -> Tensor:
@@ -237,14 +240,14 @@ class _ToContext(_Layer):
 
 
 class _Norm(_Layer):
-    """The norm before an attention, of no use where the attention's result does not depend on it."""
+    """The norm before an attention, skipped when the result of the attention is a constant."""
 
     def __init__(self, module: Any, attention: _ToContext) -> None:
         super().__init__(module)
         self._attention = attention
 
     def prepare(self, embedding: Tensor, context: Tensor) -> None:
-        """Nothing to compute: it is left out, or runs as it is."""
+        """Nothing to compute: the norm is skipped, or runs unchanged."""
 
     def short(self, hidden: Tensor) -> Tensor:
         return self._plain(hidden) if self._attention.constant is None else hidden
@@ -292,12 +295,12 @@ def _is_plain_attention(attention: Any) -> bool:
 
 
 def _is_plain(module: object, kind: type[nn.Module]) -> bool:
-    """Exactly `kind`, not a layer that wraps one, and with the class's own ``forward``."""
+    """Whether `module` is exactly a `kind`, not a wrapper, and still has the ``forward`` of its class."""
     return type(module) is kind and "forward" not in module.__dict__
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether both [N, tokens, width] show the same values because they show the same place, each N the first."""
+    """Whether both contexts [N, tokens, width] are views of the same memory, repeated along N."""
     return (
         one.data_ptr() == other.data_ptr()
         and one.dtype == other.dtype

@@ -1,7 +1,7 @@
-"""The precision that networks run in: which one is fastest and safe, and what happens where it was not safe after all.
+"""The precision that networks run in: the fastest safe one, and float32 instead where 16 bits overflow.
 
 bfloat16 has float32's range at 8 bits; float16 has 11 bits and ends at 65504, which the activations of some VAEs
-exceed. So every result is looked at, and a part that overflowed runs in float32 from then on.
+exceed. So every result is checked, and a part that overflowed runs in float32 from then on.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..weights.sd_families import SD_FAMILIES
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What the names in `recipe.DTYPES` mean, ``auto`` aside."""
+"""The names in `recipe.DTYPES`, except ``auto``."""
 
 LARGE_FAMILIES = frozenset(SD_FAMILIES.values())
-"""Families that run in 16 bits on a CPU that computes in them: Stable Diffusion's sizes take half the time there
-(docs/performance.md). So does nano, but of half a second: it stays in float32, in which no rounding shows."""
+"""Families that run in bfloat16 on a CPU with instructions for it: Stable Diffusion's sizes take half the time there
+(docs/performance.md). nano takes half a second anyway and stays in float32, where no rounding shows."""
 NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16")
-"""Instruction sets that multiply in bfloat16; without one of them torch converts to and fro and is slower."""
+"""Instruction sets that multiply in bfloat16; without one of them torch converts each operand and is slower."""
 FIRST_BF16_CUDA = (8, 0)
-"""Ampere: NVIDIA cards before it compute bfloat16 by conversion."""
+"""Ampere, the first NVIDIA cards that compute in bfloat16; older ones convert."""
 
 
 def choose_dtype(device_type: str, family: str, native_bf16: bool) -> torch.dtype:
-    """What ``auto`` means for networks of `family` on a device of the kind `device_type` ("cpu", "cuda", "mps", ...).
+    """The precision that ``auto`` stands for: networks of `family` on a device of type "cpu", "cuda", "mps", ...
 
-    `native_bf16` says whether the device itself computes in bfloat16 (`computes_bf16`).
+    `native_bf16`: whether the device has instructions for bfloat16 (`computes_bf16`).
     """
     if device_type == "cpu":
         return torch.bfloat16 if native_bf16 and family in LARGE_FAMILIES else torch.float32
@@ -43,7 +43,7 @@ def choose_dtype(device_type: str, family: str, native_bf16: bool) -> torch.dtyp
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies in bfloat16 itself. False where torch cannot tell."""
+    """Whether `device` has instructions for bfloat16; False where torch cannot tell."""
     if device.type == "cpu":
         found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
         return any(bool(found.get(name)) for name in NATIVE_BF16_CPU)
@@ -53,17 +53,17 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 class GuardedPart:
-    """The encoder, the UNet or the decoder: its layers, and the precision that they are in at the moment."""
+    """The encoder, the UNet or the decoder: its layers and their present precision."""
 
     def __init__(self, name: str, modules: Sequence[nn.Module | None], dtype: torch.dtype) -> None:
-        """`name` stands in messages; `modules` are the part's layers, in `dtype`, None for those it does not have."""
+        """`name` is for messages; `modules` are the part's layers in `dtype`, with None for layers that it lacks."""
         self.name, self.dtype = name, dtype
         self._modules = [module for module in modules if module is not None]
 
     def run(self, compute: Callable[[torch.dtype], Tensor]) -> Tensor:
-        """`compute` of the part's precision; once more in float32 where the result is not finite.
+        """``compute(dtype)`` in the part's precision, repeated in float32 when the result is not finite.
 
-        Raises `IcmsrError` where it is not finite in float32.
+        Raises `IcmsrError` when it is not finite in float32 either.
         """
         result = compute(self.dtype)
         if not self._overflowed(result):
@@ -72,17 +72,16 @@ class GuardedPart:
         return self._checked(compute(self.dtype))
 
     def check(self, result: Tensor) -> Tensor:
-        """`result`, a piece of what the part gives in a stream, if it is finite.
+        """`result`, a piece of the part's output in a stream, when it is finite.
 
-        Raises `Widened` where it is not and the part has been taken to float32 for that, `IcmsrError` where it was in
-        float32 already.
+        Otherwise the part switches to float32 and `Widened` is raised; `IcmsrError` when it was in float32 already.
         """
         if self._overflowed(result):
             raise Widened(self.name)
         return result
 
     def _overflowed(self, result: Tensor) -> bool:
-        """Whether `result` is not finite, for which the part is taken to float32; errors as in `run`."""
+        """Whether `result` is not finite; if so, the part is now in float32. Errors as in `run`."""
         if bool(result.isfinite().all()):
             return False
         if self.dtype == torch.float32:
@@ -93,7 +92,7 @@ class GuardedPart:
             dtype_name(self.dtype),
         )
         for module in self._modules:
-            # A tensor of inference mode cannot take the place of one that was made outside of it, nor the reverse.
+            # A tensor made in inference mode cannot replace one that was made outside of it, nor the reverse.
             with torch.inference_mode(next(module.parameters()).is_inference()):
                 nn.Module.to(module, torch.float32)
         self.dtype = torch.float32

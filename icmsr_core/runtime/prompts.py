@@ -1,7 +1,7 @@
 """Text prompts as tensors: embedded once by the base folder's own text encoder, then read from a cache.
 
-For teachers that are conditioned on text, and for foreign generators that come without their constant prompt: no text
-is read while a picture is upscaled. transformers (the extra text) is imported when a prompt is embedded.
+For teachers that are conditioned on text, and for imported generators without a constant prompt. Upscaling itself reads
+no text. transformers (the extra text) is imported only to embed a prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 PROMPTS_FORMAT = "icmsr-prompts"
 WEIGHTS_VARIANTS = {"model.safetensors": None, "model.safetensors.index.json": None, "model.fp16.safetensors": "fp16"}
-"""What transformers calls the weights, and the variant that it must be asked for."""
+"""Weights files of the text encoder, each with the `variant` argument that transformers needs to find it."""
 
 
 @torch.no_grad()
@@ -39,14 +39,14 @@ def embed_prompts(
 ) -> Tensor:
     """The text encoder's last hidden state for each prompt: [P, tokens, width], float32 on the CPU.
 
-    As Stable Diffusion's own pipelines condition on text: padded to the encoder's length (77 tokens), no attention
-    mask, final norm included. SD 2.1's penultimate layer is that state too, its published encoder ends there. Longer
-    prompts are cut, with one warning that counts them. The encoder runs on `device` in float32, `batch` prompts at a
-    time, and once for prompts that are equal. The results are kept in the .safetensors `cache`, which is used again
-    while the prompts and the files of text encoder and tokenizer are the same, and written anew when they are not.
+    The conditioning of Stable Diffusion's own pipelines: padded to the encoder's length (77 tokens), no attention
+    mask, final norm included. For SD 2.1 it is the penultimate layer: its published encoder ends there. Longer prompts
+    are cut, with one warning that counts them. The encoder runs on `device` in float32, `batch` prompts at a time, and
+    once for equal prompts. The .safetensors file `cache` keeps the results; it is overwritten when the prompts or the
+    files of the text encoder or tokenizer have changed.
 
     Raises `IcmsrError` when the base has no text encoder or one of another width, transformers is missing, or
-    `cache` is a file of another kind.
+    `cache` is another kind of file.
     """
     if not prompts or isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise IcmsrError(f"prompts must be one or more texts, got {prompts!r}")
@@ -84,17 +84,17 @@ def _embed(base: BaseFolder, prompts: list[str], tokens: int, device: torch.devi
 
 
 def constant_prompt(base: BaseFolder, cache: Path | None = None, device: torch.device | str = "cpu") -> Tensor:
-    """The one context [tokens, width] that a generator of `base` is trained with, float32 on the CPU.
+    """The constant context [tokens, width] that a generator of `base` is trained with, float32 on the CPU.
 
-    The folder's own prompt embedding where it has one, else the empty prompt; `cache`, `device` and the errors are
-    those of `embed_prompts`.
+    It is the folder's own prompt embedding if there is one, else the empty prompt. `cache`, `device` and errors are as
+    in `embed_prompts`.
     """
     own = base.prompt_embedding()
     return embed_prompts(base, [""], cache, device)[0] if own is None else own.float().clone()
 
 
 def check_prompts(base: BaseFolder) -> int:
-    """The number of tokens of the base's text encoder, once its files are seen to be there and to fit the UNet."""
+    """The number of tokens of the base's text encoder. Raises `IcmsrError` when its files are missing or do not fit."""
     folder = base.path / "text_encoder"
     if not folder.is_dir() or not (base.path / "tokenizer").is_dir():
         raise IcmsrError(
@@ -104,7 +104,7 @@ def check_prompts(base: BaseFolder) -> int:
     _weights_variant(folder)
     tokenizer = base.path / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):  # transformers makes up an empty vocabulary without a word
+        for name in ("vocab.json", "merges.txt"):  # transformers silently makes up an empty vocabulary
             if not (tokenizer / name).is_file():
                 raise IcmsrError(f"{tokenizer}: {name} is missing: download the folder again")
     config = read_description(folder / CONFIG_FILE)
@@ -124,7 +124,7 @@ def check_prompts(base: BaseFolder) -> int:
 
 
 def _weights_variant(folder: Path) -> str | None:
-    """The variant that transformers must be asked for to find the weights in `folder`."""
+    """The `variant` argument with which transformers finds the weights in `folder`."""
     for name, variant in WEIGHTS_VARIANTS.items():
         if (folder / name).is_file():
             return variant
@@ -145,7 +145,7 @@ def _load_text_encoder(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     options: dict[str, Any] = {
         "local_files_only": True,
         "use_safetensors": True,
-        # The file's own precision, whatever the configuration says: transformers would round to that.
+        # Not the precision that the configuration states: transformers would round to it.
         "torch_dtype": torch.float32,
         "variant": _weights_variant(folder),
         "output_loading_info": True,
@@ -185,7 +185,7 @@ def _hash_texts(prompts: Sequence[str]) -> str:
 
 
 def _hash_text_files(base: Path) -> str:
-    """SHA-256 of everything that decides how text is embedded: names and contents of both folders' files."""
+    """SHA-256 over the names and contents of all files that decide how text is embedded."""
     digest = hashlib.sha256()
     for folder in ("text_encoder", "tokenizer"):
         for path in sorted((base / folder).iterdir()):
@@ -199,7 +199,7 @@ def _hash_text_files(base: Path) -> str:
 
 
 def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
-    """The embeddings in the cache at `path`, or None where there is none or it is of other prompts or files."""
+    """The embeddings in the cache at `path`; None when there is none, or other prompts or files made it."""
     if not path.exists():
         return None
     try:
