@@ -1,13 +1,13 @@
-"""T2I-Adapters (arXiv 2302.08453) on disk, in every public layout, under the names of their authors' code.
+"""Reads T2I-Adapters (arXiv 2302.08453) of every public layout, and gives their tensors TencentARC's names.
 
     TencentARC full     conv_in, body.<block>.{in_conv, block1, block2}
     diffusers full      adapter.conv_in, adapter.body.<level>.{in_conv, resnets.<block>.{block1, block2}}
     TencentARC light    body.<level>.{in_conv, body.<block>.{block1, block2}, out_conv}
     diffusers light     adapter.body.<level>.{in_conv, resnets.<block>.{block1, block2}, out_conv}
 
-An adapter folds `factor` x `factor` pixels into the channels of its first layer, whose width alone does not tell how
-many channels the picture had. A file of ours says so in its metadata, a diffusers folder in the config.json beside the
-weights; for all others see `_split_channels`.
+An adapter folds `factor` x `factor` pixels into the channels of its first layer, so the width of that layer does not
+tell how many channels the picture has. Our own files state it in their metadata, a diffusers folder in the config.json
+next to the weights; for all others see `_split_channels`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .pickles import read_pickle
 from .tensor_files import check_finite, first_names, read_tensors
 
 ADAPTER_EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt")
-"""Kinds of file that `read_adapter` takes: all but the first are pickles, of which plain tensors are read."""
+"""Endings of the files that `read_adapter` reads; all but the first are pickles, read as plain tensors."""
 XL_ADAPTER = "full_adapter_xl"
 KNOWN_CHANNELS = (1, 3, 4)
-"""Channels of the hints there are: edges and the like; a colour picture; ICM-SR's colormap with edges."""
+"""Channels that a hint can have: 1 (edges), 3 (a colour picture), 4 (ICM-SR's colormap and edges)."""
 KNOWN_FACTORS = (8, 4)
 """Pixels along each side of a latent cell, the usual one first."""
 BLOCKS_PER_LEVEL = 2
-"""Residual blocks at each level of TencentARC's full adapters, whose names do not tell."""
+"""Residual blocks at each level of TencentARC's full adapters; their names do not state it."""
 _FULL = re.compile(r"^body\.(\d+)\.resnets\.(\d+)\.(.+)$")
 _FULL_IN = re.compile(r"^body\.(\d+)\.in_conv\.")
 _LIGHT_BODY = re.compile(r"^body\.(\d+)\.(?:resnets|body)\.(\d+)\.")
@@ -43,10 +43,10 @@ _LIGHT_BODY = re.compile(r"^body\.(\d+)\.(?:resnets|body)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The architecture of an adapter, read off its tensors and its description."""
+    """The architecture of an adapter, from its tensors and its description."""
 
     light: bool
-    """Of the kind ``light_adapter``; otherwise ``full_adapter``."""
+    """Whether it is a ``light_adapter``; otherwise a ``full_adapter``."""
     channels_in: int
     """Channels of the hint."""
     factor: int
@@ -58,15 +58,15 @@ class AdapterLayout:
     kernel: int
     """Side of the second convolution of a full adapter's block: 1 in all published ones."""
     convolved: bool
-    """Whether a full adapter goes from level to level by convolution; otherwise by averaging."""
+    """Whether a full adapter shrinks its features by convolution from level to level; otherwise by averaging."""
 
 
 def read_adapter(path: Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     """The adapter in the file at `path`, and its tensors in float32 under TencentARC's names.
 
-    A diffusers folder is read by its weights file: the config.json beside it is heeded. Of a pickle the plain tensors
-    are read, nothing in it is run. Raises `IcmsrError` for a missing, damaged or foreign file, values that are not
-    finite, an adapter for SDXL, and a description that its tensors contradict.
+    For a diffusers folder, `path` is the weights file in it; the config.json next to it is read as well. A pickle is
+    read as plain tensors, no code in it is run. Raises `IcmsrError` for a missing, damaged or foreign file, values that
+    are not finite, an adapter for SDXL, and a description that contradicts the tensors.
     """
     tensors, description = _read(path)
     check_finite(path, tensors, AGAIN)
@@ -84,7 +84,7 @@ def read_adapter(path: Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Tensors in float32 under the file's own names, and what it or its folder says of them: possibly nothing."""
+    """Tensors in float32 under the file's own names, and the description in the file or its folder (may be empty)."""
     if path.suffix not in ADAPTER_EXTENSIONS:
         raise IcmsrError(f"{path}: an adapter file must end in one of {', '.join(ADAPTER_EXTENSIONS)}")
     if path.suffix == ADAPTER_EXTENSIONS[0]:
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 def _full_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """`tensors` of a full adapter, with blocks counted through the levels, and the number of blocks at each level."""
+    """`tensors` of a full adapter with blocks numbered across all levels, and the number of blocks per level."""
     found = [match for match in map(_FULL.match, tensors) if match]
     if not found:
         return dict(tensors), BLOCKS_PER_LEVEL
@@ -150,10 +150,10 @@ def _light_layout(path: Path, tensors: Mapping[str, Tensor], description: Mappin
 
 
 def _split_channels(path: Path, unshuffled: int, description: Mapping[str, Any]) -> tuple[int, int]:
-    """Channels of the hint and the factor of an adapter whose first layer takes `unshuffled` channels.
+    """Channels of the hint and the factor, for an adapter whose first layer takes `unshuffled` channels.
 
-    Without a description: the known channels at the usual factor, or else at another. 64 then is 1 channel at 8, not 4
-    at 4, and 256 is 4 channels at 8, not SDXL's 1 at 16.
+    Without a description, the usual factor is tried first: 64 means 1 channel at factor 8 rather than 4 at factor 4,
+    and 256 means 4 channels at factor 8 rather than SDXL's 1 at 16.
     """
     if description.get("adapter_type") == XL_ADAPTER:
         raise _for_xl(path)

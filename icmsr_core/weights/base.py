@@ -1,8 +1,8 @@
-"""A base model on disk: a diffusers folder (`unet/`, `vae/`), with `icmsr_base.json` beside them or plain, or one file.
+"""A base model on disk: a diffusers folder (`unet/`, `vae/`), or a checkpoint in one file (`single_file.py`).
 
-A plain folder is Stable Diffusion as it is published, with `scheduler/scheduler_config.json`: its family is read off
-the UNet's configuration; of a checkpoint in one file, off the shapes (`single_file.py`). Read with json and safetensors
-alone, so that the ComfyUI nodes need no diffusers.
+A folder either has an `icmsr_base.json`, or is Stable Diffusion as it is published, with
+`scheduler/scheduler_config.json`: the UNet's configuration then tells the family. Only json and safetensors are needed
+to read it, so the ComfyUI nodes can do without diffusers.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ INFO_FILE = "icmsr_base.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
 
 REOPEN_AFTER = 1 << 22
-"""Bytes of tensors that are read before a weights file is opened again."""
+"""Bytes of tensors to read before a weights file is closed and opened again."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names in VAE checkpoints from before diffusers 0.17, and today's."""
+"""Names of the VAE's attention layers before diffusers 0.17, and now."""
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What a base folder says of itself beyond the diffusers configurations."""
+    """Facts about a base that the diffusers configurations do not hold (`icmsr_base.json`)."""
 
     name: str
     """Name of the model, for people."""
     family: str
-    """Family that generator files refer to."""
+    """Family, which generator files state: ``nano``, ``sd21``, ``sd15``."""
     prediction: Prediction = "eps"
     """What the UNet, as a diffusion prior, predicts."""
     beta_start: float = 0.00085
@@ -69,17 +69,17 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the weights of one network are."""
+    """The weights files of one network."""
 
     path: Path
-    """The .safetensors (of a single file the whole checkpoint), or the index of a sharded one."""
+    """The .safetensors (for a base in one file, the whole checkpoint), or the index of a sharded one."""
     shards: tuple[Path, ...]
-    """The files that hold the tensors, in name order: `path` alone, or those that the index names."""
+    """The files with the tensors, sorted by name: `path` itself, or those that the index lists."""
 
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """An opened base: configurations read and checked, weights not yet loaded."""
+    """A base that was opened: configurations read and checked, weights not yet loaded."""
 
     path: Path
     """The folder, or the checkpoint file."""
@@ -97,19 +97,19 @@ class BaseFolder:
         return find_weights(self.path, "unet").path
 
     def unet_state(self) -> dict[str, Tensor]:
-        """The UNet's tensors under their diffusers names; they may be views of the mapped files."""
+        """The UNet's tensors by their diffusers names; they may be views of the mapped files."""
         return self._state("unet")
 
     def vae_state(self) -> dict[str, Tensor]:
-        """The VAE's tensors under their diffusers names; they may be views of the mapped files."""
+        """The VAE's tensors by their diffusers names; they may be views of the mapped files."""
         return self._state("vae")
 
     def tensors(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything in `part` (``unet``, ``vae``), one at a time, floating ones in `dtype`.
+        """Names and tensors of `part` (``unet``, ``vae``), one at a time; floating-point ones in `dtype`.
 
-        Each has memory of its own. The file is opened anew every few megabytes, because the pages of a mapped file
-        count as the process's memory for as long as it is open: the peak is what the caller keeps and one tensor more.
-        Raises `IcmsrError` for a damaged file, and for a value that is not finite in `dtype`.
+        Each tensor has its own memory. The file is reopened every few megabytes: the pages of a mapped file count as
+        the process's memory while it is open, and so the peak is what the caller keeps plus one tensor. Raises
+        `IcmsrError` for a damaged file, and for a value that is not finite in `dtype`.
         """
         for path, group in groupby(self._keys(part), key=lambda entry: entry[0]):
             entries = deque(group)
@@ -123,7 +123,7 @@ class BaseFolder:
                 yield from batch.items()
 
     def where(self, part: str) -> str:
-        """Where `part` is, for an error."""
+        """The place of `part`, for an error."""
         return f"{self.path} ({part})" if self.path.is_file() else f"{self.path}/{part}"
 
     def _state(self, part: str) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class BaseFolder:
         return state
 
     def _keys(self, part: str) -> Iterator[tuple[Path, str, str]]:
-        """File, key in it and diffusers name of every tensor of `part`."""
+        """File, key in the file and diffusers name of every tensor of `part`."""
         single = self.path.is_file()
         for path in find_weights(self.path, part).shards:
             with open_tensors(path) as file:
@@ -146,7 +146,7 @@ class BaseFolder:
                     yield path, key, name
 
     def prompt_embedding(self) -> Tensor | None:
-        """The prior's constant context [tokens, width], or None when the folder has none."""
+        """The prior's constant context [tokens, width]; None when the base has none."""
         path = self.path / PROMPT_FILE
         if not path.is_file():
             return None
@@ -156,7 +156,7 @@ class BaseFolder:
         return tensors["prompt_embedding"]
 
     def hash(self) -> str:
-        """SHA-256 of the file with the UNet, as generator files record it; of shards one after another by name."""
+        """SHA-256 of the UNet's weights file, as generator files record it; shards are hashed in the order of names."""
         return self._hash
 
     @cached_property
@@ -169,9 +169,10 @@ class BaseFolder:
         return digest.hexdigest()
 
     def descriptor(self, generator: Generator | None = None) -> BackboneDescriptor:
-        """The backbone that this base gives, with `generator`'s timestep and prediction, or the prior's own at t = 0.
+        """The descriptor of a backbone with this base and `generator`; without a generator, the prior at t = 0.
 
-        Raises `IcmsrError` when the generator belongs to another family, or its LoRA to a prior of another prediction.
+        Raises `IcmsrError` when the generator belongs to another family, or its LoRA to a prior that predicts something
+        else.
         """
         if generator is not None:
             check_family(generator.info, self.info.family, f"the base {self.info.name!r}")
@@ -235,15 +236,15 @@ def open_base(path: Path) -> BaseFolder:
 
 def _checked(base: BaseFolder) -> BaseFolder:
     check_prediction(base.info.prediction)
-    _ = base.schedule  # raises for numbers that make no schedule
+    _ = base.schedule  # raises for numbers that do not make a schedule
     return base
 
 
 def find_weights(base: Path, part: str) -> WeightFiles:
-    """The weights in the folder `part` of `base`: one file, else shards under an index, else the same as fp16 variant.
+    """The weights of `part` in the folder `base`: one file, else shards with an index, else the fp16 variant of these.
 
-    Of a checkpoint in one file, that file. Raises `IcmsrError` when there are none, or when the index cannot be read or
-    names a shard that is not there.
+    For a checkpoint in one file, that file. Raises `IcmsrError` when there are none, when the index cannot be read, or
+    when a shard is missing.
     """
     if base.is_file():
         return WeightFiles(base, (base,))
@@ -280,7 +281,7 @@ def _cast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_finite(path: Path, key: str, tensor: Tensor) -> None:
-    # The extremes are NaN where there is one, and take no memory, unlike a mask.
+    # Minimum and maximum are NaN if any value is, and need no memory for a mask.
     if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
         raise IcmsrError(f"{path}: NaN or infinite values in {key} (as {tensor.dtype}): download or export it again")
 

@@ -1,4 +1,4 @@
-"""JSON descriptions: in the metadata of a .safetensors file, or in a file next to the weights. One set of errors."""
+"""Reads JSON descriptions: in the metadata of a .safetensors file, or in a file next to the weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import IcmsrError
 from .file_kinds import AGAIN
 
 OWN_ENTRY = "icmsr"
-"""Entry of a file's metadata that holds what it says of itself, as JSON."""
+"""Entry of the metadata with the description of one of our own files."""
 Info = TypeVar("Info")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`; an `IcmsrError` when it is missing or holds anything else."""
+    """The JSON object in the file at `path`; raises `IcmsrError` when it is missing or holds anything else."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -29,7 +29,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def own_description(path: Path | str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file at `path` says of itself in its `metadata`, empty when it says nothing.
+    """The description that one of our own files, at `path`, has in its `metadata`; empty when it has none.
 
     Raises `IcmsrError` for anything but a JSON object.
     """
@@ -37,7 +37,7 @@ def own_description(path: Path | str, metadata: Mapping[str, str]) -> dict[str, 
 
 
 def parse_description(path: Path | str, text: str, what: str = "its description") -> dict[str, Any]:
-    """The JSON object in `text`, which is `what` of the file at `path`; an `IcmsrError` when it is anything else."""
+    """The JSON object in `text`; the error for anything else calls it `what` of the file at `path`."""
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -57,9 +57,10 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def info_from(name: Path | str, kind: type[Info], values: Mapping[str, Any]) -> Info:
-    """The dataclass `kind`, whose annotations are texts, with the `values` of a description; other keys are ignored.
+    """The dataclass `kind` filled with the `values` of a description; keys that it does not have are ignored.
 
-    Raises `IcmsrError`, which says `name`, when a key is missing, of another type or not finite.
+    Its annotations must be texts (``from __future__ import annotations``). Raises `IcmsrError`, beginning with `name`,
+    when a key is missing, of another type or not finite.
     """
     known = {}
     for entry in fields(kind):  # type: ignore[arg-type]

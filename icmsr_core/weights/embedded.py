@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 EMBEDDED_FIDELITY = 0.0
-"""Fidelity that the embedded generator's file asks for where no other is: its faithful set is the sharper one."""
+"""Default fidelity of the embedded generator, as its file states: the faithful set is the sharper one."""
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 

@@ -15,7 +15,7 @@ def unreadable(path: Path, reason: str) -> str:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     way_out = AGAIN
-    # Eight bytes of length and a brace begin a .safetensors, so none of these is one.
+    # A .safetensors begins with eight bytes of length and a brace, so none of these is one.
     if head.startswith((b"PK\x03\x04", b"\x80")):
         reason = "a pickle, which can run code when it is read; no code in it was run"
         way_out = "choose the .safetensors file of the same model; OSEDiff's and PiSA-SR's go through `icmsr import`"
@@ -27,7 +27,7 @@ def unreadable(path: Path, reason: str) -> str:
 
 
 def known_kind(keys: Collection[str]) -> str:
-    """What a .safetensors with these keys is by its layout, with its article; empty when it is not known."""
+    """What a .safetensors with these keys holds, such as "a LoRA"; empty when its layout is not known."""
 
     def any_starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)

@@ -3,13 +3,13 @@
 Keys, with the diffusers names of the base's modules and parameters:
 
     unet.<module>.lora_A.weight, unet.<module>.lora_B.weight     low-rank update of the UNet
-    unet.<parameter>                                             tensor of the UNet replaced whole
+    unet.<parameter>                                             tensor that replaces the UNet's own
     vae.<...>                                                    the same two forms for the VAE
     realistic.unet.<...>, realistic.vae.<...>                    a second set over the first, in the same two forms
     prompt_embedding                                             constant context [tokens, width]
 
-The first set is the faithful one, and all there is in most files. The second leads from its result to a more realistic
-one; how much of it is laid on is the fidelity (`merging.py`).
+The first set is the faithful one; most files hold nothing else. The second is added to it for a more realistic result;
+the fidelity says how much of it (`merging.py`).
 
 The metadata entry ``icmsr`` is JSON (see `GeneratorInfo`); ``format`` is ``icmsr-generator``.
 """
@@ -34,12 +34,12 @@ from .tensor_files import check_finite, first_names, read_head, read_tensors, wr
 
 GENERATOR_FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
-"""What a T2I-Adapter's file says of itself in its metadata (`train/adapter_file.py`)."""
+"""``format`` in the metadata of a T2I-Adapter's file (`train/networks/adapters.py`)."""
 FORMAT_VERSIONS = (1, 2)
-"""Layouts that are read. Files with one set of weights are written as 1, files with two as 2."""
+"""Layouts that can be read. A file with one set of weights is written as 1, with two as 2."""
 PARTS = ("unet", "vae")
 REALISTIC = "realistic."
-"""What the keys of the second set begin with."""
+"""Prefix of the keys of the second set."""
 
 
 class LoraPair(NamedTuple):
@@ -51,7 +51,7 @@ class LoraPair(NamedTuple):
 
 @dataclass(frozen=True)
 class PartWeights:
-    """What a generator changes in one network: low-rank updates by module, whole tensors by parameter."""
+    """What a generator changes in one network: low-rank updates by module, replaced tensors by parameter."""
 
     lora: Mapping[str, LoraPair] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class PartWeights:
 
 @dataclass(frozen=True)
 class GeneratorInfo:
-    """What a generator file says of itself."""
+    """The description in a generator file."""
 
     family: str
     """Family of the base it belongs to: ``nano``, ``sd21``, ``sd15``."""
@@ -79,7 +79,7 @@ class GeneratorInfo:
     base_hash: str = ""
     """SHA-256 of the base's UNet weights file; empty when unknown."""
     rank: int = 0
-    """LoRA rank; 0 when the file holds whole tensors only."""
+    """LoRA rank; 0 when the file holds no LoRA."""
     alpha: float = 0.0
     """LoRA alpha: the update is ``alpha / rank * B @ A``."""
     licence: str = ""
@@ -87,34 +87,34 @@ class GeneratorInfo:
     training: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that made it."""
     realistic_rank: int = 0
-    """LoRA rank of the second set; 0 without one, or when it holds whole tensors only."""
+    """LoRA rank of the second set; 0 when there is none or it holds no LoRA."""
     realistic_alpha: float = 0.0
     """LoRA alpha of the second set."""
     realistic_training: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that made the second set."""
     realistic_default: float = 1.0
-    """Fidelity to use where none is asked for, from 0 (the faithful set alone) to 2."""
+    """Fidelity for users who choose none, from 0 (the faithful set alone) to 2."""
     notes: str = ""
-    """What a user must know beyond the rest, for people."""
+    """Other facts that a user must know, as a text for people."""
     format_version: int = 1
-    """Version of the layout it was read in; `save_generator` writes the one that the weights need."""
+    """Version of the layout in the file it was read from; `save_generator` writes the version that the weights need."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A generator file in memory. Raises `IcmsrError` when `realistic` names another part than unet and vae."""
+    """A generator file in memory. Raises `IcmsrError` when `realistic` has parts other than unet and vae."""
 
     info: GeneratorInfo
     unet: PartWeights
     vae: PartWeights
     prompt_embedding: Tensor | None = None
-    """Constant context [tokens, width], or None when the caller must bring one."""
+    """Constant context [tokens, width]; None when the user has to give one."""
     realistic: Mapping[str, PartWeights] = field(default_factory=dict)
-    """The second set by part (``unet``, ``vae``), laid over the first; empty when there is one set."""
+    """The second set by part (``unet``, ``vae``), added to the first; empty when there is one set."""
     name: str = "generator"
-    """What it is called in messages: the file it was read from."""
+    """Its name in messages: the file it was read from."""
     chosen_fidelity: float | None = None
-    """Fidelity that was asked for (`at_fidelity`); None: what the file says."""
+    """The fidelity that a user chose (`at_fidelity`); None: the file's default."""
 
     def __post_init__(self) -> None:
         surplus = sorted(set(self.realistic) - set(PARTS))
@@ -128,11 +128,11 @@ class Generator:
 
     @property
     def fidelity(self) -> float:
-        """How much of the realistic set is merged: as chosen, or what the file says."""
+        """How much of the realistic set is merged, 0 to 2: the chosen fidelity, or the file's default."""
         return self.info.realistic_default if self.chosen_fidelity is None else self.chosen_fidelity
 
     def at_fidelity(self, fidelity: float | None) -> Generator:
-        """This generator, to be merged at `fidelity`; None: at what the file says.
+        """This generator, to be merged at `fidelity`; None is the file's default.
 
         Raises `IcmsrError` for a value beyond 0..2, or for any value where there is one set.
         """
@@ -177,10 +177,10 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
 
 
 def load_generator(path: Path, name: str = "") -> Generator:
-    """The generator in `path`, checked: format, version, metadata, pairs of LoRA matrices, finite values.
+    """The generator in the file at `path`. `name` is its name in later messages; empty: the path.
 
-    Whether its keys fit a base is checked where it is applied (`merging.py`). `name` is what it is called from then on,
-    `path` where that is empty. Raises `IcmsrError`.
+    Raises `IcmsrError` for another format or version, a wrong description, LoRA matrices that do not pair, and values
+    that are not finite. Whether its keys fit a base is checked when it is merged (`merging.check_fit`).
     """
     tensors, metadata = read_tensors(path)
     info = parse_info(path, metadata, tensors)
@@ -200,16 +200,16 @@ def load_generator(path: Path, name: str = "") -> Generator:
 
 
 def holds_two_sets(path: Path) -> bool:
-    """Whether the generator file at `path` holds a faithful and a realistic set, by its description alone.
+    """Whether the generator file at `path` holds a faithful and a realistic set. Reads its description only.
 
-    Raises `IcmsrError` when there is no such file, or it is no generator file.
+    Raises `IcmsrError` for a missing file or another kind of file.
     """
     keys, metadata = read_head(path)
     return parse_info(path, metadata, keys).format_version == 2
 
 
 def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> GeneratorInfo:
-    """What the file at `path` says of itself in its `metadata`; its `keys` tell what it is when it is no generator."""
+    """The description in the `metadata` of the file at `path`; its `keys` help to say what another kind of file is."""
     if metadata.get("format") != GENERATOR_FORMAT:
         kind = known_kind(keys)
         stated = metadata.get("format", "not stated")
@@ -222,7 +222,7 @@ def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -
         raise IcmsrError(f"{path}: not an ICM-SR generator file ({found}): {way_out}")
     values = own_description(path, metadata)
     version = values.get("format_version", 1)
-    if version not in FORMAT_VERSIONS:  # before the rest, which another version may lay out differently
+    if version not in FORMAT_VERSIONS:  # checked first: another version may have other fields
         known = " and ".join(str(entry) for entry in FORMAT_VERSIONS)
         raise IcmsrError(f"{path}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
     info = info_from(path, GeneratorInfo, values)

@@ -1,4 +1,4 @@
-"""Whether a generator belongs on a base, by what both say of themselves; its tensors are checked in `merging.py`."""
+"""Whether a generator belongs on a base, according to the descriptions of both; `merging.py` checks its tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .sd_families import SD_HUB_IDS
 
 
 def check_family(info: GeneratorInfo, family: str, where: str) -> None:
-    """Raises `IcmsrError` when the generator is for another family than `family`; `where` names the base."""
+    """Raises `IcmsrError` unless the generator is for `family`; `where` names the base."""
     if info.family != family:
         hub = f" (--base {SD_HUB_IDS[info.family]}, say)" if info.family in SD_HUB_IDS else ""
         raise IcmsrError(
@@ -23,9 +23,9 @@ def check_prior(
 ) -> None:
     """Raises `IcmsrError` when the generator's LoRA does not belong on a prior that predicts `prediction`.
 
-    LoRA starts from what its base predicts. A generator with residual prediction does not say what that was: eps is
-    taken for granted, and another prior passes only where `own_base` finds it to be the one it was trained on. A UNet
-    replaced whole may predict what it likes. `where` names the base in the error.
+    A LoRA has to start from the prediction that it was trained from. A generator with residual prediction does not
+    state it: eps is assumed, unless `own_base` says that this is the very base it was trained on. A UNet whose tensors
+    are replaced may predict anything. `where` names the base in the error.
     """
     if not any(weights.lora for weights in generator.sets("unet")):
         return

@@ -1,13 +1,13 @@
-"""A generator merged into the weights of its base.
+"""A generator merged into the weights W of its base.
 
-    W1 = W + alpha / rank * B A                          the faithful set: LoRA ...
-    W1 = new                                             ... or a tensor replaced whole
-    W2 = W1 + f * realistic_alpha / rank * B A           the realistic set at the fidelity f: LoRA ...
-    W2 = W1 + f * (new - W1)                             ... or a tensor replaced whole
+    W1 = W + alpha / rank * B A                          faithful set, LoRA
+    W1 = new                                             faithful set, a tensor that is replaced
+    W2 = W1 + f * realistic_alpha / rank * B A           realistic set at the fidelity f, LoRA
+    W2 = W1 + f * (new - W1)                             realistic set at the fidelity f, a tensor that is replaced
 
-f = 0 is the faithful generator alone, f = 1 the one that training with ICM ended at, and beyond 1 the same way further.
-The two LoRAs of PiSA-SR (arXiv 2412.03017), pixels and semantics, are such a pair; between them it mixes the outputs of
-two passes, where the weights are scaled here, for one pass (ours).
+f = 0 is the faithful generator alone, f = 1 the result of training with ICM, and f > 1 goes further in that direction.
+The two LoRAs of PiSA-SR (arXiv 2412.03017), for pixels and semantics, are such a pair; PiSA-SR mixes the outputs of two
+passes, while here the weights are scaled and one pass is enough (ours).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .tensor_files import first_names
 
 
 def merged_tensor(weights: PartWeights, parameter: str, tensor: Tensor, alpha: float, strength: float = 1.0) -> Tensor:
-    """The base's `tensor`, called `parameter`, after one set of weights: in float32, `tensor` itself where none is its.
+    """One parameter of the base, `tensor`, with one set of weights merged in: float32, unchanged when none is for it.
 
-    LoRA: ``W + strength * alpha / rank * B A``; whole tensor: ``W + strength * (new - W)``; of both, the tensor is
+    LoRA: ``W + strength * alpha / rank * B A``; replaced tensor: ``W + strength * (new - W)``; with both, the tensor is
     replaced first. Their shapes must fit (`check_fit`).
     """
     merged = tensor.float()
@@ -41,9 +41,9 @@ def merged_tensor(weights: PartWeights, parameter: str, tensor: Tensor, alpha: f
 
 
 def merged_parameter(generator: Generator, part: str, parameter: str, tensor: Tensor) -> Tensor:
-    """`merged_tensor` of both sets of `generator` for a parameter of ``unet`` or ``vae``, at the generator's fidelity.
+    """One parameter of the base's ``unet`` or ``vae``, `tensor`, with both sets merged in at the generator's fidelity.
 
-    The result is float32 and to be cast afterwards: a small update would be lost in 16 bits.
+    The result is float32. Cast it afterwards: a small update would be lost in 16 bits.
     """
     info = generator.info
     faithful, realistic = generator.sets(part)
@@ -54,9 +54,9 @@ def merged_parameter(generator: Generator, part: str, parameter: str, tensor: Te
 
 
 def check_fit(generator: Generator, part: str, state: Mapping[str, Tensor]) -> None:
-    """Raises `IcmsrError`, which names every key of both sets that has no place or another shape in the base.
+    """Raises `IcmsrError` unless every key of both sets has a parameter of its shape in the base; it lists the others.
 
-    `state` maps the diffusers names of the parameters of `part` to tensors, of which only the shapes are looked at.
+    `state` has the base's parameters of `part` by their diffusers names; only the shapes are used.
     """
     wrong: list[str] = []
     for prefix, weights in zip((f"{part}.", f"{REALISTIC}{part}."), generator.sets(part)):
@@ -72,9 +72,9 @@ def check_fit(generator: Generator, part: str, state: Mapping[str, Tensor]) -> N
 
 @torch.no_grad()
 def merge_into(network: nn.Module, generator: Generator, part: str) -> None:
-    """Merges `part` of `generator` into the parameters of `network`, one by one; errors as in `check_fit`.
+    """Merges `part` of `generator` into the parameters of `network`.
 
-    Nothing is changed when one of them does not fit.
+    Raises `IcmsrError` as `check_fit`, before anything is changed.
     """
     state = network.state_dict()
     check_fit(generator, part, state)
@@ -83,11 +83,11 @@ def merge_into(network: nn.Module, generator: Generator, part: str) -> None:
 
 
 def misfit(key: str, shape: Iterable[int], base: Tensor | None) -> str:
-    """Text for `not_for_this_base`: `key` of a generator has no place in a base, or another shape than there."""
+    """Text for `not_for_this_base`: the base has no parameter for the generator's `key`, or one of another shape."""
     there = "no such parameter" if base is None else f"the base has {list(base.shape)}"
     return f"{key} {list(shape)} ({there})"
 
 
 def not_for_this_base(name: str, wrong: list[str]) -> IcmsrError:
-    """The error for a generator, called `name`, whose keys do not fit a base; `wrong` holds the `misfit` of each."""
+    """The error for a generator called `name` with keys that do not fit a base; `wrong` has the `misfit` of each."""
     return IcmsrError(f"{name}: the generator does not fit this base model: {first_names(wrong)}")

@@ -1,4 +1,4 @@
-"""Files of tensors (.safetensors): opened, read and written with one set of errors."""
+"""Opens, reads and writes .safetensors files, with one set of errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .file_kinds import unreadable
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A .safetensors file, opened by `safe_open`; an `IcmsrError` when there is none or it is damaged."""
+    """A .safetensors file opened by `safe_open`; raises `IcmsrError` when it is missing or damaged."""
     if path.is_dir():
         raise IcmsrError(f"{path}: is a folder: name the .safetensors file")
     if not path.is_file():
@@ -43,21 +43,21 @@ def read_head(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A .safetensors at `path`, which appears whole or not at all. Makes the folder."""
+    """Writes a .safetensors to `path`, which appears complete or not at all. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
 
 
 def check_finite(name: object, tensors: Mapping[str, Tensor], way_out: str = "") -> None:
-    """Raises `IcmsrError`, which says `name` and ends with `way_out`, for NaN and infinite values in `tensors`."""
+    """Raises `IcmsrError` for NaN or infinite values; the message begins with `name` and ends with `way_out`."""
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise IcmsrError(f"{name}: NaN or infinite values in {first_names(bad)}{way_out and f': {way_out}'}")
 
 
 def first_names(items: Iterable[str], most: int = 4) -> str:
-    """The first few of `items` and how many more there are, for an error."""
+    """The first few of `items` and the number of the others, for an error."""
     listed = list(items)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
