@@ -1,4 +1,4 @@
-"""A base by its name: a path, or a model on the Hugging Face hub, of which only what is needed is fetched."""
+"""Finds a base by its name: a path, or a model on the Hugging Face hub, of which only the needed files are fetched."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/merges.txt")
 
 
 def find_base(name: str, text: bool = False) -> Path:
-    """The folder or file that `name` names.
+    """The folder or file of the base called `name`: a path, or the snapshot of a model on the hub.
 
-    A local path wins. What has the form ``owner/name`` of a hub id, and whose first half is no local folder, is the
-    snapshot of that model in huggingface_hub's cache: fetched there when it is missing, without a network (or with
-    HF_HUB_OFFLINE=1) as far as it is there. Weights in full precision are fetched, else the fp16 variant; with `text`
-    the text encoder and its tokenizer too.
+    A path that exists wins. A name of the form ``owner/name`` whose first half is not a local folder is a hub id: the
+    result is the snapshot in huggingface_hub's cache, downloaded if it is missing. Without a network (or with
+    HF_HUB_OFFLINE=1) it is what the cache has. Weights in full precision are fetched, or else the fp16 variant; with
+    `text`, the text encoder and the tokenizer as well.
 
-    Raises `IcmsrError` for an id that is neither in the cache nor within reach. Other names come back as they are;
+    Raises `IcmsrError` for an id that is neither in the cache nor on the hub. Other names are returned unchanged;
     `open_base` says what is wrong with them.
     """
     path = Path(name)
@@ -59,7 +59,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _shards(file: str) -> str:
-    """The pattern of the shards of what would be `file` in one piece."""
+    """The pattern of the names of the shards of `file`."""
     return file.replace(".safetensors", "-?????-of-?????.safetensors")
 
 

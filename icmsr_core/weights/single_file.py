@@ -1,9 +1,9 @@
-"""A Stable Diffusion checkpoint in one file, in the original (CompVis) layout: what it is, and its diffusers names.
+"""Stable Diffusion checkpoints in one file, in the original (CompVis) layout: configurations and diffusers names.
 
-    model.diffusion_model.*    the UNet            model_ema.*                    its running average: left alone
-    first_stage_model.*        the VAE             cond_stage_model.*, betas, ... the text encoder, ...: left alone
+    model.diffusion_model.*    the UNet            model_ema.*                    its running average, not used
+    first_stage_model.*        the VAE             cond_stage_model.*, betas, ... the text encoder, ..., not used
 
-Configurations are read off the shapes, weights are not read here. Pickled checkpoints (.ckpt) are never opened.
+The configurations follow from the shapes; weights are read elsewhere. Pickled checkpoints (.ckpt) are never opened.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .sd_families import SD_FAMILIES, SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, 
 from .tensor_files import open_tensors
 
 BASE_FORMAT = "icmsr-base"
-"""``format`` in the metadata of a checkpoint that describes itself: ``icmsr`` is then JSON, as in icmsr_base.json."""
+"""``format`` in the metadata of a checkpoint with a description: ``icmsr`` is then the JSON of icmsr_base.json."""
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-"""What the keys of the two networks begin with."""
+"""Prefixes of the keys of the two networks."""
 SD_LEVELS = 4
 """Levels of both networks."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-"""Endings of files that run code when they are read."""
+"""Endings of pickles, which can run code when they are read."""
 V_STATISTIC = ("output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09)
-"""A tensor of SD2's UNet, and the standard deviation beyond which ComfyUI takes the model for v-prediction (its
-`supported_models.SD20`): the two cannot be told apart otherwise."""
+"""A tensor of SD2's UNet, and the standard deviation above which ComfyUI assumes v-prediction (its
+`supported_models.SD20`). Nothing else in a checkpoint tells eps and v apart."""
 STATED_PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
-"""Values of the metadata entry ``modelspec.prediction_type`` (Stability AI's ModelSpec), and their names here."""
+"""Our names for the values of the metadata entry ``modelspec.prediction_type`` (Stability AI's ModelSpec)."""
 
 _UNET_MODULES = {
     "time_embed.0": "time_embedding.linear_1",
@@ -57,7 +57,7 @@ _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file is, without its weights."""
+    """A checkpoint file without its weights."""
 
     values: Mapping[str, Any]
     """Fields of `BaseInfo`."""
@@ -68,13 +68,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """What the checkpoint file at `path` is.
+    """The family, prediction and configurations of the checkpoint file at `path`.
 
-    Published Stable Diffusion 1 and 2 are known by their shapes. Whether Stable Diffusion 2 predicts eps or v is taken
-    from the metadata entry ``modelspec.prediction_type``, else guessed as ComfyUI does. A file with the metadata of
-    `BASE_FORMAT` says all that itself, and may have other widths.
+    Published Stable Diffusion 1 and 2 are recognised by their shapes. Whether Stable Diffusion 2 predicts eps or v is
+    taken from the metadata entry ``modelspec.prediction_type``, or else guessed as ComfyUI does. A file with the
+    metadata of `BASE_FORMAT` states all this itself and may have other widths.
 
-    Raises `IcmsrError`, which says what the file is instead where it can be seen: a pickle, a LoRA, a VAE, SDXL, ...
+    Raises `IcmsrError` for anything else, and says what it is if that can be seen: a pickle, a LoRA, a VAE, SDXL, ...
     """
     _check_head(path)
     with open_tensors(path) as file:
@@ -112,9 +112,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def diffusers_name(part: str, key: str) -> str | None:
-    """The diffusers name of a checkpoint's `key`, or None when it is none of `part` (``unet``, ``vae``).
+    """The diffusers name of the checkpoint's `key`; None when it does not belong to `part` (``unet``, ``vae``).
 
-    A key of that network that has no place in it keeps its name, so that loading fails and names it.
+    An unknown key of that network keeps its name, so that loading fails and names it.
     """
     if not key.startswith(PREFIXES[part]):
         return None
@@ -127,7 +127,7 @@ def diffusers_name(part: str, key: str) -> str | None:
 
 
 def diffusers_tensor(part: str, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` as diffusers has it under `name`: the VAE's attention is 1x1 convolutions here and linear there."""
+    """`tensor` in the shape that diffusers has for `name`: linear layers, not 1x1 convolutions, in the VAE's attention."""
     if part == "vae" and ".attentions." in name and tensor.ndim > 2:
         return tensor.reshape(tensor.shape[:2])
     return tensor
@@ -139,7 +139,7 @@ def _unet_name(inner: str) -> str:
         return f"{_UNET_MODULES[module]}.{leaf}"
     if found := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)", inner):
         way, number, inside, rest = found[1], int(found[2]), int(found[3]), found[4]
-        # Three to a block: two layers and the downsampler, which is one of its own; or three layers.
+        # Three entries per block: two layers and the downsampler on the way down, three layers on the way up.
         block, layer = divmod(number - 1 if way == "input" else number, 3)
         start = f"{'down' if way == 'input' else 'up'}_blocks.{block}"
         if rest.startswith("op."):
@@ -164,7 +164,7 @@ def _vae_name(inner: str) -> str:
     name = inner.replace(".nin_shortcut.", ".conv_shortcut.").replace("coder.norm_out.", "coder.conv_norm_out.")
     name = re.sub(r"coder\.mid\.block_([12])\.", lambda m: f"coder.mid_block.resnets.{int(m[1]) - 1}.", name)
     name = re.sub(r"^encoder\.down\.(\d)\.", r"encoder.down_blocks.\1.", name)
-    # The decoder's blocks are numbered from the picture there, from the latent here.
+    # The checkpoint numbers the decoder's blocks from the picture, diffusers from the latent.
     name = re.sub(r"^decoder\.up\.(\d)\.", lambda m: f"decoder.up_blocks.{SD_LEVELS - 1 - int(m[1])}.", name)
     name = re.sub(r"_blocks\.(\d)\.block\.(\d)\.", r"_blocks.\1.resnets.\2.", name)
     return re.sub(r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv.", name)
@@ -210,7 +210,7 @@ def _check_kind(path: Path, keys: Collection[str], metadata: Mapping[str, str]) 
 
 
 def _configurations(shape: Callable[[str, str], list[int]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Configurations of UNet and VAE by their shapes, and what of them is not Stable Diffusion's."""
+    """Configurations of UNet and VAE from their shapes, and the values that Stable Diffusion does not have."""
 
     def side(part: str, key: str, axis: int) -> int:
         sides = shape(part, key)

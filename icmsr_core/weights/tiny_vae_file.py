@@ -1,7 +1,7 @@
-"""The weights of a tiny VAE (TAESD, github.com/madebyollin/taesd, MIT) in the forms it is published in.
+"""Reads a tiny VAE (TAESD, github.com/madebyollin/taesd, MIT) in the forms in which it is published.
 
-Read with json and safetensors alone; the names are diffusers' AutoencoderTiny's in the end. Its latents are Stable
-Diffusion's scaled ones (scaling factor 1), so encoder and decoder take the place of the VAE's without further ado.
+The tensors get the names of diffusers' AutoencoderTiny; diffusers itself is not needed. Its latents are Stable
+Diffusion's scaled latents (scaling factor 1), so it can replace the VAE directly.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .tensor_files import read_tensors
 
 PAIR = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 CLAMP_LAYERS = 1
-"""Layers that TAESD's own decoder has before the first convolution (a clamp) and diffusers' list has not."""
+"""Layers before the first convolution in TAESD's own decoder (a clamp), which diffusers does not count."""
 FORMS = f"a diffusers folder ({CONFIG_FILE}, {WEIGHTS_FILE}), or {PAIR[0]} with {PAIR[1]} next to it"
 
 
 @dataclass(frozen=True, eq=False)
 class TinyVae:
-    """A tiny VAE that was read, not yet built."""
+    """A tiny VAE that was read but not yet built."""
 
     path: Path
-    """Where it was found."""
+    """The file it was read from."""
     state: Mapping[str, Tensor]
-    """Its tensors under AutoencoderTiny's names: ``encoder.layers.0.weight``, ..."""
+    """Its tensors by AutoencoderTiny's names: ``encoder.layers.0.weight``, ..."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """diffusers' configuration; what it leaves out is TAESD's."""
+    """diffusers' configuration; entries that are missing have TAESD's values."""
 
     @property
     def latent_channels(self) -> int:
@@ -58,9 +58,9 @@ class TinyVae:
 
 
 def read_tiny_vae(path: Path) -> TinyVae:
-    """The tiny VAE at `path`: a diffusers folder, its weights file, or one of TAESD's own pair or their folder.
+    """The tiny VAE at `path`: a diffusers folder or its weights file, or TAESD's own folder or one of its two files.
 
-    Raises `IcmsrError`, which names what is missing, for anything else.
+    Raises `IcmsrError`, which says what is missing, for anything else.
     """
     if path.is_dir():
         if (path / WEIGHTS_FILE).is_file():
@@ -68,11 +68,11 @@ def read_tiny_vae(path: Path) -> TinyVae:
         elif (path / PAIR[0]).is_file() or (path / PAIR[1]).is_file():
             path = path / PAIR[0]
         else:
-            raise IcmsrError(f"{path}: holds no tiny VAE: expected {FORMS}")
+            raise IcmsrError(f"{path}: no tiny VAE in this folder: expected {FORMS}")
     elif not path.is_file():
         raise IcmsrError(f"{path}: no such file or folder: --tiny-vae takes {FORMS}")
     if path.suffix != ".safetensors":
-        raise IcmsrError(f"{path}: must be a .safetensors; pickled .pth and .bin files are never opened: take {FORMS}")
+        raise IcmsrError(f"{path}: must be a .safetensors, pickled .pth and .bin files are never opened: use {FORMS}")
     if "encoder" in path.name or "decoder" in path.name:
         return _read_pair(path)
     state = read_tensors(path)[0]
@@ -89,7 +89,7 @@ def _read_pair(path: Path) -> TinyVae:
         for key, tensor in read_tensors(file)[0].items():
             number, _, rest = key.partition(".")
             if not number.isdigit():
-                raise IcmsrError(f"{file}: not of TAESD's layout, found {key!r}: expected {FORMS}")
+                raise IcmsrError(f"{file}: not in TAESD's layout, found {key!r}: expected {FORMS}")
             state[f"{part}.layers.{int(number) - shift}.{rest}"] = tensor
     return _checked(TinyVae(path, state))
 

@@ -133,11 +133,11 @@ def test_what_is_no_tiny_vae_is_refused(folder, base, tmp_path) -> None:
     kl = shutil.copytree(base / "vae", tmp_path / "vae")
     for path, words in (
         (tmp_path / "none", "no such file"),
-        (tmp_path / "empty", "holds no tiny VAE"),
+        (tmp_path / "empty", "no tiny VAE in this folder"),
         (pair, "taesd_decoder.safetensors: not found next to"),
         (pickled, "never opened"),
         (other, "not a tiny VAE"),
-        (named, "not of TAESD's layout"),
+        (named, "not in TAESD's layout"),
         (kl, "AutoencoderTiny, got 'AutoencoderKL'"),
     ):
         with pytest.raises(IcmsrError, match=words):
