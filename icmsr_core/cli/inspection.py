@@ -1,4 +1,4 @@
-"""What a generator file, an adapter or a base folder holds, in words."""
+"""Describes a generator file, an adapter or a base in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..weights.tensor_files import read_head, read_tensors
 
 
 def file_report(path: Path) -> str:
-    """Lines ``name  value`` about the generator, adapter or base at `path`. Raises `IcmsrError` for anything else."""
+    """Lines ``name  value`` about the generator, adapter or base at `path`. Raises `IcmsrError` for other files."""
     weights = path / WEIGHTS_FILE
     if path.is_dir() and weights.is_file():  # a base keeps its weights one folder further down
         rows = _adapter_rows(weights)
@@ -74,7 +74,7 @@ def _base_rows(path: Path) -> list[tuple[str, str]]:
         ("family", base.info.family),
         ("prior predicts", base.info.prediction),
         ("latent", f"{descriptor.latent_channels} channels, 1 cell per {descriptor.latent_factor} px"),
-        ("sizes", f"multiples of {descriptor.multiple_of} px inside (pictures are padded to it)"),
+        ("sizes", f"multiples of {descriptor.multiple_of} px (pictures are padded to them)"),
         *((part, f"{sum(t.numel() for t in state.values()) / 1e6:.2f} M parameters") for part, state in counts.items()),
         ("licence", base.info.licence or "not stated"),
         ("hash", base.hash()),
@@ -93,14 +93,16 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
     ]
     faithful = {part: generator.sets(part)[0] for part in PARTS}
     if generator.has_two_sets:
-        default = f"{info.realistic_default:g} unless asked for"
-        rows.append(("fidelity", f"a faithful set of weights (0) and a realistic one over it (1; up to 2); {default}"))
+        default = f"default {info.realistic_default:g}"
+        rows.append(
+            ("fidelity", f"a faithful set of weights (0) and a realistic one on top of it (1; up to 2); {default}")
+        )
         rows += _set_rows("faithful ", faithful, info.rank, info.alpha)
         rows += _set_rows("realistic ", generator.realistic, info.realistic_rank, info.realistic_alpha)
     else:
         rows += _set_rows("", faithful, info.rank, info.alpha)
     embedding = generator.prompt_embedding
-    none = "none: bring a conditioning in ComfyUI, --prompt on the command line"
+    none = "none: give one, as conditioning in ComfyUI or with --prompt on the command line"
     rows.append(("prompt", none if embedding is None else f"constant {list(embedding.shape)}"))
     rows.append(("licence", info.licence or "not stated"))
     if info.training:
@@ -115,12 +117,12 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
 def _set_rows(kind: str, parts: Mapping[str, PartWeights], rank: int, alpha: float) -> list[tuple[str, str]]:
     rows = []
     for part, weights in parts.items():
-        whole = sum(tensor.numel() for tensor in weights.tensors.values())
+        replaced = sum(tensor.numel() for tensor in weights.tensors.values())
         lora = sum(pair.down.numel() + pair.up.numel() for pair in weights.lora.values())
         rows.append(
             (
                 f"{kind}{part}",
-                f"{len(weights.tensors)} whole tensors ({whole / 1e6:.2f} M), "
+                f"{len(weights.tensors)} replaced tensors ({replaced / 1e6:.2f} M), "
                 f"LoRA on {len(weights.lora)} modules ({lora / 1e6:.2f} M)",
             )
         )

@@ -206,7 +206,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     exported = export_generator(options.format, options.file, options.dest, options.fidelity)
     print(f"wrote {exported.path}: the UNet's LoRA on {exported.modules} modules")
-    print(f"left out: {'; '.join(exported.left_out)}")
+    print(f"not in the file: {'; '.join(exported.dropped)}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""A generator file's UNet LoRA in the files of others: diffusers' folder, and a file for ComfyUI core's loader.
+"""Exports the UNet LoRA of a generator file: as diffusers' folder, or as a file for the loader of ComfyUI's core.
 
-Neither can say at which one timestep the UNet runs or what its output means, and neither holds a VAE's LoRA, tensors
-replaced whole or a prompt embedding: `Exported.left_out` lists what a generator loses.
+These formats cannot state the one timestep of the UNet or what its output means, and cannot hold a VAE's LoRA, replaced
+tensors or a prompt embedding: `Exported.dropped` lists what is lost.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from .lora_files import DIFFUSERS_CONFIG, DIFFUSERS_FILE
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The file that was written."""
 
     path: Path
     """The .safetensors."""
     modules: int
-    """Number of modules with a LoRA in it."""
-    left_out: tuple[str, ...]
-    """What the format cannot express, one phrase each."""
+    """Number of modules with a LoRA."""
+    dropped: tuple[str, ...]
+    """The parts of the generator that the format cannot hold, one phrase each."""
 
 
 def export_generator(form: str, source: Path, dest: Path, fidelity: float | None = None) -> Exported:
-    """Writes the UNet's LoRA of the generator file `source` in the format `form`, atomically and in its precision.
+    """Writes the UNet's LoRA of the generator file `source` in the format `form`, in its precision.
 
-    ``diffusers``: ``pytorch_lora_weights.safetensors`` in the folder `dest`, its alpha in the metadata (diffusers reads
-    it from 0.34). ``comfyui``: the file `dest` with kohya's names and alphas, each of which core's key map has. Two
-    sets go into one LoRA, the realistic one at `fidelity` (see `Generator.at_fidelity`): its matrices are those of both
-    sets side by side, in float32. Raises `IcmsrError` for an unknown format, a damaged file, a fidelity
-    that does not apply, and a generator without any LoRA of the UNet.
+    ``diffusers``: ``pytorch_lora_weights.safetensors`` in the folder `dest`, with the alpha in the metadata (read by
+    diffusers 0.34 and later). ``comfyui``: the file `dest` with kohya's names and alphas, all of which core's key map
+    has. Two sets become one LoRA, with the realistic set at `fidelity` (see `Generator.at_fidelity`): the matrices of
+    both are concatenated, in float32. The file appears complete or not at all.
+
+    Raises `IcmsrError` for an unknown format, a damaged file, a fidelity that does not apply, and a generator without
+    any LoRA of the UNet.
     """
     if form not in EXPORT_FORMATS:
         raise IcmsrError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {form!r}")
@@ -65,11 +67,11 @@ def export_generator(form: str, source: Path, dest: Path, fidelity: float | None
     else:
         path, tensors, metadata = dest, _kohya_tensors(lora, alphas), {}
     write_tensors(path, tensors, {"format": "pt", **metadata})
-    return Exported(path, len(lora), _left_out(generator))
+    return Exported(path, len(lora), _dropped(generator))
 
 
 def _one_lora(generator: Generator) -> tuple[dict[str, LoraPair], dict[str, float]]:
-    """The UNet's LoRA by module, both sets in one, and the alpha of each."""
+    """The UNet's LoRA by module, with both sets combined, and the alpha of each module."""
     info, fidelity = generator.info, generator.fidelity
     faithful, realistic = generator.sets("unet")
     if fidelity == 0 or not realistic.lora:
@@ -98,7 +100,7 @@ def _diffusers_tensors(lora: Mapping[str, LoraPair]) -> dict[str, Tensor]:
 
 
 def _diffusers_config(lora: Mapping[str, LoraPair], alphas: Mapping[str, float]) -> str:
-    """PEFT's configuration as diffusers keeps it; the values that differ from the most common one as patterns."""
+    """PEFT's configuration in diffusers' form: the most common rank and alpha, and patterns for the others."""
     ranks: dict[str, Any] = {module: pair.down.shape[0] for module, pair in lora.items()}
     whole = {module: int(alpha) if alpha == int(alpha) else alpha for module, alpha in alphas.items()}
     config: dict[str, Any] = {"target_modules": sorted(lora)}
@@ -117,19 +119,19 @@ def _kohya_tensors(lora: Mapping[str, LoraPair], alphas: Mapping[str, float]) ->
     return tensors
 
 
-def _left_out(generator: Generator) -> tuple[str, ...]:
+def _dropped(generator: Generator) -> tuple[str, ...]:
     info = generator.info
     lost = [f"the timestep {info.timestep} and the {info.prediction} prediction, which the user must set"]
     if info.prediction == "residual":  # samplers know eps and v
         lost = [f"the timestep {info.timestep} and the residual prediction, which no ordinary sampler computes"]
     whole = [name for weights in generator.sets("unet") for name in weights.tensors]
     if whole:
-        lost.append(f"the UNet's whole tensors {first_names(dict.fromkeys(whole))}")
+        lost.append(f"the UNet's replaced tensors {first_names(dict.fromkeys(whole))}")
     vae: list[PartWeights] = [weights for weights in generator.sets("vae") if weights]
     if vae:
         modules = {*(name for weights in vae for name in weights.lora)}
         tensors = {*(name for weights in vae for name in weights.tensors)}
-        lost.append(f"the VAE's LoRA on {len(modules)} modules and {len(tensors)} whole tensors")
+        lost.append(f"the VAE's LoRA on {len(modules)} modules and {len(tensors)} replaced tensors")
     if generator.prompt_embedding is not None:
         lost.append("the prompt embedding")
     return tuple(lost)

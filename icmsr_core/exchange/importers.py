@@ -1,4 +1,4 @@
-"""Foreign checkpoints, checked and written as a generator file: OSEDiff, PiSA-SR, and LoRA files of the UNet."""
+"""Imports foreign checkpoints as generator files: OSEDiff, PiSA-SR, and LoRA files of the UNet."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ BRING_A_PROMPT = "This file holds no prompt: bring one, as conditioning in Comfy
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What a foreign file does not say of itself."""
+    """What a foreign file does not state."""
 
     family: str = ""
-    """``sd21`` or ``sd15``, for a LoRA file; empty: the base's."""
+    """``sd21`` or ``sd15``, for a LoRA file; empty: that of `base`."""
     base: Path | None = None
-    """Base whose names and shapes must fit and whose hash is recorded; None: the family as published."""
+    """Base that the file must fit and whose hash is recorded; None: the published layers of the family."""
     timestep: int | None = None
     """Input timestep of a LoRA file; None: 999."""
     prediction: str | None = None
     """What the UNet's output means with a LoRA file: eps, v or residual; None: eps."""
     prompt: str | None = None
-    """Text to put into the file as its constant prompt, embedded by the text encoder of `base`; None: none."""
+    """Text whose embedding becomes the constant prompt, by the text encoder of `base`; None: no prompt."""
 
 
 def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSettings | None = None) -> Generator:
-    """Writes the foreign checkpoint at `source` to `dest` as a generator file, atomically, and returns what it holds.
+    """Writes the foreign checkpoint at `source` to `dest` as a generator file, and returns the generator.
 
-    `kind` is one of `IMPORT_KINDS`. The effective scale of each LoRA is kept, and the precision of the tensors: float32
-    where the file mixes several. No pickle's code is run. Raises `IcmsrError` for a kind or an option that does not
-    apply, for a file that is missing, damaged, holds code or values that are not finite, or does not fit the base (it
-    names the first keys), and for a prompt without a base that has a text encoder.
+    `kind` is one of `IMPORT_KINDS`. The effective scale of each LoRA stays the same, and so does the precision, except
+    that a file of mixed precisions becomes float32. No code in a pickle is run. `dest` appears complete or not at all.
+
+    Raises `IcmsrError` for an unknown kind, an option that does not apply to it, a file that is missing, damaged, holds
+    code or values that are not finite, or does not fit the base (it names the first keys), and for a prompt without a
+    base that has a text encoder.
     """
     settings = settings or ImportSettings()
     if kind not in IMPORT_KINDS:
@@ -83,7 +85,7 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
 
 
 def check_result_file(source: Path, dest: Path) -> None:
-    """Raises `IcmsrError` unless `dest` can be written as a .safetensors that is another file than `source`."""
+    """Raises `IcmsrError` unless `source` exists and `dest` names another file, a .safetensors."""
     if dest.suffix != ".safetensors" or dest.is_dir():
         raise IcmsrError(f"{dest}: the result must be a file whose name ends in .safetensors")
     if not source.exists():
@@ -102,7 +104,7 @@ def _fixed_family(kind: str, settings: ImportSettings) -> str:
 
 
 def _target(family: str, base: BaseFolder | None) -> tuple[str, Layout]:
-    """Family, names and shapes that a file must fit."""
+    """The family, and the names and shapes that the file must fit."""
     if base is None:
         if not family:
             raise IcmsrError("a LoRA file does not say which family it is for: give --family (sd15 or sd21), or --base")
@@ -127,7 +129,7 @@ def _lora_generator(source: Path, family: str, layout: Layout, settings: ImportS
 
 
 def _fitted(generator: Generator, layout: Layout) -> Generator:
-    """`generator` with its LoRA matrices in the form of the layers they belong to; an error for what fits nowhere."""
+    """`generator` with its LoRA matrices in the shapes of their layers; raises `IcmsrError` for what does not fit."""
     wrong: list[str] = []
     sets = {part: generator.sets(part) for part in PARTS}
     faithful = {part: _fit(f"{part}.", first, layout[part], wrong) for part, (first, _) in sets.items()}
@@ -142,23 +144,19 @@ def _fitted(generator: Generator, layout: Layout) -> Generator:
 def _fit(prefix: str, weights: PartWeights, shapes: Shapes, wrong: list[str]) -> PartWeights:
     for parameter, tensor in weights.tensors.items():
         if shapes.get(parameter) != tuple(tensor.shape):
-            wrong.append(_misfit(prefix + parameter, tuple(tensor.shape), shapes.get(parameter)))
+            wrong.append(misfit(prefix + parameter, tensor.shape, shapes.get(parameter)))
     lora: dict[str, LoraPair] = {}
     for module, (down, up) in weights.lora.items():
         shape = shapes.get(f"{module}.weight", ())
-        # A convolution of one pixel is a linear layer: files write it in either form.
+        # A convolution of one pixel is a linear layer; files have it in either form.
         if len(shape) != down.ndim and all(side == 1 for side in (*shape[2:], *down.shape[2:])):
             down = down.reshape(*down.shape[:2], *shape[2:])
         up = up.reshape(*up.shape[:2], *[1] * (down.ndim - 2)) if all(side == 1 for side in up.shape[2:]) else up
         got = (up.shape[0], *down.shape[1:])
         if got != shape or any(side != 1 for side in up.shape[2:]):
-            wrong.append(_misfit(f"{prefix}{module}.weight", got, shape or None))
+            wrong.append(misfit(f"{prefix}{module}.weight", got, shape or None))
         lora[module] = LoraPair(down, up)
     return PartWeights(lora, weights.tensors)
-
-
-def _misfit(key: str, got: tuple[int, ...], shape: tuple[int, ...] | None) -> str:
-    return misfit(key, got, None if shape is None else torch.empty(shape, device="meta"))
 
 
 def _common_dtype(generator: Generator) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Kinds of foreign files, by the names that the command line takes. Needs no torch."""
+"""Names of the foreign formats that can be imported and exported. Needs no torch."""
 
 from __future__ import annotations
 

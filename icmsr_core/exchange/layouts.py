@@ -1,7 +1,7 @@
-"""Names and shapes of Stable Diffusion's layers, and the names that LoRA files give them.
+"""Names and shapes of Stable Diffusion's layers, and their names in LoRA files.
 
-Written out, so that a foreign file can be checked without the base model and without diffusers; a test compares the
-table with diffusers' own networks.
+They are computed here so that a foreign file can be checked without the base model and without diffusers; a test
+compares them with diffusers' own networks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Layout = Mapping[str, Shapes]
 """The shapes of the two networks, ``unet`` and ``vae``."""
 
 KOHYA_PREFIX = "lora_unet_"
-"""What kohya's keys of the UNet begin with; the module's name follows, its dots written as underscores."""
+"""Prefix of kohya's keys for the UNet; the module's name follows, with underscores for its dots."""
 
 
 def published_layout(family: str) -> Layout:
-    """The convolutions and linear layers of ``sd21`` or ``sd15``: the whole UNet and the VAE up to its latent.
+    """The convolutions and linear layers of ``sd21`` or ``sd15``: the UNet, and the VAE from picture to latent.
 
     Raises `IcmsrError` for another family.
     """
@@ -37,7 +37,7 @@ def published_layout(family: str) -> Layout:
 def unet_shapes(
     widths: tuple[int, ...], context: int, linear_projection: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each weight and bias of a UNet of `widths`, its norms aside; `context` is the text's width.
+    """Name and shape of every weight and bias of a UNet of `widths`, except norms; `context` is the width of the text.
 
     `linear_projection`: around the attention SD2 has linear layers where SD1 has convolutions of one pixel.
     """
@@ -73,7 +73,7 @@ def unet_shapes(
 
 
 def vae_encoder_shapes(widths: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each weight and bias of a VAE from its input to its latent, the norms aside."""
+    """Name and shape of every weight and bias of a VAE from picture to latent, except norms."""
     yield from _layer("encoder.conv_in", widths[0], 3, 3, 3)
     into = widths[0]
     for level, width in enumerate(widths):
@@ -119,7 +119,7 @@ def _transformer(name: str, width: int, context: int, linear: bool) -> Iterator[
 
 
 class LoraKey(NamedTuple):
-    """What one key of a LoRA file holds."""
+    """The content of one key of a LoRA file."""
 
     module: str
     """Name of the module in diffusers."""
@@ -140,15 +140,15 @@ _PREFIXES = ("unet.base_model.model.", "base_model.model.", "unet.")
 
 
 def kohya_name(module: str) -> str:
-    """`module` as kohya writes it."""
+    """Kohya's name for `module`."""
     return KOHYA_PREFIX + module.replace(".", "_")
 
 
 def lora_keys(keys: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, LoraKey], list[str]]:
-    """What each of a LoRA file's `keys` holds, and the keys that name none of the network's `modules`.
+    """The content of each of a LoRA file's `keys`, and the keys that belong to none of the network's `modules`.
 
-    PEFT's, diffusers' and kohya's names are known. kohya's underscores do not say which of them were dots: they are
-    looked up among the real names.
+    Knows the names of PEFT, diffusers and kohya. Kohya writes dots as underscores, so its names are looked up among
+    those of the `modules`.
     """
     known = set(modules)
     underscored = {kohya_name(module): module for module in known}

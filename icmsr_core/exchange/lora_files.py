@@ -1,4 +1,4 @@
-"""LoRA files of a UNet as others write them: PEFT's, diffusers' and kohya's."""
+"""Reads LoRA files of a UNet in the forms of PEFT, diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
-"""Entry of a diffusers file's metadata (from 0.34) that holds PEFT's configuration."""
+"""Entry of the metadata with PEFT's configuration, in files of diffusers 0.34 and later."""
 
 
 class LoraFile(NamedTuple):
@@ -36,13 +36,32 @@ class LoraFile(NamedTuple):
 def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
     """The LoRA in `source`, a .safetensors or the folder of one, for a UNet with these diffusers `modules`.
 
-    Each module's scale comes from its own ``.alpha``, or the PEFT configuration beside or inside the file, or is 1.
-    Where the alphas differ, all are brought to the most common one, in float32. Raises `IcmsrError` for a file that is
-    missing or damaged, a key without a place, half a LoRA, values that are not finite, and a PEFT LoRA without its
-    configuration or of another form than B A.
+    Each module's scale comes from its own ``.alpha``, else from the PEFT configuration in the file or next to it, else
+    it is 1. Where alphas differ, the matrices are rescaled to the most common one, in float32. Raises `IcmsrError` for
+    a file that is missing or damaged, a key that belongs to no module, a matrix without its partner, values that are
+    not finite, and a PEFT LoRA without its configuration or of another form than B A.
     """
     path = _find(source)
     tensors, metadata = read_tensors(path)
+    found = _keys_by_module(path, tensors, modules)
+    peft = any("base_model.model." in key for roles in found.values() for key in roles.values())
+    config = _config(path, metadata, peft)
+    pairs = {module: _pair(path, module, roles, tensors) for module, roles in found.items()}
+    alphas = {
+        module: _alpha(path, module, pairs[module], tensors.get(roles.get("alpha", "")), config)
+        for module, roles in found.items()
+    }
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    for module, own in alphas.items():
+        if own != alpha:
+            down, up = pairs[module]
+            pairs[module] = LoraPair(down, up.float() * (own / alpha))
+    rank = Counter(pair.down.shape[0] for pair in pairs.values()).most_common(1)[0][0]
+    return LoraFile(pairs, rank, alpha)
+
+
+def _keys_by_module(path: Path, tensors: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, dict[str, str]]:
+    """The keys of each module's ``down``, ``up`` and ``alpha``."""
     keys, lost = lora_keys(tensors, modules)
     if lost:
         text = any("text_encoder" in key or key.startswith("lora_te") for key in lost)
@@ -57,27 +76,21 @@ def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
         if not bool(tensors[key].isfinite().all()):
             raise IcmsrError(f"{path}: NaN or infinite values in {key}")
         found[module][role] = key
-    config = _config(path, metadata, peft=any("base_model.model." in key for key in keys))
-    pairs, alphas = {}, {}
-    for module, roles in found.items():
-        missing = [role for role in ("down", "up") if role not in roles]
-        if missing:
-            raise IcmsrError(f"{path}: {module} has no {missing[0]} matrix, only {next(iter(roles.values()))}")
-        pair = LoraPair(tensors[roles["down"]], tensors[roles["up"]])
-        if pair.down.ndim not in (2, 4) or pair.up.ndim < 2 or not pair.down.shape[0] == pair.up.shape[1] > 0:
-            raise IcmsrError(
-                f"{path}: {roles['down']} {list(pair.down.shape)} and {roles['up']} {list(pair.up.shape)} "
-                "are not a LoRA pair: expected [rank, in, ...] and [out, rank, ...]"
-            )
-        pairs[module] = pair
-        alphas[module] = _alpha(path, module, pair, tensors.get(roles.get("alpha", "")), config)
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    for module, own in alphas.items():
-        if own != alpha:
-            down, up = pairs[module]
-            pairs[module] = LoraPair(down, up.float() * (own / alpha))
-    rank = Counter(pair.down.shape[0] for pair in pairs.values()).most_common(1)[0][0]
-    return LoraFile(pairs, rank, alpha)
+    return found
+
+
+def _pair(path: Path, module: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LoraPair:
+    """The two matrices of `module`, whose keys are `roles`."""
+    missing = [role for role in ("down", "up") if role not in roles]
+    if missing:
+        raise IcmsrError(f"{path}: {module} has no {missing[0]} matrix, only {next(iter(roles.values()))}")
+    pair = LoraPair(tensors[roles["down"]], tensors[roles["up"]])
+    if pair.down.ndim not in (2, 4) or pair.up.ndim < 2 or not pair.down.shape[0] == pair.up.shape[1] > 0:
+        raise IcmsrError(
+            f"{path}: {roles['down']} {list(pair.down.shape)} and {roles['up']} {list(pair.up.shape)} "
+            "are not a LoRA pair: expected [rank, in, ...] and [out, rank, ...]"
+        )
+    return pair
 
 
 def _find(source: Path) -> Path:
@@ -90,7 +103,7 @@ def _find(source: Path) -> Path:
 
 
 def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str, Any]:
-    """PEFT's configuration of the UNet's LoRA; empty when the file has none and needs none."""
+    """PEFT's configuration of the UNet's LoRA; empty when the file does not need one."""
     if peft:
         file, where = path.parent / PEFT_CONFIG, f"{path.parent / PEFT_CONFIG}"
         if not file.is_file():
@@ -114,7 +127,7 @@ def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str,
 
 
 def _alpha(path: Path, module: str, pair: LoraPair, own: Tensor | None, config: Mapping[str, Any]) -> float:
-    """The alpha that gives `module` its scale over the rank of `pair`."""
+    """The alpha of `module`; its scale is alpha over the rank of `pair`."""
     rank = pair.down.shape[0]
     if own is not None:
         if own.numel() != 1 or not _positive(float(own)):
@@ -133,7 +146,7 @@ def _alpha(path: Path, module: str, pair: LoraPair, own: Tensor | None, config: 
 
 
 def _pattern_value(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that the name is, or ends in after a dot."""
+    """The value of the first pattern that matches the whole name or its end after a dot (PEFT's rule)."""
     for pattern, value in (patterns or {}).items():
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):

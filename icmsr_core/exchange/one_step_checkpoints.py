@@ -1,8 +1,8 @@
-"""Checkpoints of the method's relatives that are pickles of PEFT adapters: OSEDiff and PiSA-SR.
+"""Reads the checkpoints of related methods that are pickles of PEFT adapters: OSEDiff and PiSA-SR.
 
-OSEDiff (arXiv 2406.08177) and PiSA-SR (arXiv 2412.03017) spread the UNet's LoRA over three adapters and leave PEFT's
-alpha at its default, whatever the rank. S3Diff (arXiv 2409.17058) cannot be read: between the two matrices of each LoRA
-it puts a third that depends on the picture, which no constant update stands for.
+OSEDiff (arXiv 2406.08177) and PiSA-SR (arXiv 2412.03017) split the UNet's LoRA into three adapters and use PEFT's
+default alpha at any rank. S3Diff (arXiv 2409.17058) cannot be imported: between the two matrices of each LoRA it has a
+third one that depends on the picture, so there is no constant update.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..weights.pickles import read_pickle
 from ..weights.tensor_files import first_names
 
 PEFT_ALPHA = 8.0
-"""LoRA alpha of PEFT's LoraConfig unless told otherwise."""
+"""Default LoRA alpha of PEFT's LoraConfig."""
 
 
 class Adapters(NamedTuple):
-    """Where a pickle keeps one set of LoRA matrices: PEFT adapters of one network and one rank."""
+    """The entries of a pickle with one set of LoRA matrices: PEFT adapters of one network, all of one rank."""
 
     state: str
     """Key of the tensors."""
@@ -37,18 +37,18 @@ class Adapters(NamedTuple):
 
 @dataclass(frozen=True)
 class PickledKind:
-    """How one relative lays out its pickle, and what the pickle does not say."""
+    """The layout of one method's pickle, and what the pickle does not state."""
 
     info: GeneratorInfo
-    """The description to write, rank and alpha aside."""
+    """The description to write, except rank and alpha."""
     unet: Adapters
     """The UNet's LoRA."""
     vae: Adapters | None = None
     """The VAE encoder's LoRA."""
     realistic: Adapters | None = None
-    """The UNet's second LoRA, laid over the first."""
+    """The UNet's second LoRA, added to the first."""
     whole: str = ""
-    """A module of the UNet that is kept whole beside its LoRA."""
+    """A module of the UNet whose tensors are in the pickle as well as its LoRA."""
 
 
 def _unet_adapters(rank: str, suffix: str = "") -> Adapters:
@@ -91,12 +91,13 @@ PICKLED_KINDS: Mapping[str, PickledKind] = {
 def read_pickled(name: str, path: Path) -> Generator:
     """The checkpoint at `path` of the kind `name` (a key of `PICKLED_KINDS`) as a generator without prompt embedding.
 
-    Its tensors are as they were read. Raises `IcmsrError` for a file that cannot be read as plain tensors, a missing
-    entry, half a LoRA, another rank than stated, a tensor that no list names, and values that are not finite.
+    Its tensors have the precision of the file. Raises `IcmsrError` for a file that cannot be read as plain tensors, a
+    missing entry, a matrix without its partner, another rank than stated, a tensor that no list names, and values that
+    are not finite.
     """
     kind = PICKLED_KINDS[name]
     checkpoint = read_pickle(path)
-    # S3Diff's pickle looks much alike, and its matrices are nothing without what it computes between them.
+    # S3Diff's pickle looks similar, but its matrices are useless without what it computes between them.
     if "state_dict_unet_de_mlp" in checkpoint:
         raise IcmsrError(
             f"{path}: an S3Diff checkpoint, which cannot be imported: its LoRA changes with each picture, that of a "
@@ -114,7 +115,7 @@ def read_pickled(name: str, path: Path) -> Generator:
 
 
 class _Reader:
-    """Takes tensors out of a checkpoint, and remembers which were taken."""
+    """Takes tensors out of a checkpoint and keeps track of which were taken."""
 
     def __init__(self, name: str, checkpoint: Mapping[str, Any]) -> None:
         self.name, self.checkpoint = name, checkpoint

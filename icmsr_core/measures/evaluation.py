@@ -1,4 +1,4 @@
-"""Folders of results measured against folders of truths; pictures are paired by file name."""
+"""Measures folders of results against folders of truths; pictures are paired by file name."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .metrics import mean_color_difference, metric
 
 DEFAULT_METRICS = ("psnr", "ssim", "hf")
 COLOR = "color"
-"""The column of `mean_color_difference`, which compares with the input and not with the truth."""
+"""Name of the column with `mean_color_difference`, which compares a result with its input."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_folders` found."""
+    """The values that `evaluate_folders` measured."""
 
     rows: dict[str, dict[str, float]]
     """Values by picture (file name without extension, sorted) and by metric."""
     means: dict[str, float]
-    """The mean of each metric over the pictures for which it is defined (NaN where there is none)."""
+    """The mean of each metric over the pictures for which it is defined; NaN if there are none."""
 
     def table(self) -> str:
-        """The values as lines of aligned text: a heading, a line for each picture, and one of means; `-` for NaN."""
+        """The values as aligned text: a heading, a line for each picture, a line of means; `-` for NaN."""
         lines = [["picture", *self.means]]
         for name, values in [*self.rows.items(), (f"mean of {len(self.rows)}", self.means)]:
             lines.append([name, *("-" if math.isnan(value) else f"{value:.4f}" for value in values.values())])
@@ -44,7 +44,7 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A dict for `json.dump`: "pictures" (their number), "means" and "rows" as above, with None for NaN."""
+        """A dict for `json.dump`: "pictures" (their number), "means" and "rows", with None for NaN."""
 
         def defined(values: dict[str, float]) -> dict[str, float | None]:
             return {name: None if math.isnan(value) else value for name, value in values.items()}
@@ -63,15 +63,15 @@ def evaluate_folders(
     metrics: Iterable[str] = DEFAULT_METRICS,
     steps: Steps | None = None,
 ) -> Evaluation:
-    """Measure every picture of the folder `sr` against the one of the same name (without extension) in `hr`.
+    """Measures every picture in the folder `sr` against the one of the same name (without extension) in `hr`.
 
     `metrics` are names in `METRICS`. With `lq`, the folder of the inputs, there is one more column, "color":
     `mean_color_difference` between the result and the input resized to its size (Pillow's bicubic). `steps`
     counts the pictures. Transparency is ignored.
 
     Raises IcmsrError before anything is measured for an unknown metric, a missing library or its weights, a folder
-    that is missing or empty, names without a partner (listed), names that occur twice, and sizes that differ (listed);
-    and later, naming the file, if one cannot be read or is too small for a metric.
+    that is missing or empty, pictures without a partner (it lists them), names that occur twice, and sizes that differ
+    (it lists them); and later, with the file's name, for a picture that cannot be read or is too small for a metric.
     """
     chosen = [metric(name) for name in dict.fromkeys(metrics)]
     for entry in chosen:
@@ -136,7 +136,7 @@ def _some(names: Iterable[str], at_most: int = 10) -> str:
 
 
 def _check_sizes(results: dict[str, Path], truths: dict[str, Path]) -> None:
-    """From the headers alone, so that a long run does not fail at its end."""
+    """Reads the headers only, so that a long run does not fail at its end."""
     wrong = []
     for stem, path in results.items():
         sizes = _stored_size(path), _stored_size(truths[stem])
@@ -151,7 +151,7 @@ def _size_mismatch(path: Path, result: Any, truth: Any) -> str:
 
 
 def _stored_size(path: Path) -> tuple[int, int] | None:
-    """(width, height), or None where only `read_picture` can say: a picture that must be turned, or a bad file."""
+    """(width, height); None for a picture that has to be turned, or a bad file: `read_picture` deals with these."""
     try:
         with Image.open(path) as image:
             return image.size if orientation_of(image) == 1 else None

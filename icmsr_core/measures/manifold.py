@@ -1,7 +1,7 @@
 """What a diffusion prior sees in a noised latent: its clean estimate, with a condition and without.
 
-The regulariser of ICM-SR rests on these estimates (arXiv 2511.22048, section 3 and its second figure): at high noise a
-teacher without a condition guesses any picture, one that sees the sparse structure stays near the truth. The grid of
+The regulariser of ICM-SR relies on these estimates (arXiv 2511.22048, section 3 and figure 2): at high noise a teacher
+without a condition could guess any picture, while one that sees the sparse structure stays near the truth. The grid of
 pictures is ours.
 """
 
@@ -23,8 +23,8 @@ from .metrics import psnr_y
 def seeded_noise(latent: Tensor, seed: int) -> Tensor:
     """Standard normal noise of the shape, dtype and device of `latent` [N, C, h, w]; the same for the same seed.
 
-    It is drawn on the CPU in float32, sample after sample: the noise of sample n depends neither on the size of the
-    batch nor on the device.
+    It is drawn on the CPU in float32, one sample after another, so the noise of sample n does not depend on the batch
+    size or the device.
     """
     random = torch.Generator().manual_seed(seed)
     noise = torch.empty(latent.shape)
@@ -43,12 +43,12 @@ def clean_estimates(
 ) -> list[Tensor]:
     """The clean estimate [N, C, h, w] of `latent` [N, C, h, w] from each of `timesteps`, in their order.
 
-    ``z_t = a_t z + s_t noise``; the network's output at z_t becomes x0 in closed form, by what the backbone predicts.
-    `noise` [N, C, h, w] is the same at all timesteps; hand in the same tensor with `features` and without, and the
-    condition is all that differs. `features` are those of `Backbone.predict_noise`; they are left as they are.
+    ``z_t = a_t z + s_t noise``; the network's output at z_t is converted to x0 in closed form. `noise` [N, C, h, w] is
+    the same at all timesteps: with the same noise, estimates with and without `features` differ only by the condition.
+    `features` are those of `Backbone.predict_noise`; they are not changed.
 
-    Raises `IcmsrError` for a timestep that the schedule lacks, for none, for other shapes, and for a backbone whose
-    output is a residual: that is a one-step generator, which knows one timestep and no noise.
+    Raises `IcmsrError` for timesteps outside of the schedule, for no timestep, for other shapes, and for a backbone
+    whose output is a residual: that is a one-step generator, which works at one timestep and without noise.
     """
     descriptor = backbone.descriptor
     if descriptor.prediction == "residual":
@@ -68,7 +68,7 @@ def clean_estimates(
     estimates = []
     for t in timesteps:
         noisy = descriptor.schedule.add_noise(latent, noise, t)
-        # A list of its own for each call: a network that empties it would run unconditioned from the second one on.
+        # A new list for each call: a network that empties it would run unconditioned from the second call on.
         output = backbone.predict_noise(noisy, t, None if features is None else list(features))
         estimates.append(descriptor.schedule.x0_from_output(descriptor.prediction, noisy, output, t))
     return estimates
@@ -93,13 +93,13 @@ def manifold_grid(
     maps: Mapping[str, Mapping[str, FloatArray]] | None = None,
     truth_label: str = "truth",
 ) -> FloatArray:
-    """The truth [H, W, 3] and what became of it at each of `timesteps`, as one labelled picture in [0, 1].
+    """The truth [H, W, 3] and its estimates at each of `timesteps`, as one labelled picture in [0, 1].
 
-    `rows` has, by name, a picture like the truth for each timestep: the decoded noised latent, the clean estimate
-    without condition, with it. Over each stands its timestep and its PSNR of Y against the truth. `maps` has, by the
-    name of its row, what the network was shown, by name: it stands at the row's left. The truth begins the first row,
-    under `truth_label`.
-    Raises `IcmsrError` where a row has not one picture for each timestep, or one of another size than the truth.
+    `rows` has a name and a picture of the truth's size for each timestep: for example the decoded noised latent, the
+    estimate without the condition, and with it. Each is labelled with its timestep and its PSNR of Y. `maps` has, by
+    row, the pictures that the network was shown, by name; they stand at the left of the row. The truth stands first in
+    the first row, labelled `truth_label`.
+    Raises `IcmsrError` when a row does not have one picture for each timestep, or one of another size than the truth.
     """
     shown: dict[str, list[Cell]] = {name: list((maps or {}).get(name, {}).items()) for name in rows}
     for name, pictures in rows.items():

@@ -1,8 +1,8 @@
 """How good a restored picture is, compared with the truth or judged alone.
 
-Pictures are arrays [height, width, 3], R, G, B: uint8, or floating point in [0, 1]. PSNR and SSIM are computed as pyiqa
-does with test_y_channel=True and color_space="ycbcr", in float64 and without cropping a border, because the published
-tables of this field are. FSIM, DSS and SR-SIM come from piq, the measures that are networks from pyiqa: both optional.
+Pictures are arrays [height, width, 3], R, G, B: uint8, or floating point in [0, 1]. PSNR and SSIM follow pyiqa with
+test_y_channel=True and color_space="ycbcr", in float64 and without cropping a border, as the published tables of this
+field do. FSIM, DSS and SR-SIM come from piq, the measures that are networks from pyiqa; both packages are optional.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LUMA = np.array([65.481, 128.553, 24.966])  # BT.601, limited range: Y in 16..2
 def psnr_y(result: PictureArray, truth: PictureArray) -> float:
     """Peak signal-to-noise ratio of Y in dB, peak 255; Y is not rounded. Equal pictures give 80 dB, as in pyiqa.
 
-    Raises IcmsrError if the pictures are not of one size, or not such arrays as the module names.
+    Raises IcmsrError if the pictures differ in size or are not the arrays that this module takes.
     """
     difference = (_luma(result) - _luma(_alike(result, truth))) / 255
     return 10 * math.log10(1 / (float(np.square(difference).mean()) + 1e-8))
@@ -40,7 +40,7 @@ def psnr_y(result: PictureArray, truth: PictureArray) -> float:
 def ssim_y(result: PictureArray, truth: PictureArray) -> float:
     """Structural similarity of Y, at most 1 (Wang et al. 2004), in pyiqa's form.
 
-    That is: Y rounded to whole levels, 11 x 11 Gaussian of sigma 1.5 without padding, C1 = (.01 * 255)^2,
+    That is: Y rounded to integers, 11 x 11 Gaussian of sigma 1.5 without padding, C1 = (.01 * 255)^2,
     C2 = (.03 * 255)^2, and a negative contrast-structure term counted as 0. Raises IcmsrError as `psnr_y`, and for
     sides under 11 pixels.
     """
@@ -62,66 +62,72 @@ def ssim_y(result: PictureArray, truth: PictureArray) -> float:
 
 
 def high_frequency_ratio(result: PictureArray, truth: PictureArray) -> float:
-    """Fine detail of the result against that of the truth: 1 is ideal, less is blur, more is invention or noise. Ours.
+    """Fine detail of the result over that of the truth (ours): 1 is ideal, less is blur, more is invention or noise.
 
     The power of the mean-free Y's 2-D spectrum at radius .25 < r <= 1, where r = 1 is half the sampling rate along an
-    axis, of the result, divided by that of the truth. NaN where the truth is flat. Over several pictures take the mean
-    of the ratios, not the ratio of the sums, which a few busy pictures would decide. Raises IcmsrError as `psnr_y`.
+    axis, of the result, divided by that of the truth. NaN where the truth is flat. For several pictures use the mean
+    of the ratios: a few busy pictures would dominate the ratio of the sums. Raises IcmsrError as `psnr_y`.
     """
     power, reference = (_high_frequency_power(_luma(picture)) for picture in (result, _alike(result, truth)))
-    # A flat picture's power is rounding error; one level of difference in one pixel gives about the number of pixels.
+    # The power of a flat picture is rounding error; one grey level in one pixel gives about the number of pixels.
     return power / reference if reference > 1e-9 * result[..., 0].size else math.nan
 
 
 def mean_color_difference(a: PictureArray, b: PictureArray) -> float:
-    """The largest difference, over R, G and B, between the two pictures' means, in 1/255. Their sizes may differ. Ours.
+    """The largest difference between the two pictures' means, over R, G and B, in 1/255 (ours). Sizes may differ.
 
-    Raises IcmsrError if the pictures are not such arrays as the module names.
+    Raises IcmsrError if the pictures are not the arrays that this module takes.
     """
     return float(np.abs(_unit(a).mean(axis=(0, 1)) - _unit(b).mean(axis=(0, 1))).max()) * 255
 
 
 def fsim(result: PictureArray, truth: PictureArray) -> float:
-    """Feature similarity with colour, at most 1 (Zhang et al. 2011), by piq's defaults. Raises IcmsrError as `psnr_y`,
-    if piq is not installed, and if the pictures are too small for it; some too small ones give NaN instead."""
+    """Feature similarity with colour, at most 1 (Zhang et al. 2011), with piq's defaults.
+
+    Raises IcmsrError as `psnr_y`, if piq is not installed, and for pictures that are too small; some of these give NaN
+    instead.
+    """
     return _piq_value("fsim", result, truth)
 
 
 def dss(result: PictureArray, truth: PictureArray) -> float:
-    """DCT subband similarity, at most 1 (Balanov et al. 2015), by piq's defaults. Raises IcmsrError as `fsim`."""
+    """DCT subband similarity, at most 1 (Balanov et al. 2015), with piq's defaults. Raises IcmsrError as `fsim`."""
     return _piq_value("dss", result, truth)
 
 
 def srsim(result: PictureArray, truth: PictureArray) -> float:
-    """Spectral residual similarity, at most 1 (Zhang and Li 2012), by piq's defaults. Raises IcmsrError as `fsim`."""
+    """Spectral residual similarity, at most 1 (Zhang and Li 2012), with piq's defaults. Raises IcmsrError as `fsim`."""
     return _piq_value("srsim", result, truth)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure that has a name. Call it with a result and, if `needs_truth`, the truth."""
+    """A named measure. Call it with a result and, if `needs_truth`, the truth."""
 
     name: str
     """Its name in `METRICS`, on the command line and in tables."""
     compute: Callable[[PictureArray, PictureArray], float]
-    """Its value; a measure that needs no truth ignores its second argument."""
+    """The function; a measure without truth ignores its second argument."""
     needs_truth: bool = True
-    """False: it judges the result alone."""
+    """False: it judges the result on its own."""
     lower_better: bool | None = False
-    """True: less is better. None: 1 is ideal."""
+    """Whether a lower value is better; None: 1 is ideal."""
     prepare: Callable[[], object] = lambda: None
-    """Loads the library and the weights it needs, or raises IcmsrError that says how to get them."""
+    """Loads the library and the weights it needs; raises IcmsrError, which says how to get them."""
 
     def __call__(self, result: PictureArray, truth: PictureArray | None = None) -> float:
-        """The value for `result` [height, width, 3]. Raises IcmsrError if the truth is needed and missing, if a library
-        or its weights are missing, and if the pictures do not fit each other."""
+        """The value for `result` [height, width, 3].
+
+        Raises IcmsrError when the truth is needed and missing, when a library or its weights are missing, and when the
+        pictures do not fit each other.
+        """
         if truth is None and self.needs_truth:
             raise IcmsrError(f"the metric {self.name} compares the result with a truth, got none: pass truth")
         return self.compute(result, result if truth is None else truth)
 
 
 def metric(name: str) -> Metric:
-    """The entry of `METRICS`. Raises IcmsrError, listing the names there are, for any other name."""
+    """The measure called `name`. Raises IcmsrError, with a list of all names, for any other name."""
     if name not in METRICS:
         raise IcmsrError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
     return METRICS[name]
@@ -219,4 +225,4 @@ METRICS: dict[str, Metric] = {
         _network("liqe", needs_truth=False, lower_better=False),
     )
 }
-"""The measures by name. "hf" is `high_frequency_ratio`; those from "lpips" on are pyiqa's networks."""
+"""The measures by name. "hf" is `high_frequency_ratio`; "lpips" and those after it are networks from pyiqa."""

@@ -65,7 +65,7 @@ def check_fit(generator: Generator, part: str, state: Mapping[str, Tensor]) -> N
         for parameter, shape in (*shapes.items(), *of_lora.items()):
             base = state.get(parameter)
             if base is None or tuple(base.shape) != shape:
-                wrong.append(misfit(prefix + parameter, shape, base))
+                wrong.append(misfit(prefix + parameter, shape, None if base is None else base.shape))
     if wrong:
         raise not_for_this_base(generator.name, wrong)
 
@@ -82,9 +82,9 @@ def merge_into(network: nn.Module, generator: Generator, part: str) -> None:
         state[parameter].copy_(merged_parameter(generator, part, parameter, state[parameter]))
 
 
-def misfit(key: str, shape: Iterable[int], base: Tensor | None) -> str:
-    """Text for `not_for_this_base`: the base has no parameter for the generator's `key`, or one of another shape."""
-    there = "no such parameter" if base is None else f"the base has {list(base.shape)}"
+def misfit(key: str, shape: Iterable[int], base_shape: Iterable[int] | None) -> str:
+    """Text for `not_for_this_base`: `key` has another shape in the base, or does not exist there (None)."""
+    there = "no such parameter" if base_shape is None else f"the base has {list(base_shape)}"
     return f"{key} {list(shape)} ({there})"
 
 

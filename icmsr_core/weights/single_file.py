@@ -127,7 +127,7 @@ def diffusers_name(part: str, key: str) -> str | None:
 
 
 def diffusers_tensor(part: str, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` in the shape that diffusers has for `name`: linear layers, not 1x1 convolutions, in the VAE's attention."""
+    """`tensor` in diffusers' shape for `name`: the VAE's attention has linear layers there, 1x1 convolutions here."""
     if part == "vae" and ".attentions." in name and tensor.ndim > 2:
         return tensor.reshape(tensor.shape[:2])
     return tensor

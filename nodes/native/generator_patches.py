@@ -118,7 +118,7 @@ def _set_patches(
     for parameter, tensor in weights.tensors.items():
         target = state.get(native(parameter))
         if target is None or _squeezed(target) != _squeezed(tensor):
-            wrong.append(misfit(prefix + parameter, tensor.shape, target))
+            wrong.append(misfit(prefix + parameter, tensor.shape, None if target is None else target.shape))
         else:
             patches.whole[native(parameter)] = ("diff", (tensor.reshape(target.shape),))
     for module, (down, up) in weights.lora.items():
@@ -126,7 +126,7 @@ def _set_patches(
         target = state.get(native(parameter))
         shape = (up.shape[0], *down.shape[1:])
         if target is None or _squeezed(target) != tuple(length for length in shape if length != 1):
-            wrong.append(misfit(prefix + parameter, shape, target))
+            wrong.append(misfit(prefix + parameter, shape, None if target is None else target.shape))
         else:
             adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, None, None))
             patches.low_rank[native(parameter)] = adapter

@@ -136,7 +136,7 @@ def test_an_import_may_take_its_prompt_along(base, lora, source, tmp_path, capsy
     file = write_sd_checkpoint(tmp_path / "one file.safetensors", "sd21", 10)
     picture = upscaled(source, file, dest)
     assert main(arguments) == 0
-    assert "none: bring a conditioning in ComfyUI, --prompt on the command line" in capsys.readouterr().out
+    assert "none: give one, as conditioning in ComfyUI or with --prompt on the command line" in capsys.readouterr().out
     assert torch.equal(upscaled(source, base, dest, "--prompt", "a cat"), picture)
 
 

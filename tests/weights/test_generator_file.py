@@ -168,7 +168,7 @@ def test_a_file_says_its_own_fidelity(tmp_path, two_sets: Generator) -> None:
         save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
         info = load_generator(path).info
         assert info.realistic_default == value
-        assert f"{value:g} unless asked for" in file_report(path)
+        assert f"; default {value:g}" in file_report(path)
     for value in (-0.1, 2.5):
         save_generator(path, replace(two_sets, info=replace(two_sets.info, realistic_default=value)))
         with pytest.raises(IcmsrError, match=f"realistic_default in its description must be from 0 to 2, got {value}"):
@@ -202,7 +202,7 @@ def test_inspection_tells_both_sets(tmp_path, two_sets: Generator, generator: Ge
     assert "faithful" in rows["fidelity"]
     assert rows["faithful LoRA"] == "rank 4, alpha 4"
     assert rows["realistic LoRA"] == "rank 2, alpha 3"
-    assert rows["realistic unet"].startswith("5 whole tensors")
+    assert rows["realistic unet"].startswith("5 replaced tensors")
     assert "LoRA on 5 modules" in rows["realistic unet"]
     assert "LoRA on 2 modules" in rows["realistic vae"]
     assert rows["realistic training"] == '{"loss": "icm"}'
