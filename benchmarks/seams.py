@@ -6,8 +6,8 @@
 The energy is the mean squared difference of neighbouring pixels across every line where a tile begins to fade in, is
 halfway in, or is fully in. A seam adds to it: 1 means no seam, and the mean over the pictures should stay below 1.05.
 "work" is the area of the tiles divided by that of the picture, the largest of all pictures; "PSNR" is tiled against
-untiled. The embedded model enlarges the pictures four times, with the VAE in exact mode. Pictures that fit into one tile
-are skipped.
+untiled. The embedded model enlarges the pictures four times, with the VAE in exact mode. Pictures that fit into one
+tile are skipped.
 """
 
 import argparse

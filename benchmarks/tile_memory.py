@@ -5,9 +5,9 @@
     python benchmarks/tile_memory.py --device cuda --dtypes bf16 --models nano sd21 --batches 1 4 8
 
 The numbers in `icmsr_core/upscale/tile_choice.py` come from here. Each line is measured in its own process: the peak
-minus what the process held before (libraries, weights, pictures), divided by the latent cells of all tiles of the batch,
-or by the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has random
-weights of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
+minus what the process held before (libraries, weights, pictures), divided by the latent cells of all tiles of the
+batch, or by the pixels of the tile. The VAE runs over a picture twice as wide and twice as high as the tile. sd21 has
+random weights of SD2.1's shapes. Exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage.
 """
 
 import argparse
