@@ -190,7 +190,7 @@ class Contexts:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class GeneratorConditioning:
     """What the networks of a distillation see besides latents."""
 
     config: ConditionConfig

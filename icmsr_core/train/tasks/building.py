@@ -18,7 +18,7 @@ from ...weights.generator_file import load_generator
 from ..data.data_config import DataConfig
 from ..networks.adapters import make_adapter, read_adapter_config
 from ..networks.bases import BaseNetworks
-from ..networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
+from ..networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from ..networks.decoders import in_decoder
 from ..networks.generator import BASE_DTYPES, GeneratorNetworks
 from .adapter import AdapterConfig, AdapterTask
@@ -138,7 +138,7 @@ def build_generator_task(
         contexts = _text_contexts(base, condition, captions, loading)
     else:
         contexts = Contexts(_constant(base, loading))
-    return GeneratorTask(made, Conditioning(condition, contexts, features), base, config, seed)
+    return GeneratorTask(made, GeneratorConditioning(condition, contexts, features), base, config, seed)
 
 
 def _networks(base: BaseFolder, dtype: str, loading: Loading | None) -> BaseNetworks:

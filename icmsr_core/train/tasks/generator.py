@@ -30,7 +30,7 @@ from ..losses.perceptual import DecoderPerceptual, make_perceptual
 from ..losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum
 from ..networks.bases import save_base
-from ..networks.conditioning import Conditioning, picture_of
+from ..networks.conditioning import GeneratorConditioning, picture_of
 from ..networks.decoders import in_decoder
 from ..networks.generator import GeneratorNetworks
 from ..settings import shareable
@@ -54,7 +54,7 @@ class GeneratorTask(Task):
     def __init__(
         self,
         networks: GeneratorNetworks,
-        conditioning: Conditioning,
+        conditioning: GeneratorConditioning,
         base: BaseFolder,
         config: GeneratorConfig,
         seed: int,

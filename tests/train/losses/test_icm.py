@@ -20,7 +20,7 @@ from icmsr_core.train.losses.diagnostics import BINS, BinnedMeans, diagnostics, 
 from icmsr_core.train.losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks
-from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
+from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import Roles
 from icmsr_core.train.tasks.generator import GeneratorTask, input_of
@@ -325,7 +325,7 @@ def make_task(base: BaseFolder, kind: str = "icm", guidance: float = 1.0, **more
     constant = base.prompt_embedding()
     captions, negative = normal(3, 2, 32, seed=5, dtype=torch.float32), normal(2, 32, seed=6, dtype=torch.float32)
     contexts = Contexts(constant, captions, negative) if kind == "text" else Contexts(constant)
-    return GeneratorTask(networks, Conditioning(condition, contexts, features), base, config, 0)
+    return GeneratorTask(networks, GeneratorConditioning(condition, contexts, features), base, config, 0)
 
 
 def make_batch(count: int = 3) -> dict[str, Tensor]:
@@ -536,7 +536,9 @@ def test_without_the_regulariser_there_is_no_auxiliary(base):
     loaded = BaseNetworks(*build_networks(base), base.info)
     config = GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=0))
     networks = GeneratorNetworks(loaded, config.networks, False)
-    task = GeneratorTask(networks, Conditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0)
+    task = GeneratorTask(
+        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
+    )
     assert [player.name for player in task.players()] == ["generator"]
     assert not networks.trained("auxiliary")
     losses, carried = task("generator", task.prepare("generator", make_batch(), 0, 0))

@@ -18,7 +18,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks, make_unet, make_vae
-from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts
+from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.networks.roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Roles, predict
 from icmsr_core.train.tasks.generator import GeneratorTask
@@ -280,7 +280,7 @@ def test_trap_saving_converts_the_live_model(base: Path, tmp_path: Path):
     networks = GeneratorNetworks(loaded, NetworksConfig(base_dtype="bf16"), True)
     fill(networks)
     config = GeneratorConfig(losses=LossWeights(perceptual=0), networks=networks.config)
-    seen = Conditioning(ConditionConfig(kind="none"), Contexts(folder.prompt_embedding()))
+    seen = GeneratorConditioning(ConditionConfig(kind="none"), Contexts(folder.prompt_embedding()))
     task = GeneratorTask(networks, seen, folder, config, 0)
     before = {name: (value.dtype, value.detach().clone()) for name, value in task.named_parameters()}
     file = load_generator(task.export(tmp_path, {})[0])

@@ -20,7 +20,7 @@ from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, wit
 from icmsr_core.train.losses.spectra import fourier_l1
 from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks
-from icmsr_core.train.networks.conditioning import ConditionConfig, Conditioning, Contexts, StructureFeatures
+from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
 from icmsr_core.train.run.loop import autocast
 from icmsr_core.train.run.loop_config import LoopConfig, learning_rate
@@ -55,7 +55,7 @@ def make_task(base: Path, config: GeneratorConfig, condition: ConditionConfig | 
         adapter = make_adapter(condition.channels, 8, TINY.unet_channels)
         features = StructureFeatures([adapter], [condition.channels], [1.0])
     contexts = Contexts(folder.prompt_embedding())
-    return GeneratorTask(networks, Conditioning(condition, contexts, features), folder, config, 0)
+    return GeneratorTask(networks, GeneratorConditioning(condition, contexts, features), folder, config, 0)
 
 
 def config(losses: LossWeights = RECONSTRUCTION, **networks: object) -> GeneratorConfig:
@@ -326,7 +326,7 @@ def test_a_bf16_base_trains_float32_lora(base, checkpointing):
     features = StructureFeatures([make_adapter(4, 8, TINY.unet_channels)], [4], [1.0])
     nn.Module.to(features, torch.bfloat16)
     contexts = Contexts(folder.prompt_embedding())
-    task = GeneratorTask(networks, Conditioning(ConditionConfig(), contexts, features), folder, settings, 0)
+    task = GeneratorTask(networks, GeneratorConditioning(ConditionConfig(), contexts, features), folder, settings, 0)
     batch = BATCH
     for player in task.players():
         batch = task.prepare(player.name, batch, 0, 0)
