@@ -11,7 +11,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
-import comfy.utils
 import torch
 from torch import Tensor
 

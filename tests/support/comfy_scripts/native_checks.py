@@ -18,7 +18,6 @@ import comfy.controlnet  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
