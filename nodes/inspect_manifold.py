@@ -20,7 +20,7 @@ from ..icmsr_core.upscale.tiling import plan_tiles
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import Condition, condition_inputs
-from .native.core_objects import CoreConditioning, Model, Vae
+from .native.core_objects import Conditioning, Model, Vae
 from .native.description import ModelDescription, describe
 from .native.sockets import to_image, to_pictures
 
@@ -119,7 +119,7 @@ class InspectManifold(io.ComfyNode):
         control_net: object = None,
         hint: Tensor | None = None,
         strength: float = 1.0,
-        conditioning: CoreConditioning | None = None,
+        conditioning: Conditioning | None = None,
     ) -> io.NodeOutput:
         levels = NoiseLevels(parse_timesteps(timesteps), seed)
         condition = Condition.connected(control_net, hint, strength, image.shape[0])

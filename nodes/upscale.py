@@ -18,7 +18,7 @@ from ..icmsr_core.upscale.tile_choice import smaller_settings
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
-from .native.core_objects import CoreConditioning, Model, Vae
+from .native.core_objects import Conditioning, Model, Vae
 from .native.sockets import to_image, to_pictures
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Upscale(io.ComfyNode):
         control_net: object = None,
         hint: torch.Tensor | None = None,
         strength: float = 1.0,
-        conditioning: CoreConditioning | None = None,
+        conditioning: Conditioning | None = None,
         vae_mode: str = UpscaleSettings.vae,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(

@@ -17,7 +17,7 @@ from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.upscale.tile_choice import batch_for
 from ...icmsr_core.upscale.tiling import TilePlan
-from .core_objects import CoreConditioning, Model, Patcher, Vae
+from .core_objects import Conditioning, Model, Patcher, Vae
 from .description import ATTACHMENT, ModelDescription, describe
 from .generator_patches import wrong_vae
 from .vae_steps import decoder_steps, encoder_steps, is_tiny
@@ -29,9 +29,7 @@ class ComfyBackbone:
     It asks core for one network at a time, so a card needs memory for the larger of the two only.
     """
 
-    def __init__(
-        self, model: Model, vae: Vae, conditioning: CoreConditioning | None = None, *, bare: bool = False
-    ) -> None:
+    def __init__(self, model: Model, vae: Vae, conditioning: Conditioning | None = None, *, bare: bool = False) -> None:
         """Checks that the parts belong together, without loading them. Raises `IcmsrError` if they do not.
 
         With `bare`, a MODEL without a generator is accepted too, also a checkpoint from core's loaders.
@@ -183,7 +181,7 @@ class ComfyBackbone:
         return {"input": blocks[::-1]}
 
 
-def _context(model: Model, description: ModelDescription, conditioning: CoreConditioning | None) -> Tensor:
+def _context(model: Model, description: ModelDescription, conditioning: Conditioning | None) -> Tensor:
     """The constant context [tokens, width]: that of the CONDITIONING if there is one, else the generator's own."""
     width = model.model.model_config.unet_config["context_dim"]
     if conditioning is not None:

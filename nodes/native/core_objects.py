@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 Self = TypeVar("Self", bound="Patcher")
 
-CoreConditioning = Sequence[Sequence[Any]]
+Conditioning = Sequence[Sequence[Any]]
 """Core's CONDITIONING: pairs of a context [N, tokens, width], or None, and options."""
 
 
