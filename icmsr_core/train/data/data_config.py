@@ -82,7 +82,7 @@ def _check_weights(where: str, weights: tuple[float, ...], what: str, entries: t
 def find_photographs(config: DataConfig, held_out: bool = False) -> Photographs:
     """The photographs that `config` names, in one half of its split. Reads folders, lists and captions, no picture.
 
-    Raises IcmsrError for whatever is missing, empty or malformed there (see `icmsr_core.train.data.sources`).
+    Raises IcmsrError for what is missing, empty or malformed there (see `sources`).
     """
     if not config.folders and not config.lists:
         raise IcmsrError(

@@ -18,7 +18,7 @@ class Resumable(Sampler[int]):
     """The sample numbers of process `rank`, from `start` up to at most `stop`.
 
     Every step of all processes takes the next batch * processes numbers, of which process r has the r-th run of `batch`
-    numbers; a last step that would not be whole is left out.
+    numbers; an incomplete last step is dropped.
     """
 
     def __init__(self, start: int, stop: int, batch: int = 1, rank: int = 0, processes: int = 1) -> None:
@@ -42,7 +42,7 @@ class Resumable(Sampler[int]):
 def make_loader(
     pairs: Samples, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of samples `start` to `stop`, for process `rank` of `processes`; the same whatever number of workers.
+    """Batches of samples `start` to `stop`, for process `rank` of `processes`; the same for any number of workers.
 
     `batch` is that of one process. All processes together see, step by step and in their order, the samples that one
     process with the batch ``batch * processes`` sees. Raises IcmsrError as `Resumable` does.

@@ -46,8 +46,8 @@ class StageConfig:
     sinc_prob: float = 0.1
     """Probability that the blur is a sinc low-pass (which rings) in place of one of the six shapes."""
     motion_prob: float = 0.0
-    """Probability that a blur that is no sinc is the trace of a moving camera (`motion_kernel`) in place of one of the
-    six shapes (ours; Real-ESRGAN has none)."""
+    """Probability that a blur other than a sinc is the trace of a moving camera (`motion_kernel`) in place of one of
+    the six shapes (ours; Real-ESRGAN has none)."""
     sigma: Range = (0.2, 3.0)
     """Standard deviation of the blur in pixels."""
     beta_generalised: Range = (0.5, 4.0)

@@ -60,7 +60,7 @@ def folder_source(folder: str) -> Source:
 def list_source(file: str) -> Source:
     """The pictures that the text file `file` names: one path a line, relative to the list's own folder.
 
-    Blank lines and lines that begin with # are passed over. Raises IcmsrError for a list that is missing, is no UTF-8
+    Blank lines and lines that begin with # are skipped. Raises IcmsrError for a list that is missing, is not UTF-8
     text or names nothing, and for a line whose file does not exist (with the line's number).
     """
     root, names = Path(file).parent, []
@@ -77,7 +77,7 @@ def list_source(file: str) -> Source:
 
 
 def read_captions(file: str) -> dict[str, str]:
-    """Captions by the name of their picture, in the order of the file: lines NAME<tab>CAPTION, blank ones passed over.
+    """Captions by the name of their picture, in the order of the file: lines NAME<tab>CAPTION, blank ones are skipped.
 
     Raises IcmsrError for a file that is missing or no UTF-8 text, a line without a tab, and a name that comes twice
     (with the line's number).

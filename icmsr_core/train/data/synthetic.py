@@ -1,4 +1,4 @@
-"""Training pictures made by a procedure, for a training without photographs or beside them (ours).
+"""Training pictures made by a procedure, to train without photographs or along with them (ours).
 
 Six kinds: dead leaves (occluding shapes with a power law of sizes, whose statistics resemble those of photographs:
 Lee, Mumford and Huang 2001), gratings and chirps, lettering, line art, skies and gradients, bricks and tiles. A canvas
@@ -327,7 +327,7 @@ def _bricks(size: int, rng: Rng) -> Canvas:
     row = np.floor(y)
     x = x + row * rng.choice([0.0, 0.5, 0.5, 1 / 3])
     column = np.floor(x)
-    # Distance to the brick's edge in its own height; a joint, and a bevel beside it.
+    # Distance to the brick's edge in its own height; a joint, and a bevel next to it.
     inset = np.minimum(np.minimum(x - column, column + 1 - x) * wide, np.minimum(y - row, row + 1 - y))
     joint, bevel = rng.uniform(0.02, 0.1), rng.uniform(0.02, 0.2)
     kinds = int(rng.integers(2, 12))

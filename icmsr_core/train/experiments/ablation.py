@@ -43,14 +43,14 @@ from .ablation_pictures import make_photographs, measure_pictures, pairs_of
 START = "start"
 BICUBIC = "bicubic"
 REFERENCES = (BICUBIC, START)
-"""Measured beside the arms: no network at all, and the start that the arms have in common."""
+"""Measured along with the arms: no network at all, and the start that the arms have in common."""
 PHOTOGRAPHS, PAIRS = "photographs", "pairs"
 CURVES = {
     "psnr": "loss/generator/psnr",
     "perceptual": "loss/generator/perceptual",
     "auxiliary": "loss/auxiliary/loss",
 }
-"""What a result keeps of the training log, beside the diagnostics."""
+"""What a result keeps of the training log, besides the diagnostics."""
 NOISE_BINS = ("0.2-0.4", "0.4-0.6", "0.6-0.8")
 """Bins of t / T at which the diagnostics say whether the regulariser has collapsed (see `icm.diagnostics`)."""
 
@@ -62,7 +62,7 @@ class Arm:
     name: str
     """What tables and plots call it."""
     structure: StructureConfig | None
-    """What teacher and auxiliary see; None: there is no regulariser."""
+    """What teacher and auxiliary see; None: without a regulariser."""
 
 
 ARMS = {
@@ -96,7 +96,7 @@ class AblationConfig:
     side: int = 512
     """Side of these in pixels."""
     metrics: tuple[str, ...] = ("psnr", "ssim", "fsim", "dss", "srsim", "hf")
-    """What is measured (see `icmsr evaluate`), beside the shift of the mean colour."""
+    """What is measured (see `icmsr evaluate`), besides the shift of the mean colour."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to run, by name."""
     seeds: tuple[int, ...] = (0, 1, 2)

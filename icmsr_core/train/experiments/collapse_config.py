@@ -63,7 +63,7 @@ class CollapseConfig:
     joint_steps: int = 100
     """Steps of generator and auxiliary together."""
     icm_weight: float = 1.0
-    """Weight of ICM beside an L2 of 1 in joint training."""
+    """Weight of ICM, next to an L2 of weight 1, in joint training."""
     learning_rate: float = 1e-3
     """Peak learning rate; adapters have twice this, joint training a tenth."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -67,7 +67,7 @@ class DecoderPerceptual:
     def __init__(self, vae: AutoencoderKL, levels: int = 3) -> None:
         """Raises `IcmsrError` when the decoder is not frozen, or has fewer than `levels` feature maps.
 
-        A decoder that trains would change the measure along with the result. To use this distance beside one, hand in
+        A decoder that trains would change the measure along with the result. To use this distance with one, pass
         a frozen copy of the VAE: its `decode` then makes the copy's picture, at the cost of a second pass.
         """
         blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]

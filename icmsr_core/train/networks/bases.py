@@ -38,9 +38,9 @@ class NetworkConfig:
     unet_channels: tuple[int, ...] = (64, 128)
     """Width of each UNet level, whole multiples of the first."""
     unet_self_attention: bool = True
-    """Whether the attention blocks look at other places of the picture beside the context. Without, the middle is one
-    residual block and the UNet convolutions all through: no cost grows with the square of the cells, and attention does
-    not meet more cells at inference than in training."""
+    """Whether the attention blocks look at other places of the picture, and not only at the context. Without it, the
+    middle is one residual block and only convolutions mix places: no cost grows with the square of the cells, and
+    attention does not meet more cells at inference than in training."""
     head_width: int = 32
     """Channels per attention head."""
     context_width: int = 32

@@ -40,7 +40,7 @@ class NetworksConfig:
     """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
     on top of it, and exported as the realistic set of a file whose faithful set is this one."""
     train_decoder: bool = False
-    """With whole weights: train the decoder too. The latent then is no longer the base's, so there can be no ICM."""
+    """With whole weights: train the decoder too. The latent then differs from the base's, which rules out ICM."""
     zero_output: bool = False
     """With whole weights: start from a UNet output of zero. With residual prediction the generator then begins as the
     plain autoencoder."""
@@ -73,15 +73,15 @@ class GeneratorNetworks(nn.Module):
         auxiliary: bool,
         start: Generator | None = None,
     ) -> None:
-        """Without `auxiliary` there are no weights for one. `start` is the generator of `NetworksConfig.start`; raises
-        `IcmsrError` when it does not fit the base."""
+        """With `auxiliary`, LoRA for it is added to the base's UNet. `start` is the generator of `NetworksConfig.start`.
+        Raises `IcmsrError` when that one does not fit the base."""
         super().__init__()
         unet, vae = base.unet.requires_grad_(False), base.vae.requires_grad_(False)
         self.unet, self.vae = unet, vae
         self.schedule, self.prior, self.config = base.info.schedule, base.info.prediction, config
         self.generator_unet, self.generator_vae, self.start = unet, vae, start
         whole = config.weights == "whole"
-        if whole or start is not None:  # networks of its own, beside the teacher's
+        if whole or start is not None:  # networks of its own, next to the teacher's
             self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
         if start is not None:
             for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):

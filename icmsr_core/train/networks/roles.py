@@ -6,7 +6,7 @@ One copy of the frozen weights serves all three (1.73 GB in bf16 for SD2.1's UNe
 
 - peft's own ``set_adapter`` flips ``requires_grad``: backward after a switch then leaves the generator without a
   gradient. `Roles.use` switches what is active and touches nothing else.
-- gradient checkpointing recomputes with whatever adapter is active at the time of backward. `Roles.checkpoint`
+- gradient checkpointing recomputes with the adapter that is active at the time of backward. `Roles.checkpoint`
   restores the role that the forward pass ran in.
 - an adapter that is not active trains nothing. `Roles.use` asserts, layer by layer, that the role's adapter is.
 - peft creates LoRA in the base's dtype. Every LoRA tensor is made float32 at once, before any optimiser sees it.
@@ -53,7 +53,7 @@ UNET_TARGETS = (
 VAE_ENCODER_TARGETS = (
     r"encoder\.(.*\.)?(conv_in|conv1|conv2|conv_shortcut|conv|conv_out|to_q|to_k|to_v|to_out\.0)|quant_conv"
 )
-"""Modules of a VAE's encoder that carry LoRA, and quant_conv beside them: 32 in SD's. The decoder has none."""
+"""Modules of a VAE's encoder that carry LoRA, and quant_conv: 32 in SD's. The decoder has none."""
 
 
 class Roles:
@@ -101,7 +101,7 @@ class Roles:
 
     @contextmanager
     def use(self, role: Role) -> Iterator[None]:
-        """`role` for the length of the block; the one before is back afterwards, whatever happens inside."""
+        """Plays `role` inside the block; the previous role returns afterwards, also after an error."""
         before = self._role
         self._activate(role)
         try:

@@ -62,8 +62,8 @@ class MetricsLog:
     def truncate_after(self, images: int) -> None:
         """Drops everything later than `images`: call it on resuming, with the saved position, before any `write`.
 
-        At 0 nothing is saved yet, and the log starts anew. The file is replaced atomically. TensorBoard is told to
-        forget the same steps. Raises `IcmsrError` after a `write`.
+        At 0 nothing is saved yet, and the log starts from the beginning. The file is replaced atomically. TensorBoard
+        is told to forget the same steps. Raises `IcmsrError` after a `write`.
         """
         if self._written:
             raise IcmsrError("truncate_after must come before the first write: open the log again")
@@ -107,8 +107,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl in order, each a dict with ``images`` and values by name, None where not finite.
 
-    A last line that was torn when the run was killed is left out. Raises `IcmsrError` when there is no such file, and
-    for any other line that is no JSON object with ``images``.
+    A last line that was torn when the run was killed is dropped. Raises `IcmsrError` when there is no such file, and
+    for any other line that is not a JSON object with ``images``.
     """
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file: give a run's {METRICS_FILE}")

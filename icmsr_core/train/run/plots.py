@@ -45,7 +45,7 @@ COLLAPSE_NOTE = "collapse: solid lines in all three bands at once\n(dashed: time
 def plot_run(run: Path) -> list[Path]:
     """Draws what `run`/metrics.jsonl holds into PNGs in `run`/plots, each written atomically, and names them.
 
-    losses.png, diagnostics.png and health.png; one of whose metrics the log has none is left out. Raises `IcmsrError`
+    losses.png, diagnostics.png and health.png; one without metrics in the log is skipped. Raises `IcmsrError`
     as `read_metrics` does.
     """
     rows = read_metrics(run / METRICS_FILE)

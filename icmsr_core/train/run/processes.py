@@ -81,7 +81,7 @@ class Processes:
 
 def start_processes(device: str) -> Processes:
     """The processes that this run was launched with. `device` counts where there is one process only."""
-    # Parameters of the player whose turn it is not get no gradient, hence find_unused_parameters.
+    # In each player's turn the other player's parameters get no gradient: find_unused_parameters allows that.
     together = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     picked = torch.device("cpu") if several else pick_device(device)

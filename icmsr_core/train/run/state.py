@@ -102,7 +102,7 @@ class RunState:
             self._fill(live)
 
     def use_averages(self) -> None:
-        """Replaces the live weights by the running averages, for good."""
+        """Replaces the live weights by the running averages; nothing brings them back."""
         self._fill(self.averages)
 
     def save(self, path: Path) -> None:
