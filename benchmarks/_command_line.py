@@ -21,15 +21,25 @@ SCALE = 4
 def add_common_options(parser: argparse.ArgumentParser, runs: int) -> None:
     """``--runs``, ``--threads``, ``--clock``, and the tiles of our procedure."""
     parser.add_argument("--runs", type=int, default=runs, help=f"runs whose median counts (default {runs})")
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
+    add_clock_options(parser)
+    parser.add_argument("--tile", type=int, default=UpscaleSettings.tile, help="our tile in pixels of the result")
+    parser.add_argument("--overlap", type=int, default=UpscaleSettings.overlap, help="overlap of our tiles")
+
+
+def add_clock_options(parser: argparse.ArgumentParser) -> None:
+    """``--threads`` and ``--clock``."""
+    add_threads_option(parser)
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
         help="cpu: processor time over the threads, for a machine that does other work (CPU only)",
     )
-    parser.add_argument("--tile", type=int, default=UpscaleSettings.tile, help="our tile in pixels of the result")
-    parser.add_argument("--overlap", type=int, default=UpscaleSettings.overlap, help="overlap of our tiles")
+
+
+def add_threads_option(parser: argparse.ArgumentParser) -> None:
+    """``--threads``, for `use_threads`."""
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
 
 
 def checked_settings(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ PRELOAD = [
 CLOCKS = ("wall", "cpu")
 """What is timed: the clock on the wall, or the processor time of the process shared by its threads, which on a machine
 that does other work comes near to what the wall clock would show without it."""
+
+
+_Case = TypeVar("_Case")
+_Found = TypeVar("_Found")
 
 
 class ChildFailed(Exception):
@@ -59,6 +63,23 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     if error is not None:
         raise ChildFailed(error)
     return result
+
+
+def measure_all(
+    cases: Sequence[_Case], measure_case: Callable[[_Case], _Found], label: Callable[[_Case], str]
+) -> dict[_Case, _Found | str]:
+    """What `measure_case` found for each of `cases`, each in its own process; a text says why a case failed.
+
+    Prints the number and the label of each case on stderr when it starts.
+    """
+    found: dict[_Case, _Found | str] = {}
+    for number, case in enumerate(cases, 1):
+        print(f"{number}/{len(cases)}: {label(case)}", file=sys.stderr, flush=True)
+        try:
+            found[case] = in_child(measure_case, case)
+        except ChildFailed as error:
+            found[case] = str(error)
+    return found
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from _command_line import machine, markdown
+from _command_line import add_threads_option, machine, markdown
 from _measurement import use_threads
 
 from icmsr_core.errors import IcmsrError
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--generator", type=Path, default=embedded_generator(), metavar="FILE")
     parser.add_argument("--base", type=Path, default=embedded_base(), metavar="FOLDER", help="the generator's base")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve into this PNG")
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
+    add_threads_option(parser)
     options = parser.parse_args(arguments)
     if options.every < 1 or options.threads < 0:
         parser.error("--every must be at least 1, --threads at least 0")

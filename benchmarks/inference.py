@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
-from _measurement import DTYPES, STAGES, ChildFailed, Measurement, Stopwatch, in_child, measure, use_threads
+from _measurement import DTYPES, STAGES, Measurement, Stopwatch, measure, measure_all, use_threads
 from torch import Tensor
 
 from icmsr_core.backbone.protocol import Backbone
@@ -204,17 +204,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every line, prints the table and returns the exit code."""
     options, cases = parse(arguments)
-    results: dict[Case, Measurement | str] = {}
-    for number_, case in enumerate(cases, 1):
-        print(
-            f"{number_}/{len(cases)}: {case.model}, {case.procedure}, {case.dtype}, {case.size} px",
-            file=sys.stderr,
-            flush=True,
-        )
-        try:
-            results[case] = in_child(measure_case, case)
-        except ChildFailed as error:
-            results[case] = str(error)
+    results = measure_all(
+        cases, measure_case, lambda case: f"{case.model}, {case.procedure}, {case.dtype}, {case.size} px"
+    )
     measured = [found for found in results.values() if isinstance(found, Measurement)]
     print(f"{machine(torch.device(cases[0].device))}")
     if measured:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
-from _measurement import DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
+from _measurement import DTYPES, Peak, Stopwatch, measure_all, use_threads
 
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import VAE_MODES, UpscaleSettings
@@ -146,13 +146,7 @@ def parse(arguments: Sequence[str] | None) -> list[Case]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every size, prints the table and returns the exit code."""
     cases = parse(arguments)
-    results: dict[Case, Found | str] = {}
-    for case in cases:
-        print(f"{case.megapixels:g} megapixels", file=sys.stderr, flush=True)
-        try:
-            results[case] = in_child(measure_case, case)
-        except ChildFailed as error:
-            results[case] = str(error)
+    results = measure_all(cases, measure_case, lambda case: f"{case.megapixels:g} megapixels")
     first = cases[0]
     print(f"{machine(torch.device(first.device))}")
     settings = f"tile {first.settings.tile}, vae {first.settings.vae}"

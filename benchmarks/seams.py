@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _command_line import SCALE, machine, markdown, number
+from _command_line import SCALE, add_threads_option, machine, markdown, number
 from _measurement import use_threads
 from torch import Tensor
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shortest", type=int, default=1, help="least length of their shorter side (default 1)")
     parser.add_argument("--tiles", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--overlaps", nargs="+", type=int, default=[16, 32, 64, 128])
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
+    add_threads_option(parser)
     options = parser.parse_args(arguments)
     try:
         chosen = [

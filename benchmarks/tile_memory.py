@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from _command_line import machine, markdown, number
-from _measurement import CLOCKS, DTYPES, ChildFailed, Peak, Stopwatch, in_child, use_threads
+from _command_line import add_clock_options, machine, markdown, number
+from _measurement import DTYPES, Peak, Stopwatch, measure_all, use_threads
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.device import pick_device
@@ -129,8 +129,7 @@ def parse(arguments: Sequence[str] | None) -> list[Case]:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--vae", choices=("bounded", "exact"), default="bounded", help="the VAE's mode")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto, ... (default cpu)")
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: its own choice)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time over the threads")
+    add_clock_options(parser)
     options = parser.parse_args(arguments)
     if any(tile < TILE_MULTIPLE or tile % TILE_MULTIPLE for tile in options.tiles):
         parser.error(f"--tiles must be multiples of {TILE_MULTIPLE}, got {options.tiles}")
@@ -152,16 +151,11 @@ def parse(arguments: Sequence[str] | None) -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every case, prints the table and returns the exit code."""
-    cases, rows, failed = parse(arguments), [], False
-    for case in cases:
-        print(f"{case.model} {case.part} {case.tile} x {case.batch}", file=sys.stderr, flush=True)
-        try:
-            rows.append(row_of(case, in_child(measure_case, case)))
-        except ChildFailed as error:
-            rows.append(row_of(case, str(error)))
-            failed = True
+    cases = parse(arguments)
+    results = measure_all(cases, measure_case, lambda case: f"{case.model} {case.part} {case.tile} x {case.batch}")
+    rows = [row_of(case, found) for case, found in results.items()]
     print(f"{machine(torch.device(cases[0].device))}; {cases[0].clock} clock\n\n{markdown(COLUMNS, rows)}")
-    return 1 if failed else 0
+    return 0 if all(isinstance(found, Found) for found in results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _command_line import SCALE, machine, markdown, number
-from _measurement import CLOCKS, ChildFailed, Peak, Stopwatch, in_child, use_threads
+from _command_line import SCALE, add_clock_options, machine, markdown, number
+from _measurement import ChildFailed, Peak, Stopwatch, in_child, use_threads
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import find_pictures, read_picture, to_tensor
@@ -130,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048], help="in pixels, multiples of 64")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--tile", type=int, default=UpscaleSettings.tile)
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: its own choice)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time over the threads")
+    add_clock_options(parser)
     options = parser.parse_args(arguments)
     if any(size < 64 or size % 64 for size in options.sizes):
         parser.error(f"--sizes must be multiples of 64, got {options.sizes}")

@@ -77,17 +77,17 @@ def test_inference_counts_the_operations_of_a_tiny_vae(
 def test_a_line_that_fails_does_not_end_the_run(
     load_benchmark, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inference = load_benchmark("inference")
-    found = iter([load_benchmark("_measurement").ChildFailed("the process died"), None])
+    inference, measurement = load_benchmark("inference"), load_benchmark("_measurement")
+    found = iter([measurement.ChildFailed("the process died"), None])
 
     def in_child(function, case):
         error = next(found)
         if error is not None:
             raise error
-        run = load_benchmark("_measurement").Run((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
-        return load_benchmark("_measurement").Measurement((run,), (1e12, 2e12, 3e12), 5e9, 2e12, 1)
+        run = measurement.Run((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
+        return measurement.Measurement((run,), (1e12, 2e12, 3e12), 5e9, 2e12, 1)
 
-    monkeypatch.setattr(inference, "in_child", in_child)
+    monkeypatch.setattr(measurement, "in_child", in_child)
     assert inference.main(["--models", "nano", "--sizes", "64", "128"]) == 1
     first, second = table(capsys.readouterr().out)
     assert "the process died" in first.values()
