@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import IcmsrError
+from .tensor_files import first_names
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -40,4 +42,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise IcmsrError(f"{path}: expected a dictionary of tensors, got {type(values).__name__}: download it again")
+    return values
+
+
+def read_tensor_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a file from `torch.save`. Raises `IcmsrError` as `read_pickle`, and for other values."""
+    values = read_pickle(path)
+    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    if others:
+        raise IcmsrError(f"{path}: must hold tensors only, these entries are not: {first_names(others)}")
     return values

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import IcmsrError
 from ...weights.descriptions import OWN_ENTRY, own_description
+from ...weights.pickles import read_tensor_pickle
 from ...weights.tensor_files import read_tensors, write_tensors
 
 LPIPS_FORMAT = "icmsr-lpips"
@@ -136,9 +137,9 @@ def convert_lpips(vgg: Path, heads: Path, out: Path, trust: bool = False) -> Non
                 f"{path}: SHA-256 {found}, the published file has {known}: download it again, or pass "
                 "--trust=true to use these weights all the same"
             )
-    tensors = {key: value for key, value in _read_pickle(vgg).items() if key.startswith("features.")}
+    tensors = {key: value for key, value in read_tensor_pickle(vgg).items() if key.startswith("features.")}
     _check_keys(str(vgg), tensors, [key for key in _shapes() if key.startswith("features.")])
-    public = _read_pickle(heads)
+    public = read_tensor_pickle(heads)
     names = [f"lin{level}.model.1.weight" for level in range(len(WIDTHS))]
     _check_keys(str(heads), public, names)
     for level, (name, block) in enumerate(zip(names, WIDTHS)):
@@ -200,15 +201,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a damaged file leads it into
-        raise IcmsrError(
-            f"{path}: not a file of plain tensors ({type(error).__name__}), no code in it was run: download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise IcmsrError(f"{path}: expected a dictionary of tensors only, got another {type(state).__name__}")
-    return state

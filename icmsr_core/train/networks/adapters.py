@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 from safetensors import safe_open
-from torch import Tensor
 
 from ...errors import IcmsrError
 from ...weights.descriptions import OWN_ENTRY, own_description, read_description
 from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from ...weights.generator_file import ADAPTER_FORMAT
-from ...weights.pickles import read_pickle
+from ...weights.pickles import read_tensor_pickle
 from ...weights.tensor_files import check_finite, read_head, read_tensors, write_tensors
 
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
@@ -100,7 +99,7 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
     """The adapter at `path` in float32. `factor` serves files that do not describe themselves. Raises `IcmsrError`."""
     config = {key: value for key, value in read_adapter_config(path).items() if key in _FIELDS}
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        state = _read_pickle(path / PICKLE_FILE)
+        state = read_tensor_pickle(path / PICKLE_FILE)
     else:
         state = read_tensors(path / WEIGHTS_FILE if path.is_dir() else path)[0]
     if config["downscale_factor"] == 0:
@@ -112,14 +111,6 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
     except RuntimeError as error:
         raise IcmsrError(f"{path}: damaged adapter: {' '.join(str(error).split())}") from error
     return adapter
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """Public adapters come as pickles."""
-    state = read_pickle(path)
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise IcmsrError(f"{path}: must hold tensors only: download it again")
-    return state
 
 
 def _from_shapes(path: Path) -> dict[str, Any]:
