@@ -18,6 +18,13 @@ def gradient_l1(result: Tensor, truth: Tensor) -> Tensor:
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
+@torch.no_grad()
+def psnr(result: Tensor, truth: Tensor) -> Tensor:
+    """PSNR in dB over all pictures and channels together, with `result` clamped; for logs, so without a gradient."""
+    mse = (result.clamp(-1, 1) - truth).square().mean() / 4  # the peak is 2
+    return -10 * mse.log10()
+
+
 def with_low_frequencies(result: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
     """`wavelet_color_fix` of `upscale/color.py` in a form that gradients pass through (a test holds the two equal)."""
     low = (reference - result).float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import encode_picture, posterior_mode
-from ..losses.reconstruction import charbonnier, gradient_l1
+from ..losses.reconstruction import charbonnier, gradient_l1, psnr
 from ..losses.spectra import fourier_l1
 from .task import Batch, Player, Task, stack_rows
 
@@ -59,14 +59,13 @@ class AutoencoderTask(Task):
         size = latent.square().mean()
         weights = self.weights
         loss = pixel + weights.gradient * gradient + weights.fourier * fourier + weights.latent * size
-        mse = (result.clamp(-1, 1) - truth).square().mean().detach() / 4
         return {
             "loss": loss,
             "pixel": pixel,
             "gradient": gradient,
             "fourier": fourier,
             "latent": size,
-            "psnr": -10 * mse.log10(),
+            "psnr": psnr(result, truth),
         }, {}
 
     def grid(self, batch: Batch) -> Tensor:

@@ -27,7 +27,7 @@ from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from ..losses.lpips import Lpips
 from ..losses.perceptual import DecoderPerceptual, make_perceptual
-from ..losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
+from ..losses.reconstruction import charbonnier, gradient_l1, psnr, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum
 from ..networks.bases import save_base
 from ..networks.conditioning import GeneratorConditioning, picture_of
@@ -210,8 +210,7 @@ class GeneratorTask(Task):
             terms["icm"] = icm_loss(latent, gradient)
         loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
         with torch.no_grad():
-            mse = (result.clamp(-1, 1) - truth).square().mean() / 4
-            health = {"psnr": -10 * mse.log10(), "saturation": saturation(result)}
+            health = {"psnr": psnr(result, truth), "saturation": saturation(result)}
             if len(result) > 1:  # a single picture has no spread
                 health["variety"] = variety(result, truth)
         return {"loss": loss, **terms, **health}, carried
