@@ -29,12 +29,12 @@ class Steps:
         if self._show is not None:
             self._show(self.done, self.total)
 
-    def part(self, number: int) -> Part:
+    def portion(self, number: int) -> Portion:
         """`number` of the steps, for a part of the work that knows only which share of it is done."""
-        return Part(self, number)
+        return Portion(self, number)
 
 
-class Part:
+class Portion:
     """Steps that are counted by the share of the work that is done. Repeated work counts no step twice."""
 
     def __init__(self, steps: Steps, number: int) -> None:

@@ -31,17 +31,17 @@ def test_steps_that_nobody_watches_are_counted():
     assert steps.done == 2
 
 
-def test_a_part_advances_in_whole_steps_each_once():
+def test_a_portion_advances_in_whole_steps_each_once():
     seen = []
     steps = Steps(lambda done, total: seen.append(done))
     steps.advance(2)
-    part = steps.part(3)
+    portion = steps.portion(3)
     for share in (0.1, 0.32, 1 / 3, 0.5, 0.2, 0.99, 1.0, 0.4, 1.0):  # back where the work runs again
-        part.reach(share)
+        portion.reach(share)
     assert seen == [2, 3, 4, 5]
 
 
 def test_a_share_may_pass_several_steps_at_once():
     steps = Steps()
-    steps.part(4).reach(0.8)
+    steps.portion(4).reach(0.8)
     assert steps.done == 3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.vae_steps import Attention, Norm, Residual, Sample, Step, TensorMap, VaeHalf
-from ..steps import Part, Steps
+from ..steps import Portion, Steps
 from .held_map import HeldMap
 from .stream import Flow, Stream
 
@@ -38,12 +38,12 @@ class Estimate(NamedTuple):
 class ExactStream(Stream):
     """Gives the untiled result: it keeps every map before a GroupNorm whole, and attention is over the whole map."""
 
-    def __init__(self, half: VaeHalf, axis: int, done: Part | None = None) -> None:
+    def __init__(self, half: VaeHalf, axis: int, done: Portion | None = None) -> None:
         """`done` is told the share of the work that is done."""
         super().__init__(half, axis)
         self.statistics: dict[Norm, Statistics] = {}
         """The statistics of every norm that has run."""
-        self._done = done or Steps().part(0)
+        self._done = done or Steps().portion(0)
         self._stages, self._stage = count_norms(half.steps) + 1, 0
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backbone.protocol import Backbone
 from ..backbone.vae_steps import Pointwise, UnknownLayer, VaeHalf, VaePart, Widened
 from ..pictures.ranges import signed_to_unit, unit_to_signed
-from ..steps import Part, Steps
+from ..steps import Portion, Steps
 from .estimate import estimate_whole
 from .modes import BoundedStream, Estimate, ExactStream, count_norms
 from .stream import STRIPE_BYTES, Flow
@@ -73,7 +73,7 @@ def encode_tiled(
     stripe.
     """
     descriptor = backbone.descriptor
-    run = _Run(backbone, "encoder", image, stripes, exact, (steps or Steps()).part(stripes.number))
+    run = _Run(backbone, "encoder", image, stripes, exact, (steps or Steps()).portion(stripes.number))
     shape = (1, descriptor.latent_channels, *(side // descriptor.latent_factor for side in image.shape[2:]))
 
     def encode() -> Tensor:
@@ -108,7 +108,7 @@ def decode_tiled(
     H <= h*f and W <= w*f: the rest of the picture is padding and is dropped. `stripes` is the plan for h x w cells; all
     else is as in `encode_tiled`.
     """
-    run = _Run(backbone, "decoder", latent, stripes, exact, (steps or Steps()).part(stripes.number))
+    run = _Run(backbone, "decoder", latent, stripes, exact, (steps or Steps()).portion(stripes.number))
     height, width = out.shape[2:]
 
     def decode() -> None:
@@ -136,7 +136,7 @@ class _Run:
     """The picture or the latent, [1, C, H, W]."""
     stripes: Stripes
     exact: bool
-    done: Part
+    done: Portion
     """The steps of this half."""
 
     @property
