@@ -40,8 +40,18 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="skip tests marked long or comfy: under two minutes, before each commit"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a process among several, the files that take long come first."""
+    """Leaves the fast tests with --fast; in a process among several, the files that take long come first."""
+    if config.getoption("fast"):
+        skipped = {item for item in items if item.get_closest_marker("long") or item.get_closest_marker("comfy")}
+        config.hook.pytest_deselected(items=[item for item in items if item in skipped])
+        items[:] = [item for item in items if item not in skipped]
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: rank_of(item.nodeid))
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from icmsr_core.train.networks.bases import NetworkConfig, make_unet, make_vae, save_base
 from icmsr_core.weights.base import BaseInfo
 
+pytestmark = pytest.mark.long
+
 NARROW = 0.05
 """Share of SD2.1's widths: 64 channels in the UNet, 32 in the VAE."""
 CPU = torch.device("cpu")

@@ -314,6 +314,7 @@ def test_evaluate_prints_and_saves_measures_and_inspect_describes_files(tmp_path
     fails(capsys, ["inspect", tmp_path / "none.safetensors"], 1, "no such file")
 
 
+@pytest.mark.long
 def test_demo_upscales_the_bundled_photograph_and_gains_detail(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr().out
@@ -340,6 +341,7 @@ def test_embedded_files_describe_themselves(capsys):
     assert sum(path.stat().st_size for path in weights) <= 25e6
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_leaves_no_half_file(tmp_path):
     write_random_picture(tmp_path / "in.png", 500, 500)

@@ -261,6 +261,7 @@ def test_an_interrupt_leaves_neither_thread_nor_half_file(tmp_path: Path, monkey
     assert len(calls) == 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_in_the_middle_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()

@@ -335,6 +335,7 @@ def flags_of(files, out):
     ]
 
 
+@pytest.mark.long
 def test_the_script_writes_its_four_files(files, tmp_path):
     flags = [
         *flags_of(files, "out"),

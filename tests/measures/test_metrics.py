@@ -331,6 +331,7 @@ def bicubic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @needs_realsr
 @pytest.mark.parametrize(
     ("method", "psnr", "ssim", "hf", "color"),

@@ -16,6 +16,8 @@ from PIL import Image
 from tests.nodes.test_comfy_frontend import FLAGS
 from tests.support.comfy_harness import ROOT
 
+pytestmark = pytest.mark.long
+
 PAGE = ROOT / "docs" / "side_by_side" / "index.html"
 NAMES = [f"photo_{number}" for number in range(6)]
 COLORS = {"warm": (200, 0, 0), "cold": (0, 0, 200)}

@@ -46,6 +46,7 @@ def compare(tmp_path: Path) -> None:
         assert (result - upscale(plain, picture, settings)).abs().max() < 1e-4
 
 
+@pytest.mark.long
 def test_a_size_of_tile_is_traced_once(tmp_path: Path, fresh_compiler, monkeypatch) -> None:
     """With a backend that takes seconds, not minutes: what is traced, and that the trace gives the same picture."""
     monkeypatch.setattr(compilation, "BACKEND", "eager")
@@ -53,12 +54,14 @@ def test_a_size_of_tile_is_traced_once(tmp_path: Path, fresh_compiler, monkeypat
     compare(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, compilation.COMPILERS)), reason="no C++ compiler")
 def test_compiled_tiles_give_the_same_picture(tmp_path: Path, fresh_compiler) -> None:
     compare(tmp_path)
 
 
+@pytest.mark.long
 def test_every_size_is_compiled_once_and_many_sizes_are_allowed(fresh_compiler, monkeypatch) -> None:
     compiled: list[tuple[int, ...]] = []
 

@@ -98,6 +98,7 @@ def test_load_backbone_takes_auto(tmp_path, monkeypatch, family, native, dtype) 
     assert backbone.vae.decoder.conv_in.weight.dtype == backbone.unet.conv_in.weight.dtype == dtype
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", NAMES)
 @pytest.mark.parametrize(("tile", "vae"), [(0, "exact"), (64, "exact"), (64, "bounded")])
 def test_a_part_that_overflows_goes_on_in_float32(base, generator, part: str, tile: int, vae: str, caplog) -> None:

@@ -12,11 +12,33 @@ import pytest
 WORKERS = 2
 """More would share the memory of one machine: a process with everything loaded takes up to 4 GB, ComfyUI another 3."""
 
-SHARED_SERVER = ("tests/nodes/test_comfy_server.py", "tests/nodes/test_comfy_frontend.py")
+SHARED_SERVER = (
+    "tests/nodes/test_comfy_server.py",
+    "tests/nodes/test_comfy_frontend.py",
+    "tests/nodes/test_comfy_checkpoints.py",
+)
 """Files that use one running ComfyUI: together they start it once."""
 
-LONGEST_FIRST: tuple[str, ...] = ()
-"""Files that take over ten seconds, the longest first; all others follow. Else one process would end alone."""
+LONGEST_FIRST = (
+    "tests/train/run/test_training.py",
+    "tests/nodes/test_comfy_server.py",
+    "tests/train/run/test_distributed.py",
+    "tests/nodes/test_comfy_memory.py",
+    "tests/train/experiments/test_ablation.py",
+    "tests/train/tasks/test_nano_training.py",
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/cli/test_cli.py",
+    "tests/runtime/test_precision.py",
+    "tests/nodes/test_comfy_native.py",
+    "tests/exchange/test_importers.py",
+    "tests/cli/test_picture_jobs.py",
+    "tests/nodes/test_comfy_adapters.py",
+    "tests/weights/test_single_file.py",
+    "tests/train/experiments/test_collapse.py",
+    "tests/train/tasks/test_training_tasks.py",
+    "tests/train/networks/test_roles.py",
+)
+"""Groups that take over ten seconds, the longest first; all others follow. Else one process would end alone."""
 
 
 def file_of(nodeid: str) -> str:

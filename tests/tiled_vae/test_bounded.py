@@ -138,6 +138,7 @@ def test_bounded_keeps_no_more_than_stripes(part: str) -> None:
     assert peaks["exact"][2] > 2 * peaks["exact"][0]
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_memory_of_a_long_picture_grows_by_the_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Input, enlarged input, result, latents; the fields are as many in both, and the colours run in stripes."""
@@ -194,6 +195,7 @@ def mosaic_of_the_demo(side: int) -> torch.Tensor:
     return whole.clamp(0, 1)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_bounded_stays_close_to_exact_where_every_part_has_other_statistics(nano) -> None:
     """The aim of 45 dB, encoder and decoder together, on the hardest kind of picture; without windows it is missed."""

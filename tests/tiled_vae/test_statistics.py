@@ -55,6 +55,7 @@ def test_moments_of_a_flat_picture_are_not_a_difference_of_squares(layout: torch
     torch.testing.assert_close(variance.double(), grouped.var(2, correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_measuring_a_map_takes_memory_for_a_stripe() -> None:
     """The map is 256 MiB, a stripe 1 MiB. Small tensors kept from every stripe cost 130 MB, in glibc's heap."""

@@ -166,6 +166,7 @@ def test_wrong_pictures_are_named(mode: str, result: torch.Tensor, reference: to
         apply_color_fix(mode, result, reference)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("mode", ["wavelet", "adain"])
 def test_memory_beyond_the_output_is_stripes(mode: str) -> None:

@@ -137,6 +137,7 @@ def test_after_a_lack_of_memory_comes_one_tile_at_a_time_and_then_ever_smaller_t
     assert seen == [(1, 0, 200), (1, 1024, 200), (1, 512, 128), (1, 256, 64), (1, 128, 32)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
 @pytest.mark.parametrize(
     ("part", "tile", "vae"), [("unet", 512, "bounded"), ("decoder", 256, "bounded"), ("encoder", 256, "exact")]

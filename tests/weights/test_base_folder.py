@@ -272,6 +272,7 @@ def measure_loading(path: Path, generator: Generator | None, answer) -> None:
     answer.put((sum(sizes), max(sizes), memory("VmHWM") - before))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self, forks")
 @pytest.mark.parametrize("write", [write_sd_folder, write_sd_checkpoint])
 @pytest.mark.parametrize("merged", [False, True])

@@ -103,6 +103,7 @@ def results_of(run: Path) -> dict:
     return json.loads((run / "report" / "ablation.json").read_text())
 
 
+@pytest.mark.long
 def test_the_script_trains_measures_and_reports(made):
     assert {path.name for path in (made / "report").iterdir()} == {
         "ablation.md",
@@ -126,6 +127,7 @@ def test_the_script_trains_measures_and_reports(made):
     assert results["budget"]["losses"]["icm"] == 0.5
 
 
+@pytest.mark.long
 def test_arms_begin_from_one_start_and_differ_by_their_condition_alone(made):
     start = load_generator(made / "start" / "generator.safetensors")
     configs = {arm: json.loads((made / "runs" / arm / "0" / "config.json").read_text()) for arm in ARM_NAMES}
@@ -148,6 +150,7 @@ def test_arms_begin_from_one_start_and_differ_by_their_condition_alone(made):
         assert not any(torch.equal(one, other) for other in values[index + 1 :])
 
 
+@pytest.mark.long
 def test_the_numbers_are_those_of_the_pictures(made):
     """The written result of an arm, against the truth that lies beside it, gives the value in the report."""
     results = results_of(made)
@@ -159,6 +162,7 @@ def test_the_numbers_are_those_of_the_pictures(made):
         assert seeds["photographs"][name]["psnr"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.long
 def test_the_report_means_over_pictures_and_spreads_over_seeds(made):
     results = results_of(made)
 
@@ -200,6 +204,7 @@ def test_diagnostics_are_of_the_middle_levels_at_the_end(tmp_path):
     assert values["curve"][0]["psnr"] == 20.0
 
 
+@pytest.mark.long
 def test_it_goes_on_with_what_is_missing(place, made):
     before = results_of(made)
     start = (made / "start" / "generator.safetensors").stat().st_mtime_ns
@@ -214,6 +219,7 @@ def test_it_goes_on_with_what_is_missing(place, made):
     assert (made / "results" / "none" / "0.json").stat().st_mtime_ns == kept
 
 
+@pytest.mark.long
 def test_each_condition_has_an_adapter_of_its_own_from_the_same_data(made):
     assert {path.name for path in (made / "adapters").iterdir()} == {"image"}, "of the arms, one has an adapter"
     config = json.loads((made / "adapters" / "image" / "config.json").read_text())
@@ -269,6 +275,7 @@ def test_wrong_configurations_end_with_1_and_name_the_value(place, tmp_path, mor
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.long
 def test_another_configuration_in_the_same_folder_is_refused(place, made):
     process = ScriptProcess("ablation.py", *flags(place, **{"loop.images": 10}), folder=place)
     assert process.wait() == 1

@@ -89,6 +89,7 @@ def test_the_report_means_over_levels_and_spreads_over_seeds():
     assert len(levels_figure(results, ["none", "icm"]).axes) == 4
 
 
+@pytest.mark.long
 def test_the_script_measures_resumes_and_reports(tmp_path):
     photographs = tmp_path / "photos"
     photographs.mkdir()

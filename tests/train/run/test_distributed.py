@@ -20,6 +20,8 @@ from icmsr_core.train.networks.adapters import make_adapter, save_adapter
 from tests.support import script_process
 from tests.support.model_files import TINY, write_base
 
+pytestmark = pytest.mark.long
+
 # Two tokens: attention over one is constant, and AdamW would make whole steps of what rounding leaves of its gradient.
 TWO_TOKENS = replace(TINY, context_tokens=2)
 SCRIPT = script_process.ROOT / "train" / "distill.py"

@@ -16,7 +16,6 @@ from icmsr_core.train.tasks.building import build_generator_task
 from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.train.tasks.task import Batch, Player, Task
 from icmsr_core.weights.base import open_base
-from tests.support.model_files import write_base
 from tests.support.script_process import ROOT, ScriptProcess
 
 REAL_STEP = """
@@ -94,8 +93,9 @@ def test_the_estimate_of_a_step_that_can_be_counted():
     assert memory.total == memory.weights + memory.optimizers + memory.peak
 
 
-def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
-    base = open_base(write_base(tmp_path))
+@pytest.mark.long
+def test_more_pictures_take_more_memory_and_checkpointing_less(base):
+    folder = open_base(base)
 
     def estimate(count: int, **networks: object) -> int:
         batch = {
@@ -105,7 +105,7 @@ def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
             "index": torch.arange(count),
         }
         config = GeneratorConfig(networks=NetworksConfig(**networks), losses=LossWeights(perceptual=0))
-        parts = (base, config, ConditionConfig(kind="none"), ("",), 0, None)
+        parts = (folder, config, ConditionConfig(kind="none"), ("",), 0, None)
         return estimate_memory(lambda: build_generator_task(*parts), batch, "fp32")[0].peak
 
     one, two, recomputed = estimate(1), estimate(2), estimate(2, checkpointing=True)
@@ -113,8 +113,8 @@ def test_more_pictures_take_more_memory_and_checkpointing_less(tmp_path):
     assert recomputed < 0.6 * two
 
 
-def test_the_dry_run_says_what_would_happen_and_writes_nothing(tmp_path):
-    base = write_base(tmp_path / "base")
+@pytest.mark.long
+def test_the_dry_run_says_what_would_happen_and_writes_nothing(base, tmp_path):
     flags = [
         "--run",
         "run",

@@ -12,6 +12,8 @@ from icmsr_core.train.networks.bases import NetworkConfig
 from tests.support.model_files import write_base
 from tests.support.script_process import ScriptProcess
 
+pytestmark = pytest.mark.long
+
 OLD_RUN = Path(__file__).parent / "data" / "run_of_2026_11_28"
 """Settings, the checkpoint at 4 images and the final generator of a run of 8 images: written by the code of 2026-11-28,
 before the modules moved. Its base was `write_base` of `BASE`."""

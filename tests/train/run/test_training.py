@@ -67,7 +67,7 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def distill(
-    base: Path, folder: Path | str, images: int = 24, adapter: Path | None = None, **more: object
+    base: Path, folder: Path | str, images: int = 12, adapter: Path | None = None, **more: object
 ) -> list[object]:
     """Arguments of train/distill.py: the whole method with `adapter`, reconstruction alone without."""
     condition = ["--generator.losses.icm=0"] if adapter is None else [f"--condition.adapters=['{adapter}']"]
@@ -84,6 +84,7 @@ def distill(
     ]
 
 
+@pytest.mark.long
 def test_prior_then_distill_then_upscale(tmp_path):
     start_server()
     # The one run with a Python of its own, from another folder, as a user types it.
@@ -94,17 +95,18 @@ def test_prior_then_distill_then_upscale(tmp_path):
         tmp_path / "prior",
         *DATA,
         *TINY_FLAGS,
-        *loop_flags("autoencoder", 8),
-        *loop_flags("prior", 8),
+        *loop_flags("autoencoder", 8, save_every=8),
+        *loop_flags("prior", 8, save_every=8),
     ]
     done = subprocess.run(list(map(str, prior)), capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     base = tmp_path / "prior" / "prior" / "base"
     latents = load_backbone(Recipe(base)).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
     assert latents.shape == (8, 4, 4, 4)
-    adapter = ["--run", tmp_path / "adapter", "--base", base, *DATA, *loop_flags("loop", 8)]
-    run("adapter.py", *adapter, folder=tmp_path)
-    run("distill.py", *distill(base, tmp_path / "run", 8, adapter=tmp_path / "adapter" / "adapter"), folder=tmp_path)
+    flags = ["--run", tmp_path / "adapter", "--base", base, *DATA, *loop_flags("loop", 8, save_every=8)]
+    run("adapter.py", *flags, folder=tmp_path)
+    adapter = tmp_path / "adapter" / "adapter"
+    run("distill.py", *distill(base, tmp_path / "run", 8, adapter=adapter, save_every=8), folder=tmp_path)
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert generator.info.base_hash == open_base(base).hash()
     assert generator.info.training["loop"]["images"] == 8
@@ -121,6 +123,7 @@ def test_prior_then_distill_then_upscale(tmp_path):
     assert Image.open(tmp_path / "run" / "grids" / "000000008.png").size == (6 * 32, 5 * 32)
 
 
+@pytest.mark.long
 def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path):
     """Through the command line; `test_comfy_server.py` does it through the node."""
     generator = toy_run / "toy_distill" / "generator.safetensors"
@@ -171,10 +174,11 @@ def uninterrupted(tmp_path_factory, base, adapter) -> Path:
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights bit for bit, generator and auxiliary, and a log that reads as if nothing had happened."""
     assert_same_tensors(one / "generator.safetensors", other / "generator.safetensors")
-    assert_same_tensors(checkpoint(one, 24), checkpoint(other, 24))
+    assert_same_tensors(checkpoint(one, 12), checkpoint(other, 12))
     assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kill", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGKILL, 0)])
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninterrupted, kill, workers):
     arguments = distill(base, "run", adapter=adapter, workers=workers)
@@ -187,6 +191,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninte
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells files by /proc")
 @pytest.mark.parametrize("flush", [1, 2, 3, 6])
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_one_that_was_not(
@@ -207,14 +212,16 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_one_that_was_not(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_checkpoints_are_pruned_and_hold_a_generator(uninterrupted, base):
     kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
-    assert kept == ["000000020", "000000024"]
-    last = uninterrupted / "checkpoints" / "000000024" / "generator.safetensors"
+    assert kept == ["000000008", "000000012"]
+    last = uninterrupted / "checkpoints" / "000000012" / "generator.safetensors"
     assert_same_tensors(last, uninterrupted / "generator.safetensors")
     assert load_backbone(Recipe(base, last)).descriptor.timestep == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill):
     """As `timeout`, a scheduler or Ctrl-C sends it: the data workers get it as well and must outlive the loop."""
@@ -228,8 +235,11 @@ def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill):
     assert f"stopped at {int(newest.name)} images" in process.output()
 
 
+@pytest.mark.long
 def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
-    arguments = ["--run", "run", *DATA, *TINY_FLAGS, *loop_flags("autoencoder", 24), *loop_flags("prior", 24)]
+    # A log without lines, because the plots of one take longer than the training; so many images, to stop in time.
+    loops = (flag for half in ("autoencoder", "prior") for flag in loop_flags(half, 48, log_every=100))
+    arguments = ["--run", "run", *DATA, *TINY_FLAGS, *loops]
     run("prior.py", *arguments, folder=tmp_path / "whole")
     folder = tmp_path / "stopped"
     for half, kill, code in (("autoencoder", signal.SIGTERM, 130), ("prior", signal.SIGKILL, -signal.SIGKILL)):
@@ -312,6 +322,7 @@ def test_wrong_flags_end_with_their_code_and_name_the_value(tmp_path, base, flag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path, base):
     run("distill.py", *distill(base, "run", 4), folder=tmp_path)
     before = checkpoint(tmp_path / "run", 4).read_bytes()

@@ -121,6 +121,7 @@ def scalars(run: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+@pytest.mark.long
 def test_lines_outlive_a_killed_process(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from icmsr_core.train.run.logs import MetricsLog\n"
@@ -338,6 +339,7 @@ def test_absent_metrics_have_no_plot(tmp_path: Path) -> None:
         plot_run(tmp_path / "nowhere")
 
 
+@pytest.mark.long
 def test_nothing_global_is_touched(tmp_path: Path) -> None:
     """In a fresh process without a display: no pyplot, and matplotlib's settings as they were."""
     MetricsLog(tmp_path).write(8, {"loss/l2": 1.5, "icm/rho/0.2-0.4": 0.3, "health/skipped": 0, "lr/generator": 1e-4})

@@ -235,6 +235,7 @@ def test_local_spectrum_counts_texture_and_not_its_place():
     assert math.isfinite(float(local_spectrum(flat, flat)))
 
 
+@pytest.mark.long
 def test_a_prior_goes_on_from_a_base(base, tmp_path):
     def run(name: str, *flags):
         process = ScriptProcess(
@@ -289,6 +290,7 @@ def test_a_prior_takes_the_decoder_that_was_trained_along(base, faithful, tmp_pa
         exchange_decoder(vae, open_base(wider))
 
 
+@pytest.mark.long
 def test_the_autoencoder_alone_makes_a_base(tmp_path):
     """With the other half's decoder then exchanged by the script, as the recipe of the embedded model does."""
 
