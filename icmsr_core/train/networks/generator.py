@@ -73,8 +73,8 @@ class GeneratorNetworks(nn.Module):
         auxiliary: bool,
         start: Generator | None = None,
     ) -> None:
-        """With `auxiliary`, LoRA for it is added to the base's UNet. `start` is the generator of `NetworksConfig.start`.
-        Raises `IcmsrError` when that one does not fit the base."""
+        """With `auxiliary`, LoRA for it is added to the base's UNet. `start` is the generator of
+        `NetworksConfig.start`. Raises `IcmsrError` when that one does not fit the base."""
         super().__init__()
         unet, vae = base.unet.requires_grad_(False), base.vae.requires_grad_(False)
         self.unet, self.vae = unet, vae
