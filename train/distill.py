@@ -11,17 +11,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from torch import Tensor
+
 from icmsr_core.train.data.data_config import DataConfig
+from icmsr_core.train.data.latent_pairs import LatentPairs, LatentPairsConfig
+from icmsr_core.train.data.latents import weights_hash
 from icmsr_core.train.data.pairs import TrainingPairs
+from icmsr_core.train.data.samples import Samples, last_samples
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.run.launch import Stage, Training, run_script, run_training
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.plan import PlannedStage
 from icmsr_core.train.run.processes import Processes
-from icmsr_core.train.settings import FREE, UNRECORDED
-from icmsr_core.train.tasks.building import Loading, build_generator_task, check_generator, check_run, training_base
+from icmsr_core.train.settings import ADDED, FREE, UNRECORDED
+from icmsr_core.train.tasks.building import (
+    Loading,
+    build_generator_task,
+    check_generator,
+    check_latent_pairs,
+    check_run,
+    training_base,
+)
 from icmsr_core.train.tasks.generator import GeneratorTask
 from icmsr_core.train.tasks.generator_config import GeneratorConfig
+
+PROBE_SAMPLES = 32
+"""Samples on which the generator's latents are compared with the truth's at every checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,8 @@ class Config:
     """What teacher and auxiliary see."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """The generator, its losses and the auxiliary."""
+    latents: LatentPairsConfig = field(default_factory=LatentPairsConfig, metadata=ADDED)
+    """Train on pairs of latents that are encoded once, before it starts: five to ten times as many samples an hour."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Training."""
 
@@ -54,6 +71,8 @@ class Distillation(Training):
         self.base = training_base(config.base)
         check_run(self.base, config.data, config.loop.precision, config.generator.networks.base_dtype)
         check_generator(self.base, config.generator, config.condition)
+        if config.latents.pairs:
+            check_latent_pairs(config.generator, config.condition)
         self.pairs = TrainingPairs(config.data, self.seed)
 
     def plan(self) -> Sequence[PlannedStage]:
@@ -65,7 +84,29 @@ class Distillation(Training):
         run = Path(self.config.run)
         task = self._task(Loading(processes.device, run / "prompts.safetensors"))
         logging.info("base %s, %d photographs, %s", self.base.info.name, len(self.pairs.photographs), processes.device)
-        yield Stage(task, self.pairs, self.config.loop, run)
+        samples = self._samples(task.to(processes.device), processes)
+        if processes.main:
+            task.probe = last_samples(samples, PROBE_SAMPLES)
+        yield Stage(task, samples, self.config.loop, run)
+
+    def _samples(self, task: GeneratorTask, processes: Processes) -> Samples:
+        """What the generator is trained on: pairs of pictures, or of latents."""
+        if not self.config.latents.pairs:
+            return self.pairs
+        networks, device = task.networks, processes.device
+
+        def encode(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return task.latents_of({name: value.to(device) for name, value in batch.items()})
+
+        def latent_pairs() -> LatentPairs:
+            encoders = weights_hash(networks.generator_vae) + weights_hash(networks.vae)
+            file = Path(self.config.run) / "latents" / "pairs.safetensors"
+            return LatentPairs(self.pairs, self.config.latents.pairs, file, encode, encoders)
+
+        if processes.main:
+            latent_pairs()
+        processes.wait()  # the others read the file that the main process has written
+        return latent_pairs()
 
     def _task(self, loading: Loading | None) -> GeneratorTask:
         config = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,23 +12,37 @@ FREE = MappingProxyType({"free": True})
 """Metadata of a dataclass field that changes nothing in the weights: a run may be resumed with another value."""
 UNRECORDED = MappingProxyType({"unrecorded": True})
 """Metadata of a dataclass field that no file keeps."""
+ADDED = MappingProxyType({"added": True})
+"""Metadata of a dataclass field that came after runs existed: a resume does not compare it while it has its default, so
+that a run begun before the field goes on."""
 PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
 """Settings that may hold paths."""
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """`settings` (a dataclass, or a mapping of them) as nested dictionaries for JSON, without `UNRECORDED` fields."""
-    return _plain(settings, lambda field: "unrecorded" not in field.metadata)
+    return _plain(settings, lambda field, value: "unrecorded" not in field.metadata)
 
 
 def compared_settings(settings: Any) -> dict[str, Any]:
-    """`plain_settings` without `FREE` fields: what must be the same when a run is resumed."""
-    return _plain(settings, lambda field: not {"free", "unrecorded"} & field.metadata.keys())
+    """`plain_settings` without `FREE` fields, and without `ADDED` ones at their default: what a resume compares."""
+
+    def kept(field: Field[Any], value: Any) -> bool:
+        if "added" in field.metadata and value == _default(field):
+            return False
+        return not {"free", "unrecorded"} & field.metadata.keys()
+
+    return _plain(settings, kept)
 
 
-def _plain(value: Any, kept: Callable[[Field[Any]], bool]) -> Any:
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any, kept: Callable[[Field[Any], Any], bool]) -> Any:
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name), kept) for field in fields(value) if kept(field)}
+        found = {field: getattr(value, field.name) for field in fields(value)}
+        return {field.name: _plain(entry, kept) for field, entry in found.items() if kept(field, entry)}
     if isinstance(value, Mapping):
         return {key: _plain(entry, kept) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -34,6 +35,12 @@ class Samples(Dataset[dict[str, Tensor]]):
     @abstractmethod
     def blank(self) -> dict[str, Tensor]:
         """A sample of the same shapes, made without reading a photograph."""
+
+
+def last_samples(samples: Samples, count: int) -> dict[str, Tensor]:
+    """A batch of the last `count` samples, from the last one back: no run trains on them."""
+    found = [samples[len(samples) - 1 - number] for number in range(count)]
+    return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
 
 
 class Tally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ...errors import IcmsrError
 from ...runtime.latents import decode_latent, encode_picture
 from ...weights.generator_file import Generator, PartWeights
 from ...weights.merging import merge_into
+from ..settings import ADDED
 from .bases import BaseNetworks
 from .decoders import DECODER_PARTS
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
@@ -39,6 +40,9 @@ class NetworksConfig:
     start: str = ""
     """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
     on top of it, and exported as the realistic set of a file whose faithful set is this one."""
+    train_encoder: bool = field(default=True, metadata=ADDED)
+    """Train the VAE's encoder too. False: the generator's input is encoded as the truth is, by the base's own encoder,
+    and the VAE is frozen."""
     train_decoder: bool = False
     """With whole weights: train the decoder too. The latent then differs from the base's, which rules out ICM."""
     zero_output: bool = False
@@ -92,7 +96,10 @@ class GeneratorNetworks(nn.Module):
         self.unet_roles = Roles(unet, {**own, **judges} if shared else judges, UNET_TARGETS)
         # With whole weights the generator's networks play no roles: switching the frozen ones has no effect on them.
         self.generator_roles = self.unet_roles if shared or whole else Roles(self.generator_unet, own, UNET_TARGETS)
-        self.vae_roles = Roles(vae if whole else self.generator_vae, own, VAE_ENCODER_TARGETS)
+        encoder = own if config.train_encoder else {}
+        self.vae_roles = Roles(vae if whole else self.generator_vae, encoder, VAE_ENCODER_TARGETS)
+        # The role in which the generator's encoder runs.
+        self._encoder: Role = "generator" if encoder else "teacher"
         self._generator: Role = "teacher" if whole else "generator"  # the role in which the generator's networks run
         if whole:
             self._train_whole()
@@ -137,7 +144,7 @@ class GeneratorNetworks(nn.Module):
 
     def encode(self, picture: Tensor) -> Tensor:
         """The generator's latent of `picture` [N, 3, H, W]: the mode of its own encoder's posterior."""
-        with self.vae_roles.use(self._generator):
+        with self.vae_roles.use(self._encoder):
             return encode_picture(self.generator_vae, picture)
 
     @torch.no_grad()
@@ -169,7 +176,8 @@ class GeneratorNetworks(nn.Module):
     def _train_whole(self) -> None:
         self.generator_unet.requires_grad_(True)
         self.generator_vae.requires_grad_(False)
-        parts = ("encoder", "quant_conv", *(DECODER_PARTS if self.config.train_decoder else ()))
+        encoder = ("encoder", "quant_conv") if self.config.train_encoder else ()
+        parts = (*encoder, *(DECODER_PARTS if self.config.train_decoder else ()))
         for part in parts:
             module = getattr(self.generator_vae, part)
             if module is not None:  # a VAE may lack quant_conv

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
 from ..data.loader import make_loader
-from ..data.samples import Samples, Tally
+from ..data.samples import Samples, Tally, last_samples
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, newest_checkpoint, write_checkpoint
@@ -211,9 +211,8 @@ def save_everything(run: Run, pictures: bool) -> None:
 def save_grid(run: Run, path: Path) -> None:
     """The task's picture of six samples as a PNG, the same at every checkpoint; no training sample has their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = [run.samples[len(run.samples) - 1 - number] for number in range(GRID_SAMPLES)]
     device = run.processes.device
-    batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
+    batch = {name: value.to(device) for name, value in last_samples(run.samples, GRID_SAMPLES).items()}
     with torch.no_grad(), autocast(device, run.config.precision):
         picture = run.task.grid(batch)
     write_picture(path, Picture(rgb=from_tensor(picture[None].float().cpu().clamp(0, 1))))

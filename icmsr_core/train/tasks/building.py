@@ -90,6 +90,26 @@ def check_generator(base: BaseFolder, generator: GeneratorConfig, condition: Con
             check_prompts(base)
 
 
+def check_latent_pairs(generator: GeneratorConfig, condition: ConditionConfig) -> None:
+    """Raises `IcmsrError` unless a generator can be trained on `LatentPairs`: without its VAE and without pictures."""
+    if generator.networks.train_encoder:
+        raise IcmsrError(
+            "latents.pairs needs a frozen encoder, whose latents stay the same: set "
+            "generator.networks.train_encoder to false"
+        )
+    others = [name for name, weight in generator.losses.terms().items() if weight and name not in ("latent", "icm")]
+    if others:
+        raise IcmsrError(
+            f"latents.pairs trains without pictures, so losses {', '.join(others)} cannot be computed: set them to 0 "
+            "and losses.latent above 0"
+        )
+    if generator.losses.icm and condition.names:
+        raise IcmsrError(
+            f"latents.pairs has no pictures to take the condition {condition.kind} from: set condition.kind to none, "
+            "or losses.icm to 0"
+        )
+
+
 def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
     start = load_generator(Path(config.networks.start))
     path, info = config.networks.start, start.info

@@ -8,6 +8,7 @@ and, in turn, the auxiliary, trained by the diffusion loss on the generator's ow
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
 from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
 from ..data.draws import all_timesteps, draw_noising
+from ..losses.agreement import latent_agreement
 from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
 from ..losses.lpips import Lpips
@@ -36,6 +38,8 @@ from ..networks.generator import GeneratorNetworks
 from ..settings import shareable
 from .generator_config import GeneratorConfig
 from .task import Batch, Player, Task, latent_shape, stack_rows
+
+log = logging.getLogger(__name__)
 
 AUTOENCODER_STRIDE = 4
 """The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
@@ -72,6 +76,7 @@ class GeneratorTask(Task):
         self.captions = contexts.captions  # on the CPU: a large data set's are larger than a GPU
         self.register_buffer("negative", contexts.negative, persistent=False)
         self.meter = BinnedMeans(self.schedule.steps)
+        self.probe: Batch = {}
 
     def players(self) -> Sequence[Player]:
         """See `Task`."""
@@ -90,14 +95,15 @@ class GeneratorTask(Task):
 
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """See `Task`. Adds ``t`` [N], ``eps`` [N, C, h, w], the condition's ``maps`` and the weights of the losses."""
-        device, config = batch["sharp"].device, self.config
+        device, config = batch["index"].device, self.config
         added: Batch = {}
         if player == "generator":
             added = {f"weight/{name}": torch.tensor(value) for name, value in config.losses.at(images).items()}
         if config.losses.icm:
             purpose = f"{player}/{turn}"
             law = config.timesteps if player == "generator" else all_timesteps()
-            shape = latent_shape(self.networks.vae, batch["sharp"])
+            known = batch.get("low_latent")
+            shape = tuple(known.shape[1:]) if known is not None else latent_shape(self.networks.vae, batch["sharp"])
             added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law, device)
             if self.captions is not None:
                 added["text"] = self.captions[batch["caption"].cpu()].to(device)
@@ -107,7 +113,9 @@ class GeneratorTask(Task):
 
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """See `Task`."""
-        return self._generator_losses(batch) if player == "generator" else self._auxiliary_losses(batch)
+        if player == "auxiliary":
+            return self._auxiliary_losses(batch)
+        return self._latent_losses(batch) if "low_latent" in batch else self._generator_losses(batch)
 
     def generate(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """The generator's latent [N, C, h, w] and picture [N, 3, H, W] for inputs `given` [N, 3, H, W], both pictures
@@ -117,13 +125,41 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def grid(self, batch: Batch) -> Tensor:
-        """Input, result, truth, and the maps of the condition, row by row."""
+        """Input, result, truth, and the maps of the condition, row by row. Of latents: all decoded."""
+        if "low_latent" in batch:
+            latents = [batch["low_latent"], self._denoised(batch["low_latent"]), batch["latent"]]
+            return stack_rows(*(self.networks.decode(latent) for latent in latents))
         given = input_of(batch)
         rows = [given, self._corrected(self.generate(given)[1], given), bytes_to_signed(batch["sharp"])]
         if self.condition.names:
             maps = self.condition.maps(picture_of(batch, self.condition.source))
             rows += self.condition.shown(unit_to_signed(maps))
         return stack_rows(*rows)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """``latent/...``: the agreement of the generator's latents with the truth's over `probe`, a batch of samples.
+
+        Warns where they leave the code of the base's encoder (see `agreement`)."""
+        if not self.probe:
+            return {}
+        found, wanted = [], []
+        for number in range(len(self.probe["index"])):
+            batch = {name: value[number : number + 1].to(self.constant.device) for name, value in self.probe.items()}
+            low, truth = self.latents_of(batch)
+            found.append(self._denoised(low))
+            wanted.append(truth)
+        agreement = latent_agreement(torch.cat(found), torch.cat(wanted))
+        if agreement.warning():
+            log.warning("%s", agreement.warning())
+        return {f"latent/{name}": value for name, value in agreement.values().items()}
+
+    @torch.no_grad()
+    def latents_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents [N, C, h, w] of the inputs, in the generator's encoder, and of the truths, in the base's."""
+        if "low_latent" in batch:
+            return batch["low_latent"], batch["latent"]
+        return self.networks.encode(input_of(batch)), self.networks.encode_truth(bytes_to_signed(batch["sharp"]))
 
     def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """The generator file in `folder`, and the folder ``base`` where the base has got a new decoder."""
@@ -170,20 +206,29 @@ class GeneratorTask(Task):
 
     def _latent(self, given: Tensor) -> Tensor:
         """The generator's latent [N, C, h, w] for inputs [N, 3, H, W] in [-1, 1]."""
-        latent = self.networks.encode(given)
+        return self._denoised(self.networks.encode(given))
+
+    def _denoised(self, latent: Tensor) -> Tensor:
+        """The generator's latent for latents of inputs, both [N, C, h, w]: its one step."""
         context = repeated_context(self.constant, latent)
         return self.networks.denoise(latent, self.config.timestep, self.prediction, context)
+
+    def _latent_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        """The generator's losses without a VAE, for `LatentPairs`."""
+        latent = self._denoised(batch["low_latent"])
+        terms = {"latent": F.l1_loss(latent, batch["latent"])}
+        return self._with_icm(terms, latent, batch)
 
     def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         truth, weights = bytes_to_signed(batch["sharp"]), self.config.losses.terms()
         given = input_of(batch)
         latent = self._latent(given)
         terms: dict[str, Tensor] = {}
-        raw = None
+        raw, wanted = None, None
         if isinstance(self.perceptual, DecoderPerceptual):
             picture, seen = self.perceptual.decode(latent)
-            wanted = self.perceptual.features(self.networks.encode_truth(truth))
-            terms["perceptual"] = self.perceptual.distance(seen, wanted)
+            wanted = self.networks.encode_truth(truth)
+            terms["perceptual"] = self.perceptual.distance(seen, self.perceptual.features(wanted))
             raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
         if raw is None:
             raw = self.networks.decode(latent)
@@ -197,6 +242,8 @@ class GeneratorTask(Task):
             "fourier": fourier_l1,
             "spectrum": local_spectrum,
         }
+        if weights["latent"]:
+            terms["latent"] = F.l1_loss(latent, self.networks.encode_truth(truth) if wanted is None else wanted)
         terms |= {name: distance(result, truth) for name, distance in distances.items() if weights[name]}
         if weights["tone"]:
             terms["tone"] = charbonnier(raw, truth)
@@ -204,16 +251,21 @@ class GeneratorTask(Task):
             some = truth[::AUTOENCODER_STRIDE]
             again = self.networks.decode(self.networks.encode_truth(some))
             terms["autoencoder"] = charbonnier(again, some) + 0.5 * gradient_l1(again, some)
-        carried: Batch = {}
-        if weights["icm"]:
-            gradient, carried = self._icm_gradient(latent, batch)
-            terms["icm"] = icm_loss(latent, gradient)
-        loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
+        values, carried = self._with_icm(terms, latent, batch)
         with torch.no_grad():
             health = {"psnr": psnr(result, truth), "saturation": saturation(result)}
             if len(result) > 1:  # a single picture has no spread
                 health["variety"] = variety(result, truth)
-        return {"loss": loss, **terms, **health}, carried
+        return {**values, **health}, carried
+
+    def _with_icm(self, terms: dict[str, Tensor], latent: Tensor, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+        """`terms`, with ICM where it is wanted, and their weighted sum ``loss``; what the auxiliary's turn needs."""
+        carried: Batch = {}
+        if self.config.losses.icm:
+            gradient, carried = self._icm_gradient(latent, batch)
+            terms = {**terms, "icm": icm_loss(latent, gradient)}
+        loss = sum((batch[f"weight/{name}"] * value for name, value in terms.items()), latent.new_zeros(()))
+        return {"loss": loss, **terms}, carried
 
     @torch.no_grad()
     def _icm_gradient(self, latent: Tensor, batch: Batch) -> tuple[Tensor, Batch]:

@@ -9,6 +9,7 @@ from ...errors import IcmsrError
 from ..data.draws import TimestepConfig
 from ..losses.perceptual import PerceptualConfig
 from ..networks.generator import NetworksConfig
+from ..settings import ADDED
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class LossWeights:
     """Charbonnier distance and half the L1 of gradients between the truth and what the decoder makes of the base's own
     latent of it; with `networks.train_decoder` (ours). It keeps the decoder that of the base's latent, and the run
     exports a base with it."""
+    latent: float = field(default=0.0, metadata=ADDED)
+    """L1 distance between the generator's latent and the truth's own, in the base's encoder (ours). It keeps the latent
+    in the code that decoder and teacher know. With `latents.pairs` the only term besides ICM."""
     tone: float = 0.0
     """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
     warmup: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,116 @@
+"""Pairs of latents, encoded once: training a generator without its VAE in every step.
+
+The VAE takes most of a distillation's step. Where its encoder is frozen, the latents of the input and of the truth are
+always the same for the same pair, so a run can encode some thousand pairs first and then train the UNet alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ...errors import IcmsrError
+from ...weights.tensor_files import open_tensors, write_tensors
+from .pairs import TrainingPairs
+from .samples import Samples
+
+log = logging.getLogger(__name__)
+
+ENCODED_TOGETHER = 8
+"""Pairs in one pass of the encoder."""
+Encode = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+"""From a batch of `TrainingPairs` to the latents [N, C, h, w] of inputs and truths."""
+
+
+@dataclass(frozen=True)
+class LatentPairsConfig:
+    """What is encoded beforehand."""
+
+    pairs: int = 0
+    """Pairs that are encoded once, into the run folder, and then trained on again and again. 0: train on pictures, with
+    new pairs in every step."""
+
+    def __post_init__(self) -> None:
+        if self.pairs < 0:
+            raise IcmsrError(f"latents.pairs must be 0 or more, got {self.pairs}")
+
+
+class LatentPairs(Samples):
+    """Samples by number, each a function of the seed and its number alone. Each is a dict of tensors:
+
+    - ``low_latent`` and ``latent``, float32 [C, crop / factor, crop / factor]: the input's and the truth's latent;
+    - ``index``, ``caption``, ``events`` and ``unreadable`` as in `TrainingPairs`.
+
+    The pairs are the first `count` samples of `pairs`. `file` is written if it is missing, or if it holds something
+    else than `pairs`, `count` and `encoder` (a hash of what encodes) ask for.
+    """
+
+    def __init__(self, pairs: TrainingPairs, count: int, file: Path, encode: Encode, encoder: str) -> None:
+        self.config, self.photographs, self.seed = pairs.config, pairs.photographs, pairs.seed
+        self._count, self._path = count, file
+        self._open: Any = None
+        photographs = [[path.name, path.stat().st_size] for path in pairs.photographs]
+        settings = {**asdict(pairs.config), "photographs": photographs, "seed": pairs.seed, "count": count}
+        for place in ("folders", "lists", "captions", "cache_mb"):
+            settings.pop(place, None)
+        description = json.dumps({**settings, "encoder": encoder}, sort_keys=True, default=str)
+        if not file.exists() or _description(file) != description:
+            write_tensors(file, _encoded(pairs, count, encode), {"description": description})
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = int(np.random.default_rng((self.seed, 1 << 51, index)).integers(self._count))
+        file = self._file()
+        low, truth = (file.get_slice(name)[number].float() for name in ("low", "truth"))
+        caption = file.get_slice("caption")[number]
+        return {**_marks(index), "caption": caption.clone(), "low_latent": low, "latent": truth}
+
+    def blank(self) -> dict[str, Tensor]:
+        """See `Samples`."""
+        sample = self[0]
+        return {**_marks(0), **{name: torch.zeros_like(sample[name]) for name in ("caption", "low_latent", "latent")}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # each worker opens the file for itself
+
+    def _file(self) -> Any:
+        if self._open is None:
+            self._open = safe_open(self._path, framework="pt")
+        return self._open
+
+
+@torch.no_grad()
+def _encoded(pairs: TrainingPairs, count: int, encode: Encode) -> dict[str, Tensor]:
+    log.info("encoding %d pairs of %d photographs", count, len(pairs.photographs))
+    lows: list[Tensor] = []
+    truths: list[Tensor] = []
+    captions: list[Tensor] = []
+    for start in tqdm(range(0, count, ENCODED_TOGETHER), unit="batch", desc="encoding", disable=None):
+        samples = [pairs[number] for number in range(start, min(start + ENCODED_TOGETHER, count))]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        for kept, latent in zip((lows, truths), encode(batch)):
+            kept.append(latent.to("cpu", torch.float16))
+        captions.append(batch["caption"])
+    return {"low": torch.cat(lows), "truth": torch.cat(truths), "caption": torch.cat(captions)}
+
+
+def _marks(index: int) -> dict[str, Tensor]:
+    return {
+        "index": torch.tensor(index),
+        "events": torch.zeros(2, dtype=torch.int64),
+        "unreadable": torch.full((2,), -1),
+    }
+
+
+def _description(file: Path) -> str | None:
+    with open_tensors(file) as opened:
+        return (opened.metadata() or {}).get("description")
