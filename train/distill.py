@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor
 
+from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.latent_pairs import LatentPairs, LatentPairsConfig
 from icmsr_core.train.data.latents import weights_hash
@@ -34,6 +35,7 @@ from icmsr_core.train.tasks.building import (
 )
 from icmsr_core.train.tasks.generator import GeneratorTask
 from icmsr_core.train.tasks.generator_config import GeneratorConfig
+from icmsr_core.train.tasks.teacher_test import TeacherTest
 
 PROBE_SAMPLES = 32
 """Samples on which the generator's latents are compared with the truth's at every checkpoint."""
@@ -59,6 +61,9 @@ class Config:
     """The generator, its losses and the auxiliary."""
     latents: LatentPairsConfig = field(default_factory=LatentPairsConfig, metadata=ADDED)
     """Train on pairs of latents that are encoded once, before it starts: five to ten times as many samples an hour."""
+    teacher_test: bool = field(default=False, metadata=ADDED)
+    """Leave the generator as it is, train the auxiliary alone, and write RUN/teacher_test.md: whether the teacher knows
+    the generator's latents and asks for more detail. Try it before training with ICM."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Training."""
 
@@ -71,6 +76,8 @@ class Distillation(Training):
         self.base = training_base(config.base)
         check_run(self.base, config.data, config.loop.precision, config.generator.networks.base_dtype)
         check_generator(self.base, config.generator, config.condition)
+        if config.teacher_test and not config.generator.losses.icm:
+            raise IcmsrError("teacher_test needs a teacher: set generator.losses.icm above 0")
         if config.latents.pairs:
             check_latent_pairs(config.generator, config.condition)
         self.pairs = TrainingPairs(config.data, self.seed)
@@ -110,8 +117,9 @@ class Distillation(Training):
 
     def _task(self, loading: Loading | None) -> GeneratorTask:
         config = self.config
+        kind = TeacherTest if config.teacher_test else GeneratorTask
         return build_generator_task(
-            self.base, config.generator, config.condition, self.pairs.captions, self.seed, loading
+            self.base, config.generator, config.condition, self.pairs.captions, self.seed, loading, kind
         )
 
 

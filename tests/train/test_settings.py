@@ -13,7 +13,9 @@ from icmsr_core.train.settings import compared_settings, plain_settings, shareab
 from tests.support.script_process import load_script
 
 OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
-CAME_LATER = {"distill": {"latents.pairs", "generator.networks.train_encoder", "generator.losses.latent"}}
+CAME_LATER = {
+    "distill": {"latents.pairs", "teacher_test", "generator.networks.train_encoder", "generator.losses.latent"}
+}
 FREE_IN_A_LOOP = {"batch", "accumulate", "workers", "log_every", "save_every", "keep", "tensorboard", "patience"}
 
 
@@ -36,7 +38,13 @@ def test_a_resume_compares_everything_but_what_changes_no_weight(script, loops, 
 
 
 @pytest.mark.parametrize(
-    "flag", ["--latents.pairs=8", "--generator.networks.train_encoder=false", "--generator.losses.latent=1"]
+    "flag",
+    [
+        "--latents.pairs=8",
+        "--teacher_test=true",
+        "--generator.networks.train_encoder=false",
+        "--generator.losses.latent=1",
+    ],
 )
 def test_a_setting_that_came_later_is_compared_once_it_leaves_its_default(flag, monkeypatch):
     kind = load_script("distill", monkeypatch).Config

@@ -48,7 +48,7 @@ class LatentPairsConfig:
 class LatentPairs(Samples):
     """Samples by number, each a function of the seed and its number alone. Each is a dict of tensors:
 
-    - ``low_latent`` and ``latent``, float32 [C, crop / factor, crop / factor]: the input's and the truth's latent;
+    - ``low_latent`` and ``truth_latent``, float32 [C, crop / factor, crop / factor]: the input's and the truth's latent;
     - ``index``, ``caption``, ``events`` and ``unreadable`` as in `TrainingPairs`.
 
     The pairs are the first `count` samples of `pairs`. `file` is written if it is missing, or if it holds something
@@ -72,12 +72,15 @@ class LatentPairs(Samples):
         file = self._file()
         low, truth = (file.get_slice(name)[number].float() for name in ("low", "truth"))
         caption = file.get_slice("caption")[number]
-        return {**_marks(index), "caption": caption.clone(), "low_latent": low, "latent": truth}
+        return {**_marks(index), "caption": caption.clone(), "low_latent": low, "truth_latent": truth}
 
     def blank(self) -> dict[str, Tensor]:
         """See `Samples`."""
         sample = self[0]
-        return {**_marks(0), **{name: torch.zeros_like(sample[name]) for name in ("caption", "low_latent", "latent")}}
+        return {
+            **_marks(0),
+            **{name: torch.zeros_like(sample[name]) for name in ("caption", "low_latent", "truth_latent")},
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}  # each worker opens the file for itself

@@ -144,8 +144,9 @@ def build_generator_task(
     captions: tuple[str, ...],
     seed: int,
     loading: Loading | None,
+    kind: type[GeneratorTask] = GeneratorTask,
 ) -> GeneratorTask:
-    """The task of train/distill.py; `captions` are those of the data."""
+    """The task of train/distill.py, a `kind`; `captions` are those of the data."""
     judged = config.losses.icm > 0
     start = load_generator(Path(config.networks.start)) if config.networks.start else None
     networks = _networks(base, config.networks.base_dtype, loading)
@@ -158,7 +159,7 @@ def build_generator_task(
         contexts = _text_contexts(base, condition, captions, loading)
     else:
         contexts = Contexts(_constant(base, loading))
-    return GeneratorTask(made, GeneratorConditioning(condition, contexts, features), base, config, seed)
+    return kind(made, GeneratorConditioning(condition, contexts, features), base, config, seed)
 
 
 def _networks(base: BaseFolder, dtype: str, loading: Loading | None) -> BaseNetworks:

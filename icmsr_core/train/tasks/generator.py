@@ -31,15 +31,20 @@ from ..losses.lpips import Lpips
 from ..losses.perceptual import DecoderPerceptual, make_perceptual
 from ..losses.reconstruction import charbonnier, gradient_l1, psnr, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum
+from ..losses.teacher import Reading, logged, read_teacher
 from ..networks.bases import save_base
 from ..networks.conditioning import GeneratorConditioning, picture_of
 from ..networks.decoders import in_decoder
 from ..networks.generator import GeneratorNetworks
+from ..networks.roles import Role
 from ..settings import shareable
 from .generator_config import GeneratorConfig
 from .task import Batch, Player, Task, latent_shape, stack_rows
 
 log = logging.getLogger(__name__)
+
+TEACHER_SAMPLES = 8
+"""Samples of the probe on which the teacher is asked: its readings take eighteen passes of the UNet for each."""
 
 AUTOENCODER_STRIDE = 4
 """The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
@@ -127,7 +132,7 @@ class GeneratorTask(Task):
     def grid(self, batch: Batch) -> Tensor:
         """Input, result, truth, and the maps of the condition, row by row. Of latents: all decoded."""
         if "low_latent" in batch:
-            latents = [batch["low_latent"], self._denoised(batch["low_latent"]), batch["latent"]]
+            latents = [batch["low_latent"], self.denoised(batch["low_latent"]), batch["truth_latent"]]
             return stack_rows(*(self.networks.decode(latent) for latent in latents))
         given = input_of(batch)
         rows = [given, self._corrected(self.generate(given)[1], given), bytes_to_signed(batch["sharp"])]
@@ -138,28 +143,58 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """``latent/...``: the agreement of the generator's latents with the truth's over `probe`, a batch of samples.
+        """Over `probe`, a batch of samples; nothing where there is none.
 
-        Warns where they leave the code of the base's encoder (see `agreement`)."""
+        ``latent/...``: the agreement of the generator's latents with the truth's (see `agreement`), with a warning
+        where they leave the code of the base's encoder. ``teacher/...``, with ICM: what teacher and auxiliary make of
+        them over the first samples (see `losses.teacher`).
+        """
         if not self.probe:
             return {}
         found, wanted = [], []
         for number in range(len(self.probe["index"])):
-            batch = {name: value[number : number + 1].to(self.constant.device) for name, value in self.probe.items()}
-            low, truth = self.latents_of(batch)
-            found.append(self._denoised(low))
+            low, truth = self.latents_of(self._probe(slice(number, number + 1)))
+            found.append(self.denoised(low))
             wanted.append(truth)
         agreement = latent_agreement(torch.cat(found), torch.cat(wanted))
         if agreement.warning():
             log.warning("%s", agreement.warning())
-        return {f"latent/{name}": value for name, value in agreement.values().items()}
+        values = {f"latent/{name}": value for name, value in agreement.values().items()}
+        if self.config.losses.icm:
+            values |= {f"teacher/{name}": value for name, value in logged(self.readings()).items()}
+        return values
+
+    @torch.no_grad()
+    def readings(self) -> dict[int, Reading]:
+        """What teacher and auxiliary make of the generator's latents, over the first samples of `probe`."""
+        batch = self._probe(slice(TEACHER_SAMPLES))
+        low, truth = self.latents_of(batch)
+        if self.features is not None:
+            batch["maps"] = self.condition.maps(picture_of(batch, self.condition.source))
+        if self.captions is not None:
+            batch["text"] = self.captions[batch["caption"].cpu()].to(low.device)
+
+        def judge(role: Role, noisy: Tensor, t: Tensor) -> Tensor:
+            return self.networks.noise(role, noisy, t, self._text(batch, noisy), self._features(batch))
+
+        return read_teacher(self.denoised(low), truth, self.schedule, judge, self.networks.decode)
+
+    def given_latent(self, batch: Batch) -> Tensor:
+        """The latent of the input [N, C, h, w], in the generator's encoder."""
+        return batch["low_latent"] if "low_latent" in batch else self.networks.encode(input_of(batch))
 
     @torch.no_grad()
     def latents_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Latents [N, C, h, w] of the inputs, in the generator's encoder, and of the truths, in the base's."""
-        if "low_latent" in batch:
-            return batch["low_latent"], batch["latent"]
-        return self.networks.encode(input_of(batch)), self.networks.encode_truth(bytes_to_signed(batch["sharp"]))
+        known = batch.get("truth_latent")
+        return self.given_latent(batch), (
+            self.networks.encode_truth(bytes_to_signed(batch["sharp"])) if known is None else known
+        )
+
+    def denoised(self, latent: Tensor) -> Tensor:
+        """The generator's latent for latents of inputs, both [N, C, h, w]: its one step."""
+        context = repeated_context(self.constant, latent)
+        return self.networks.denoise(latent, self.config.timestep, self.prediction, context)
 
     def export(self, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         """The generator file in `folder`, and the folder ``base`` where the base has got a new decoder."""
@@ -206,17 +241,15 @@ class GeneratorTask(Task):
 
     def _latent(self, given: Tensor) -> Tensor:
         """The generator's latent [N, C, h, w] for inputs [N, 3, H, W] in [-1, 1]."""
-        return self._denoised(self.networks.encode(given))
+        return self.denoised(self.networks.encode(given))
 
-    def _denoised(self, latent: Tensor) -> Tensor:
-        """The generator's latent for latents of inputs, both [N, C, h, w]: its one step."""
-        context = repeated_context(self.constant, latent)
-        return self.networks.denoise(latent, self.config.timestep, self.prediction, context)
+    def _probe(self, which: slice) -> Batch:
+        return {name: value[which].to(self.constant.device) for name, value in self.probe.items()}
 
     def _latent_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """The generator's losses without a VAE, for `LatentPairs`."""
-        latent = self._denoised(batch["low_latent"])
-        terms = {"latent": F.l1_loss(latent, batch["latent"])}
+        latent = self.denoised(batch["low_latent"])
+        terms = {"latent": F.l1_loss(latent, batch["truth_latent"])}
         return self._with_icm(terms, latent, batch)
 
     def _generator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Batch]:

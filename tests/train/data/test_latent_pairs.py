@@ -59,8 +59,8 @@ def test_a_sample_is_one_of_the_first_pairs_encoded(samples, folder):
     for index in range(80):
         sample = samples[index]
         same = [n for n, (low, truth) in enumerate(wanted) if torch.equal(sample["low_latent"], low)]
-        assert any(torch.equal(sample["latent"], wanted[number][1]) for number in same)
-        assert sample["latent"].dtype == torch.float32
+        assert any(torch.equal(sample["truth_latent"], wanted[number][1]) for number in same)
+        assert sample["truth_latent"].dtype == torch.float32
         assert int(sample["index"]) == index
         met |= set(same)
     assert met == set(range(COUNT)), "every pair is drawn"
@@ -77,13 +77,13 @@ def test_a_sample_is_the_same_in_any_worker(samples):
     here, there = (list(make_loader(samples, 2, 4, 16, workers=workers)) for workers in (0, 2))
     assert len(here) == len(there) == 6
     assert all(torch.equal(one[name], other[name]) for one, other in zip(here, there) for name in one)
-    assert torch.equal(pickle.loads(pickle.dumps(samples))[9]["latent"], samples[9]["latent"])
+    assert torch.equal(pickle.loads(pickle.dumps(samples))[9]["truth_latent"], samples[9]["truth_latent"])
 
 
 def test_the_last_samples_are_none_that_a_run_trains_on(samples):
     batch = last_samples(samples, 3)
     assert batch["index"].tolist() == [(1 << 40) - 1, (1 << 40) - 2, (1 << 40) - 3]
-    assert torch.equal(batch["latent"][2], samples[(1 << 40) - 3]["latent"])
+    assert torch.equal(batch["truth_latent"][2], samples[(1 << 40) - 3]["truth_latent"])
 
 
 def fail(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def test_a_second_start_encodes_nothing(samples, folder, file, tmp_path):
         (moved / path.name).write_bytes(path.read_bytes())
     for place in (folder, moved):
         again = LatentPairs(pairs_of(place, cache_mb=1), COUNT, file, fail, "one")
-        assert torch.equal(again[5]["latent"], samples[5]["latent"])
+        assert torch.equal(again[5]["truth_latent"], samples[5]["truth_latent"])
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.data.synthetic import synthetic_picture
+from icmsr_core.train.losses.teacher import TIMESTEPS
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.networks.generator import NetworksConfig
 from icmsr_core.train.tasks.building import Loading, build_generator_task, check_latent_pairs
 from icmsr_core.train.tasks.generator import GeneratorTask, input_of
 from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
+from icmsr_core.train.tasks.teacher_test import TeacherTest
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.script_process import ScriptProcess
@@ -49,7 +51,7 @@ def losses_of(task: GeneratorTask, batch: dict[str, torch.Tensor]) -> dict[str, 
 def latents_of(task: GeneratorTask) -> dict[str, torch.Tensor]:
     """The pictures' batch as `LatentPairs` would hold it."""
     low, truth = task.latents_of(PICTURES)
-    return {"index": PICTURES["index"], "caption": PICTURES["caption"], "low_latent": low, "latent": truth}
+    return {"index": PICTURES["index"], "caption": PICTURES["caption"], "low_latent": low, "truth_latent": truth}
 
 
 @pytest.mark.parametrize("weights", ["lora", "whole"])
@@ -96,14 +98,14 @@ def test_the_log_has_the_agreement_of_latents_and_warns_where_it_is_lost(base, c
     task = make_task(base, config(weights="whole", zero_output=True))
     assert task.measure() == {}, "without a probe nothing is measured"
     batch = latents_of(task)
-    task.probe = {**batch, "latent": batch["low_latent"]}  # the residual of zero: its output is its input
+    task.probe = {**batch, "truth_latent": batch["low_latent"]}  # the residual of zero: its output is its input
     values = task.measure()
-    channels = batch["latent"].shape[1]
+    channels = batch["truth_latent"].shape[1]
     assert values.keys() == {f"latent/{n}/{c}" for n in ("offset", "correlation", "error") for c in range(channels)}
     assert max(values[f"latent/error/{channel}"] for channel in range(channels)) < 1e-8
     assert not caplog.text
     drifted = batch["low_latent"] + 3 * batch["low_latent"].std()
-    task.probe = {**batch, "latent": drifted}
+    task.probe = {**batch, "truth_latent": drifted}
     caplog.set_level(logging.WARNING)
     task.measure()
     assert "the generator's latents are not those of the base's encoder in channel 0" in caplog.text
@@ -166,3 +168,59 @@ def test_the_script_encodes_once_and_resumes(base, tmp_path):
     assert "loss/generator/latent" in lines[0]
     assert "latent/error/0" in lines[2]
     assert load_generator(tmp_path / "run" / "generator.safetensors").unet.tensors
+
+
+def test_with_icm_the_log_has_what_the_teacher_makes_of_the_latents(base):
+    losses = LossWeights(l2=0, perceptual=0, icm=1)
+    task = build_generator_task(
+        open_base(base), config(losses), ConditionConfig("none"), (), 0, Loading(), kind=TeacherTest
+    )
+    assert [player.name for player in task.players()] == ["auxiliary"]
+    task.probe = PICTURES
+    values = task.measure()
+    assert {name.split("/")[1] for name in values if name.startswith("teacher/")} == {
+        "teacher",
+        "auxiliary",
+        "truth",
+        "cosine",
+        "detail",
+    }
+    # The auxiliary begins as the teacher.
+    assert values["teacher/teacher/350"] == pytest.approx(values["teacher/auxiliary/350"])
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    optimizer = torch.optim.SGD(task.players()[0].parameters.values(), lr=1.0)
+    for _ in range(2):  # LoRA: the first step moves B alone
+        task("auxiliary", task.prepare("auxiliary", PICTURES, 0, 0))[0]["loss"].backward()
+        optimizer.step()
+    moved = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(".auxiliary." in name for name in moved)
+
+
+@pytest.mark.long
+def test_the_teacher_s_test_is_a_command(base, tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    Image.fromarray(synthetic_picture(80, np.random.default_rng(0))).save(photographs / "a.png")
+    flags = [
+        "--run=run",
+        f"--base={base}",
+        f"--data.folders=['{photographs}']",
+        "--data.crop=32",
+        "--teacher_test=true",
+        "--condition.kind=none",
+        "--generator.prediction=residual",
+        "--loop.images=4",
+        "--loop.batch=2",
+        "--loop.precision=fp32",
+        "--device=cpu",
+    ]
+    process = ScriptProcess("distill.py", *flags, folder=tmp_path)
+    assert process.wait() == 0, process.output()
+    found = json.loads((tmp_path / "run" / "teacher_test.json").read_text())
+    assert list(found) == [str(t) for t in TIMESTEPS]
+    assert (tmp_path / "run" / "teacher_test.md").read_text().count("\n") == 2 + len(TIMESTEPS)
+    assert not (tmp_path / "run" / "generator.safetensors").exists()
+    process = ScriptProcess("distill.py", *flags, "--generator.losses.icm=0", "--run=b", folder=tmp_path)
+    assert process.wait() == 1
+    assert "teacher_test needs a teacher: set generator.losses.icm above 0" in process.output()
