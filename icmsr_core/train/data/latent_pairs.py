@@ -48,7 +48,7 @@ class LatentPairsConfig:
 class LatentPairs(Samples):
     """Samples by number, each a function of the seed and its number alone. Each is a dict of tensors:
 
-    - ``low_latent`` and ``truth_latent``, float32 [C, crop / factor, crop / factor]: the input's and the truth's latent;
+    - ``low_latent`` and ``truth_latent``, float32 [C, crop / factor, crop / factor]: of the input and of the truth;
     - ``index``, ``caption``, ``events`` and ``unreadable`` as in `TrainingPairs`.
 
     The pairs are the first `count` samples of `pairs`. `file` is written if it is missing, or if it holds something
