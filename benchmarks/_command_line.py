@@ -4,18 +4,25 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from _measurement import CLOCKS
 
+from icmsr_core.console import escape_unprintable
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.device import pick_device
 from icmsr_core.upscale.settings import UpscaleSettings
 
 SCALE = 4
 """The result's size over the input's: what the models are made for."""
+
+
+def run_benchmark(main: Callable[[], int]) -> int:
+    """Runs the main function of a benchmark and returns its exit code; no character of its output stops it."""
+    escape_unprintable()
+    return main()
 
 
 def add_common_options(parser: argparse.ArgumentParser, runs: int) -> None:
@@ -78,7 +85,7 @@ def machine(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

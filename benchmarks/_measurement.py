@@ -136,14 +136,14 @@ class Peak:
             return
         # Linux: the peak resident size begins anew. Elsewhere it counts from the start of the process, with loading.
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def bytes(self) -> float:
         """The peak; NaN where the platform does not say."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         try:
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         except (OSError, StopIteration):
             pass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _command_line import machine, markdown, number
+from _command_line import machine, markdown, number, run_benchmark
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.measures.metrics import dss, high_frequency_ratio, psnr_y
@@ -88,4 +88,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from _command_line import run_benchmark
+
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.contact_sheet import SheetColumn, SheetRow, SheetSettings, contact_sheet
 from icmsr_core.pictures.files import Picture, write_picture
@@ -61,4 +63,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from _command_line import add_threads_option, machine, markdown
+from _command_line import add_threads_option, machine, markdown, run_benchmark
 from _measurement import use_threads
 
 from icmsr_core.errors import IcmsrError
@@ -120,4 +120,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

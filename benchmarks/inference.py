@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
+from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number, run_benchmark
 from _measurement import DTYPES, STAGES, Measurement, Stopwatch, measure, measure_all, use_threads
 from torch import Tensor
 
@@ -208,16 +208,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases, measure_case, lambda case: f"{case.model}, {case.procedure}, {case.dtype}, {case.size} px"
     )
     measured = [found for found in results.values() if isinstance(found, Measurement)]
-    print(f"{machine(torch.device(cases[0].device))}")
-    if measured:
-        matmul = ", ".join(f"{dtype} {number(rate / 1e12)}" for dtype, rate in rates(results).items())
-        print(
-            f"medians of {options.runs} runs after {options.warmup}, {options.clock} clock; {measured[0].threads} "
-            f"threads; matmul {matmul} TFLOP/s"
-        )
-    for note in sorted({note for found in measured for note in found.notes}):
-        print(note)
-    print(f"\n{markdown(COLUMNS, rows_of(results))}")
     if options.json is not None:
         options.json.write_text(
             json.dumps(
@@ -234,8 +224,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ],
                 indent=1,
             )
-            + "\n"
+            + "\n",
+            encoding="utf-8",
         )
+    print(f"{machine(torch.device(cases[0].device))}")
+    if measured:
+        matmul = ", ".join(f"{dtype} {number(rate / 1e12)}" for dtype, rate in rates(results).items())
+        print(
+            f"medians of {options.runs} runs after {options.warmup}, {options.clock} clock; {measured[0].threads} "
+            f"threads; matmul {matmul} TFLOP/s"
+        )
+    for note in sorted({note for found in measured for note in found.notes}):
+        print(note)
+    print(f"\n{markdown(COLUMNS, rows_of(results))}")
     return 0 if len(measured) == len(cases) else 1
 
 
@@ -249,4 +250,4 @@ def rates(results: dict[Case, Measurement | str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

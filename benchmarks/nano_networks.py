@@ -8,12 +8,14 @@ Every network trains alone on one thread (crops of 96 px, eight a step), then me
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from _command_line import run_benchmark
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -40,8 +42,8 @@ NETWORKS = {
 BATCH, CROP, SIZE, PICTURES, HOLD_OUT = 8, 96, 256, 12, 0.06
 
 
-def main() -> None:
-    """Trains each network that is named and prints its line."""
+def main() -> int:
+    """Trains each network that is named, prints its line and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", choices=sorted(NETWORKS))
     parser.add_argument("--photos", required=True, help="folder of photographs")
@@ -56,6 +58,7 @@ def main() -> None:
     for name in options.networks:
         steps, values = measure(NETWORKS[name], options)
         print(f"| {name} | {steps} | " + " | ".join(f"{value:.4g}" for value in values) + " |", flush=True)
+    return 0
 
 
 def measure(config: NetworkConfig, options: argparse.Namespace) -> tuple[int, list[float]]:
@@ -145,4 +148,4 @@ def batch(pairs: TrainingPairs, indices: Sequence[int]) -> tuple[Tensor, Tensor]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_benchmark(main))

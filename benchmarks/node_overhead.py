@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _command_line import add_common_options, checked_settings, machine, markdown, number
+from _command_line import add_common_options, checked_settings, machine, markdown, number, run_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -80,7 +80,8 @@ def run_in_comfyui(options: argparse.Namespace) -> dict[str, Any]:
             command,
             cwd=comfyui,
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=options.timeout,
             stdout=subprocess.PIPE,
@@ -93,4 +94,4 @@ def run_in_comfyui(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number
+from _command_line import SCALE, add_common_options, checked_settings, machine, markdown, number, run_benchmark
 from _measurement import DTYPES, Peak, Stopwatch, measure_all, use_threads
 
 from icmsr_core.upscale.one_step import upscale
@@ -156,4 +156,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _command_line import SCALE, add_threads_option, machine, markdown, number
+from _command_line import SCALE, add_threads_option, machine, markdown, number, run_benchmark
 from _measurement import use_threads
 from torch import Tensor
 
@@ -148,4 +148,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

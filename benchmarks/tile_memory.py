@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from _command_line import add_clock_options, machine, markdown, number
+from _command_line import add_clock_options, machine, markdown, number, run_benchmark
 from _measurement import DTYPES, Peak, Stopwatch, measure_all, use_threads
 
 from icmsr_core.errors import IcmsrError
@@ -159,4 +159,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _command_line import SCALE, add_clock_options, machine, markdown, number
+from _command_line import SCALE, add_clock_options, machine, markdown, number, run_benchmark
 from _measurement import ChildFailed, Peak, Stopwatch, in_child, use_threads
 
 from icmsr_core.errors import IcmsrError
@@ -174,4 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

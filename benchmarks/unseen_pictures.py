@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import skimage.data
+from _command_line import run_benchmark
 from numpy.typing import NDArray
 
 from icmsr_core.pictures.files import Picture, write_picture
@@ -105,4 +106,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark(main))

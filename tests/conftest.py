@@ -31,12 +31,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure() -> None:
-    """One thread, here and in child processes: the networks are small, and threads wait for each other.
+    """One thread, here and in child processes, which are also strict about the encoding of text.
 
-    On two busy cores a test took 20 s with one thread and 114 s with two.
+    The networks are small, and threads wait for each other: on two busy cores a test took 20 s with one thread and
+    114 s with two.
     """
     for name in THREADS:
         os.environ.setdefault(name, "1")
+    # Processes that the tests start fail where our code opens a text file without naming its encoding.
+    strict = str(ROOT / "tests" / "support" / "strict_text")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [strict, os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONWARNDEFAULTENCODING"] = "1"
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

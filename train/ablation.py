@@ -52,7 +52,7 @@ def main() -> None:
     check_ablation(config)
     settings = {key: value for key, value in plain_settings(config).items() if key not in FREE_KEYS}
     mark, known = json.dumps(settings, default=str, sort_keys=True, indent=1), config.folder("config.json")
-    if known.exists() and known.read_text() != mark:
+    if known.exists() and known.read_text(encoding="utf-8") != mark:
         raise IcmsrError(f"{config.run}: was started with another configuration: choose another run folder")
     replace_file(known, mark.encode())
     prepare_photographs(config)
@@ -71,8 +71,9 @@ def main() -> None:
     ]
     run_jobs(config.jobs, arms, "runs:")
     results = load_results(config)
+    written = write_report(results, config)
     print(markdown(results))
-    for path in write_report(results, config):
+    for path in written:
         logging.info("wrote %s", path)
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     TrainingPairs(config.data, 0, held_out=True)
     settings = {key: value for key, value in plain_settings(config).items() if key not in ("run", "jobs")}
     mark, known = json.dumps(settings, default=str, sort_keys=True, indent=1), run / "config.json"
-    if known.exists() and known.read_text() != mark:
+    if known.exists() and known.read_text(encoding="utf-8") != mark:
         raise IcmsrError(f"{run}: was started with another configuration: choose another run folder")
     replace_file(known, mark.encode())
     load_crops(collapse, config.data, run / "crops.safetensors")
@@ -112,11 +112,12 @@ def main() -> None:
     ]
     run_jobs(config.jobs, arms, "arms:")
     results = {
-        name: {seed: json.loads(result_file(config, seed, name).read_text()) for seed in collapse.seeds}
+        name: {seed: json.loads(result_file(config, seed, name).read_text(encoding="utf-8")) for seed in collapse.seeds}
         for name in collapse.conditions
     }
+    written = write_report(results, run / "report")
     print(markdown(results))
-    for path in write_report(results, run / "report"):
+    for path in written:
         logging.info("wrote %s", path)
 
 

@@ -57,8 +57,9 @@ def main() -> None:
         device,
         Steps(lambda done, count: logging.info("picture %d of %d done", done, count)),
     )
+    written = write_view(view, plain_settings(config), out)
     print(markdown(view))
-    for path in write_view(view, plain_settings(config), out):
+    for path in written:
         logging.info("wrote %s", path)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import escape_unprintable
 from ..errors import IcmsrError
 from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
@@ -38,6 +39,7 @@ def run() -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code. Wrong usage leaves through argparse with code 2."""
+    escape_unprintable()
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
@@ -154,9 +156,10 @@ def run_conditions(options: argparse.Namespace) -> int:
         # Four channels as one file: the edges are the alpha channel.
         "hint": Picture(rgb=colors, alpha=from_tensor(edges)),
     }
-    for name, picture in pictures.items():
-        path = options.out / f"{options.input.stem}_{name}.png"
-        write_picture(path, picture)
+    paths = {name: options.out / f"{options.input.stem}_{name}.png" for name in pictures}
+    for name, path in paths.items():
+        write_picture(path, pictures[name])
+    for path in paths.values():
         print(f"wrote {path}")
     return 0
 
@@ -172,9 +175,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with tqdm(unit="picture", leave=False, disable=None) as bar:
         evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar))
-    print(evaluation.table())
     if options.json is not None:
-        options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n")
+        options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
+    print(evaluation.table())
     return 0
 
 

@@ -30,12 +30,12 @@ def free_system_memory(root: Path = Path("/")) -> float | None:
     `root` is the folder of ``proc`` and ``sys``. None where the system does not say.
     """
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
     with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             for controller, mount, *names in HIERARCHIES:
                 if controller in controllers.split(",") and (controller or controllers == ""):
@@ -48,10 +48,12 @@ def _group_rooms(mount: Path, path: str, limit: str, use: str, cache: str) -> li
     folder, rooms = mount / path, []
     while True:
         try:
-            most = (folder / limit).read_text().strip()
+            most = (folder / limit).read_text(encoding="utf-8").strip()
             if most != "max":
-                used = float((folder / use).read_text())
-                fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = float((folder / use).read_text(encoding="utf-8"))
+                fields = dict(
+                    line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                )
                 rooms.append(float(most) - used + float(fields.get(cache, 0)))
         except OSError:
             pass  # no limit here: the root group of version 2 has no such file

@@ -44,7 +44,7 @@ def without_vae_mode(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_upscale(path: Path) -> bool:
-    return any(node["type"] == "ICMSR_Upscale" for node in json.loads(path.read_text())["nodes"])
+    return any(node["type"] == "ICMSR_Upscale" for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_workflow_opens_in_the_frontend(comfy_server, path: Path, saved: str):
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser_path is None:
         pytest.skip("no chromium on the PATH")
-    workflow = json.loads(path.read_text())
+    workflow = json.loads(path.read_text(encoding="utf-8"))
     given = workflow if saved == "now" else without_vae_mode(workflow)
     for node in workflow["nodes"]:
         if node["type"] == "LoadImage":  # as on a user's machine: the picture that the workflow names is there

@@ -180,7 +180,7 @@ def test_english_names_are_those_of_the_nodes(object_info):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_committed_workflow_gives_the_library_s_picture(comfy_server, object_info, path: Path):
     picture = photograph(100, 75)
-    prompt = to_prompt(json.loads(path.read_text()), object_info)
+    prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), object_info)
     loader = next(node for node in prompt.values() if node["class_type"] == "LoadImage")
     loader["inputs"]["image"] = comfy_server.upload(picture, "workflow.png")
     kind, data, entry = comfy_server.run(prompt)

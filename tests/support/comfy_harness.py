@@ -96,8 +96,15 @@ def make_base_directory(folder: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    # One thread: with more, a machine that is busy otherwise spends its time in barriers.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # One thread: with more, a machine that is busy otherwise spends its time in barriers. The encoding is that of a
+    # console under Windows once its output goes to a file.
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONIOENCODING": "cp1252",
+    }
+    return {**os.environ, **own}
 
 
 class _ForkServer:

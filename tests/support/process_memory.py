@@ -9,6 +9,6 @@ def memory(what: str) -> int:
 
     Not ru_maxrss, which a new program inherits from the one that started it.
     """
-    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return 1024 * int(found[1])

@@ -428,7 +428,7 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor], variant: str | N
 
 def write_json(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def narrowed(widths: tuple[int, ...], divisor: int) -> list[int]:

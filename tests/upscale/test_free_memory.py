@@ -76,6 +76,8 @@ def test_nothing_is_known_where_the_system_does_not_say(tmp_path):
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
 def test_the_free_memory_of_this_machine_is_below_its_total():
     free = free_memory(torch.device("cpu"))
-    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    total = next(
+        line for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if line.startswith("MemTotal:")
+    )
     assert free is not None
     assert 0 <= free < 1024 * float(total.split()[1])

@@ -265,7 +265,7 @@ def measure_loading(path: Path, generator: Generator | None, answer) -> None:
     load()  # the libraries themselves come into memory on first use
     gc.collect()
     library.malloc_trim(0)  # memory that lies about unused would hide what loading needs
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = memory("VmRSS")
     networks = load()
     sizes = [parameter.nbytes for network in networks for parameter in network.parameters()]

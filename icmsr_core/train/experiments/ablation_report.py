@@ -47,7 +47,7 @@ def load_results(config: AblationConfig) -> dict[str, Any]:
     """``budget`` (what every run had), ``references`` by name, ``arms`` by name and seed (as text, as in JSON)."""
 
     def read(arm: str, seed: int) -> Any:
-        return json.loads(config.result_file(arm, seed).read_text())
+        return json.loads(config.result_file(arm, seed).read_text(encoding="utf-8"))
 
     losses = config.generator.losses
     budget = {

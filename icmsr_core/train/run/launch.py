@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from ...console import escape_unprintable
 from ...errors import IcmsrError
 from ..data.pairs import TrainingPairs
 from ..data.samples import Samples
@@ -93,6 +94,7 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
 
 def run_script(main: Callable[[], None]) -> int:
     """Runs a training script: 0 done, 1 failed (one line on stderr), 130 interrupted (the loop saves its state)."""
+    escape_unprintable()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers_logging.set_verbosity_error()
     try:

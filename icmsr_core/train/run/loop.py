@@ -139,7 +139,7 @@ def start_run(
     if newest is not None:
         state.load(newest / STATE_FILE)
     elif processes.main:
-        (folder / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+        (folder / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
     records = MetricsLog(folder, config.tensorboard) if processes.main else None
     if records is not None:
         records.truncate_after(state.position.images)
