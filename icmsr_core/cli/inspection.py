@@ -67,7 +67,6 @@ def _adapter_rows(path: Path) -> list[tuple[str, str]]:
 def _base_rows(path: Path) -> list[tuple[str, str]]:
     base = open_base(path)
     descriptor = base.descriptor()
-    counts = {"unet": base.unet_state(), "vae": base.vae_state()}
     return [
         ("kind", "base folder" if path.is_dir() else "base, a checkpoint in one file"),
         ("name", base.info.name),
@@ -75,7 +74,7 @@ def _base_rows(path: Path) -> list[tuple[str, str]]:
         ("prior predicts", base.info.prediction),
         ("latent", f"{descriptor.latent_channels} channels, 1 cell per {descriptor.latent_factor} px"),
         ("sizes", f"multiples of {descriptor.multiple_of} px (pictures are padded to them)"),
-        *((part, f"{sum(t.numel() for t in state.values()) / 1e6:.2f} M parameters") for part, state in counts.items()),
+        *((part, f"{base.parameter_count(part) / 1e6:.2f} M parameters") for part in ("unet", "vae")),
         ("licence", base.info.licence or "not stated"),
         ("hash", base.hash()),
     ]

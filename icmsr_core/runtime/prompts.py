@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import IcmsrError
 from ..weights.base import BaseFolder
 from ..weights.descriptions import read_description
 from ..weights.diffusers_folder import CONFIG_FILE
-from ..weights.tensor_files import read_tensors, write_tensors
+from ..weights.tensor_files import read_head, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -203,9 +203,8 @@ def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+        metadata = read_head(path)[1]
+    except IcmsrError as error:
         raise IcmsrError(
             f"{path}: the prompt cache cannot be read ({error}): delete it or choose another name"
         ) from error
@@ -214,4 +213,4 @@ def _read_cache(path: Path, hashes: dict[str, str]) -> Tensor | None:
     if any(metadata.get(key) != value for key, value in hashes.items()):
         log.info("%s: made from other prompts or another text encoder: embedding again", path)
         return None
-    return read_tensors(path)[0]["prompts"].clone()
+    return read_tensors(path)[0]["prompts"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -97,17 +98,25 @@ class BaseFolder:
         return find_weights(self.path, "unet").path
 
     def unet_state(self) -> dict[str, Tensor]:
-        """The UNet's tensors by their diffusers names; they may be views of the mapped files."""
+        """The UNet's tensors by their diffusers names."""
         return self._state("unet")
 
     def vae_state(self) -> dict[str, Tensor]:
-        """The VAE's tensors by their diffusers names; they may be views of the mapped files."""
+        """The VAE's tensors by their diffusers names."""
         return self._state("vae")
+
+    def parameter_count(self, part: str) -> int:
+        """Number of values in `part` (``unet``, ``vae``), by the shapes alone."""
+        count = 0
+        for path, keys in groupby(self._keys(part), key=lambda entry: entry[0]):
+            with open_tensors(path) as file:
+                count += sum(math.prod(file.shape(key)) for _, key, _ in keys)
+        return count
 
     def tensors(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of `part` (``unet``, ``vae``), one at a time; floating-point ones in `dtype`.
 
-        Each tensor has its own memory. The file is reopened every few megabytes: the pages of a mapped file count as
+        The file is reopened every few megabytes: the pages of a mapped file count as
         the process's memory while it is open, and so the peak is what the caller keeps plus one tensor. Raises
         `IcmsrError` for a damaged file, and for a value that is not finite in `dtype`.
         """
@@ -118,7 +127,7 @@ class BaseFolder:
                 with open_tensors(path) as file:
                     while entries and sum(tensor.nbytes for tensor in batch.values()) < REOPEN_AFTER:
                         _, key, name = entries.popleft()
-                        batch[name] = _cast_copy(diffusers_tensor(part, name, file.get_tensor(key)), dtype)
+                        batch[name] = diffusers_tensor(part, name, file.tensor(key, dtype))
                         _check_finite(path, key, batch[name])
                 yield from batch.items()
 
@@ -131,7 +140,7 @@ class BaseFolder:
         for path, keys in groupby(self._keys(part), key=lambda entry: entry[0]):
             with open_tensors(path) as file:
                 for _, key, name in keys:
-                    state[name] = diffusers_tensor(part, name, file.get_tensor(key))
+                    state[name] = diffusers_tensor(part, name, file.tensor(key))
         return state
 
     def _keys(self, part: str) -> Iterator[tuple[Path, str, str]]:
@@ -139,7 +148,7 @@ class BaseFolder:
         single = self.path.is_file()
         for path in find_weights(self.path, part).shards:
             with open_tensors(path) as file:
-                keys = list(file.keys())
+                keys = file.keys()
             for key in keys:
                 name = diffusers_name(part, key) if single else _present_name(part, key)
                 if name is not None:
@@ -276,10 +285,6 @@ def _present_name(part: str, key: str) -> str:
     )
 
 
-def _cast_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
 def _check_finite(path: Path, key: str, tensor: Tensor) -> None:
     # Minimum and maximum are NaN if any value is, and need no memory for a mask.
     if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
@@ -292,7 +297,7 @@ def _is_file_name(value: Any) -> bool:
 
 def write_base_info(path: Path, info: BaseInfo) -> None:
     """Writes `icmsr_base.json` into the folder `path`."""
-    (path / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
+    (path / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
 def default_prompt_embedding(tokens: int, width: int) -> Tensor:

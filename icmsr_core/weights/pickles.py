@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from .tensor_files import first_names
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary of tensors and plain values in a file written by `torch.save`, on the CPU, mapped if possible.
+    """The dictionary of tensors and plain values in a file written by `torch.save`, on the CPU, in its own memory.
 
     Read with weights_only. Raises `IcmsrError` for a file that is missing, damaged or another kind, and for a pickle
     with anything else in it, which is refused without running it.
@@ -30,7 +29,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about newer pickle protocols: a file that cannot be read is refused below
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere inside torch's reader
         if type(error).__name__ != "UnpicklingError":  # by name: the pack imports no pickle, registries refuse it
             raise IcmsrError(f"{path}: truncated, damaged or not written by torch.save: download it again") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
@@ -78,12 +79,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     _check_head(path)
     with open_tensors(path) as file:
-        keys, metadata = set(file.keys()), dict(file.metadata() or {})
+        keys, metadata = set(file.keys()), file.metadata()
         _check_kind(path, keys, metadata)
 
         def shape(part: str, key: str) -> list[int]:
             full = PREFIXES[part] + key
-            return list(file.get_slice(full).get_shape()) if full in keys else []
+            return file.shape(full) if full in keys else []
 
         unet_config, vae_config, odd = _configurations(shape)
         own = metadata.get("format") == BASE_FORMAT
@@ -104,7 +105,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         prediction = STATED_PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
         key, limit = V_STATISTIC
         if prediction is None and family == "sd21" and shape("unet", key):
-            spread = float(file.get_tensor(PREFIXES["unet"] + key).float().std(correction=0))
+            spread = float(file.tensor(PREFIXES["unet"] + key, torch.float32).std(correction=0))
             prediction = "v" if spread > limit else "eps"
         licence = metadata.get("modelspec.license", "")
         values = {"name": path.stem, "family": family, "prediction": prediction or "eps", "licence": licence}

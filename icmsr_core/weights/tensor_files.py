@@ -1,4 +1,9 @@
-"""Opens, reads and writes .safetensors files, with one set of errors."""
+"""Opens, reads and writes .safetensors files, with one set of errors.
+
+The library safetensors maps an open file into memory, and its tensors on the CPU are views of it. Under Windows a
+mapped file can be neither replaced nor deleted; elsewhere the tensors change with it. What is read here has memory of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,16 +22,41 @@ from ..whole_file import replacing
 from .file_kinds import unreadable
 
 
+class TensorFile:
+    """An open .safetensors file; `open_tensors` opens and closes it."""
+
+    def __init__(self, opened: Any) -> None:
+        """`opened` is what `safe_open` gives."""
+        self._opened = opened
+
+    def keys(self) -> list[str]:
+        """Names of the tensors, in the order of the file."""
+        return list(self._opened.keys())
+
+    def metadata(self) -> dict[str, str]:
+        """The file's own entries."""
+        return dict(self._opened.metadata() or {})
+
+    def shape(self, key: str) -> list[int]:
+        """The shape of the tensor `key`, whose values are not read."""
+        return list(self._opened.get_slice(key).get_shape())
+
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor `key` in memory of its own, on the CPU; a floating-point one in `dtype`, if that is given."""
+        mapped: Tensor = self._opened.get_tensor(key)
+        return mapped.to(dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype, copy=True)
+
+
 @contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A .safetensors file opened by `safe_open`; raises `IcmsrError` when it is missing or damaged."""
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """The .safetensors file at `path`, open for reading; raises `IcmsrError` when it is missing or damaged."""
     if path.is_dir():
         raise IcmsrError(f"{path}: is a folder: name the .safetensors file")
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            yield file
+            yield TensorFile(file)
     except (SafetensorError, OSError) as error:
         raise IcmsrError(unreadable(path, str(error))) from error
 
@@ -33,13 +64,13 @@ def open_tensors(path: Path) -> Iterator[Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file; errors as in `open_tensors`."""
     with open_tensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        return {key: file.tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def read_head(path: Path) -> tuple[list[str], dict[str, str]]:
     """Keys and metadata of a .safetensors file, without its tensors; errors as in `open_tensors`."""
     with open_tensors(path) as file:
-        return list(file.keys()), dict(file.metadata() or {})
+        return file.keys(), file.metadata()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -246,6 +246,11 @@ def test_out_of_memory_goes_on_with_smaller_tiles(outcome):
     assert "always" in outcome.report["errors"]["always out of memory"]
 
 
+def test_no_file_of_weights_stays_mapped(outcome):
+    """Or nobody could replace it, or update the pack, while ComfyUI runs under Windows."""
+    assert [name for name in outcome.report["mapped"] if not name.endswith("/inputs.safetensors")] == []
+
+
 def test_nodes_run_without_diffusers(outcome):
     assert outcome.report["modules"] == []
 

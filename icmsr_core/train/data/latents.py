@@ -102,7 +102,7 @@ class CachedLatents(Samples):
         self._open: Any = None
         with open_tensors(file) as opened:
             for key in sorted(opened.keys()):
-                _, height, width = opened.get_slice(key).get_shape()
+                _, height, width = opened.shape(key)
                 self._sizes.setdefault(key.split("/")[0], []).append((key, height, width))
         if not self._sizes:
             raise IcmsrError(
@@ -192,7 +192,7 @@ def weights_hash(network: torch.nn.Module) -> str:
 
 def _description(file: Path) -> str | None:
     with open_tensors(file) as opened:
-        return (opened.metadata() or {}).get("description")
+        return opened.metadata().get("description")
 
 
 def _shrunk(photograph: Pixels, scale: float, size: list[int]) -> Pixels:

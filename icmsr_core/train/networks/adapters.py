@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from diffusers import T2IAdapter
-from safetensors import safe_open
 
 from ...errors import IcmsrError
 from ...weights.descriptions import OWN_ENTRY, own_description, read_description
 from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from ...weights.generator_file import ADAPTER_FORMAT
 from ...weights.pickles import read_tensor_pickle
-from ...weights.tensor_files import check_finite, read_head, read_tensors, write_tensors
+from ...weights.tensor_files import check_finite, open_tensors, read_head, read_tensors, write_tensors
 
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
 _BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
@@ -114,9 +113,9 @@ def load_adapter(path: Path, factor: int = 8) -> T2IAdapter:
 
 
 def _from_shapes(path: Path) -> dict[str, Any]:
-    with safe_open(str(path), framework="pt") as file:
-        names = list(file.keys())
-        shapes: dict[str, Sequence[int]] = {name: file.get_slice(name).get_shape() for name in names}
+    with open_tensors(path) as file:
+        names = file.keys()
+        shapes = {name: file.shape(name) for name in names}
     blocks = sorted((int(match[1]), int(match[2])) for match in map(_BODY.match, names) if match)
     if not blocks or "adapter.conv_in.weight" not in shapes:
         raise IcmsrError(f"{path}: not a T2I-Adapter of diffusers' full_adapter layout")

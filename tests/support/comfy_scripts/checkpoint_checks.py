@@ -101,7 +101,7 @@ def precision(patcher) -> list[str]:
 
 def resident() -> float:
     """Megabytes of this process in memory."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(fields["VmRSS"].split()[0]) / 1024
 
 

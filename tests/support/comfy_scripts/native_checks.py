@@ -19,6 +19,7 @@ import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from mapped_files import MAPS, mapped_files  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 job: Path = options.job
@@ -120,6 +121,9 @@ with torch.inference_mode():
 
     # The adapter: one hint for a batch of two, so that kept features are used as well.
     control = adapter_node.execute("adapter.safetensors").result[0]
+    embedded = loaders.LoadEmbedded.execute().result
+    report["mapped"] = mapped_files(job, options.pack / "icmsr_core") if MAPS.is_file() else []
+    del embedded
     pair = torch.cat([picture, picture.flip(1)])
     results["upscale adapter"] = upscaled(model_a, vae_a, pair, control_net=control, hint=hint, strength=0.7)
     report["adapter class"] = type(control).__name__
