@@ -36,7 +36,11 @@ from tests.support.tiny_vae_files import write_tiny_folder, write_tiny_pair
 
 linux = pytest.mark.skipif(not MAPS.is_file(), reason="the list of mapped files is Linux's")
 DIRECT_READERS = {
-    "safe_open": {"icmsr_core/weights/tensor_files.py", "icmsr_core/train/data/latents.py"},
+    "safe_open": {
+        "icmsr_core/weights/tensor_files.py",
+        "icmsr_core/train/data/latent_pairs.py",
+        "icmsr_core/train/data/latents.py",
+    },
     "from_pretrained": {"icmsr_core/runtime/prompts.py"},
     "load_file": set(),
 }

@@ -116,4 +116,4 @@ def _marks(index: int) -> dict[str, Tensor]:
 
 def _description(file: Path) -> str | None:
     with open_tensors(file) as opened:
-        return (opened.metadata() or {}).get("description")
+        return opened.metadata().get("description")
