@@ -15,8 +15,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`: the block writes it, then it is flushed to disk and renamed to `path`.
 
     After an error in the block, or an interruption, `path` is as it was and the temporary file is gone. The folder must
-    exist.
+    exist. Where `path` is a symbolic link, the file that it leads to is replaced, and the link stays.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.parent / f".icmsr-{uuid.uuid4().hex}.part"
     try:
         # Readable like any new file: tempfile and safetensors make files that only their owner can read.

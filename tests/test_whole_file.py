@@ -61,3 +61,17 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "tensors")] == [0o640] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "file", tmp_path / "link"
+    if exists:
+        target.write_bytes(b"old")
+    link.symlink_to(Path("far") / "file")
+    replace_file(link, b"new")
+    assert link.is_symlink()
+    assert content(tmp_path / "far") == {"file": b"new"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "far", link] or list(tmp_path.iterdir()) == [link, tmp_path / "far"]

@@ -26,6 +26,7 @@ from ..pictures.files import (
     to_tensor,
     write_picture,
 )
+from ..pictures.transparency import fill_hidden
 from ..steps import Steps
 from ..upscale.free_memory import free_memory
 from ..upscale.one_step import run_plan
@@ -96,9 +97,13 @@ def _writable_name(path: Path) -> str:
 
 
 def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, steps: Steps | None = None) -> Picture:
-    """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, metadata kept."""
-    result = from_tensor(run_plan(backbone, to_tensor(picture.rgb), plan, steps=steps))
+    """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, metadata kept.
+
+    Colours under alpha 0 are replaced by those of visible pixels first (`fill_hidden`).
+    """
     alpha = picture.alpha
+    visible = picture.rgb if alpha is None else fill_hidden(picture.rgb, alpha)
+    result = from_tensor(run_plan(backbone, to_tensor(visible), plan, steps=steps))
     if alpha is not None:
         alpha = from_tensor(resize(to_tensor(alpha), *result.shape[:2]))
     return replace(picture, rgb=result, alpha=alpha)

@@ -1,17 +1,21 @@
-"""Reads and writes pictures: PNG, JPEG, WebP and TIFF in 8 or 16 bits, and reads BMP. Arrays to tensors and back."""
+"""Reads and writes picture files: PNG, JPEG, WebP, TIFF; reads more. Arrays to tensors and back."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import logging
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,8 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import IcmsrError
 from ..whole_file import replace_file
 from .metadata import Metadata, read_metadata, save_arguments
+from .png_chunks import PNG_SIGNATURE, color_chunks, with_chunks, without_damaged_chunks
 from .samples import upright_samples
-from .sixteen_bits import PNG_SIGNATURE, encode_png_16bit, encode_tiff_16bit
+from .sixteen_bits import encode_png_16bit, encode_tiff_16bit
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +35,21 @@ FloatArray = npt.NDArray[np.float32]
 
 ENCODED_ROWS = 256
 """Rows that are rounded to 8 or 16 bits at a time."""
-_WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+_WRITE_FORMATS = {
+    ".png": "PNG",
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".webp": "WEBP",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+}
 WRITE_EXTENSIONS: tuple[str, ...] = tuple(_WRITE_FORMATS)
 """Extensions, in lower case, that `write_picture` takes."""
-READ_EXTENSIONS: tuple[str, ...] = (*WRITE_EXTENSIONS, ".bmp")
-"""Extensions, in lower case, that `find_pictures` finds. `read_picture` looks at the content, not at the extension."""
+READ_EXTENSIONS: tuple[str, ...] = (*WRITE_EXTENSIONS, ".bmp", ".gif", ".avif", ".heic", ".heif")
+"""Extensions, in lower case, that `find_pictures` finds. `read_picture` looks at the content, not at the extension.
+HEIC needs the package pillow-heif, AVIF Pillow 11.3 or pillow-heif."""
 
 MAX_PIXELS = 512_000_000
-_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # limits of libjpeg and libwebp
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601, as Pillow's "L"
 _pillow_globals = threading.Lock()
@@ -60,6 +72,8 @@ class Picture:
     """The source was greyscale: R = G = B, and the output is written as grey again if the format can."""
     metadata: Metadata = field(default_factory=Metadata)
     """Profile, EXIF, XMP, resolution and text of the source."""
+    lossless: bool = False
+    """The source was a lossless WebP: the output is written without loss again if it is WebP."""
 
     def __post_init__(self) -> None:
         if self.rgb.dtype != np.float32 or self.rgb.ndim != 3 or self.rgb.shape[2] != 3 or not self.rgb.size:
@@ -114,9 +128,10 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """The picture in a PNG, JPEG, WebP, TIFF or BMP file; the content decides, not the extension.
+    """The picture in a PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC file; the content decides, not the extension.
 
     - Of several frames or pages the first is read, with a logged warning.
+    - Chunks of a PNG with a wrong checksum that hold no pixels are dropped with a logged warning.
     - It is turned upright by its EXIF orientation, which is then 1.
     - Palettes are expanded, and every kind of transparency (channel, palette, colour key) becomes `alpha`.
     - PNG and TIFF with 16 bits per sample keep them (`bits` 16); 12-bit TIFF counts as 16, everything else as 8. 16-bit
@@ -133,9 +148,10 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     try:
         with _pillow_quiet_and_unlimited():
             if data.startswith(PNG_SIGNATURE):
-                with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                    image.verify()  # the checksums of all chunks, which loading does not look at
-            with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+                data, damaged = without_damaged_chunks(data)  # loading does not look at all checksums
+                if damaged:
+                    log.warning("%s: dropped, wrong checksum: %s", path, ", ".join(damaged))
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise IcmsrError(
@@ -150,7 +166,7 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     except (IcmsrError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise IcmsrError(f"{path}: not a picture in a known format (PNG, JPEG, WebP, TIFF or BMP)") from error
+        raise IcmsrError(f"{path}: {_why_unknown(data)}") from error
     except Exception as error:  # parsers of damaged files raise nearly everything: OSError, SyntaxError, KeyError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise IcmsrError(f"{path}: the file is damaged or incomplete ({reason})") from error
@@ -163,7 +179,8 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     - A grey picture is written as grey (BT.601 luma of `rgb`). WebP has no grey, and 16-bit TIFF no grey with alpha.
     - JPEG has no alpha: the picture is laid on white, with a logged warning.
     - Metadata is written as far as the format can hold it, see `save_arguments`.
-    - `quality`, 1..100, is for JPEG (full colour resolution) and WebP (100: lossless). TIFF is uncompressed.
+    - `quality`, 1..100, is for JPEG (full colour resolution) and WebP (100, or a `lossless` picture: without loss).
+      TIFF is uncompressed.
     - The file appears whole or not at all, see `replace_file`.
 
     Raises IcmsrError, which names the file, for an unknown extension, a quality outside 1..100, an output folder that
@@ -198,6 +215,31 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
         replace_file(path, data)
     except OSError as error:
         raise IcmsrError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """The formats that Pillow reads here, by its names; with pillow-heif installed also HEIF."""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in _READ_FORMATS if name in Image.OPEN)
+
+
+def _why_unknown(data: bytes) -> str:
+    """Why Pillow does not know the file `data`, and what to do."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        kind, way = ("AVIF", "update Pillow to 11.3, or ") if data[8:12].startswith(b"av") else ("HEIC", "")
+        return f"{kind} cannot be read here: {way}pip install pillow-heif, or convert it to PNG"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if samples is not None and samples.dtype.kind == "f":
+            return (
+                f"{samples.dtype.itemsize * 8}-bit floating-point samples have no defined black and white: convert the "
+                "file to 8 or 16 bits"
+            )
+    known = ", ".join(name for name in readable_formats())
+    return f"not a picture in a known format ({known})"
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -238,8 +280,26 @@ def _decode(image: Image.Image, data: bytes, path: Path) -> Picture:
         alpha=np.ascontiguousarray(values[..., -1]) if channels in (2, 4) else None,
         bits=8 if peak == 255 else 16,
         grey=channels < 3,
-        metadata=read_metadata(image),
+        metadata=replace(read_metadata(image, path), png_color=color_chunks(data) if image.format == "PNG" else ()),
+        lossless=image.format == "WEBP" and _is_lossless_webp(data),
     )
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the pictures in a WebP file are lossless (RIFF chunk VP8L, also inside the frames of ANMF)."""
+    return b"VP8L" in (data[12:16], *(data[i : i + 4] for i in _riff_chunks(data)))
+
+
+def _riff_chunks(data: bytes) -> Iterator[int]:
+    """Where the chunks of a RIFF file begin, frames (ANMF) opened."""
+    position = 12
+    while position + 8 <= len(data):
+        yield position
+        if data[position : position + 4] == b"ANMF":
+            position += 24  # its own header; the frame's chunks follow
+            continue
+        (length,) = struct.unpack_from("<I", data, position + 4)
+        position += 8 + length + length % 2
 
 
 def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> bytes:
@@ -263,14 +323,20 @@ def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> byt
         if kept:
             channels = np.dstack([channels, opaque])
         samples[rows] = np.rint(np.clip(channels, 0, 1) * np.float32(65535 if wide else 255))
-    arguments = save_arguments(picture.metadata, file_format, grey=grey)
+    arguments = save_arguments(picture.metadata, file_format, grey=grey, path=path)
+    profile = "icc_profile" in arguments
+    png_color = tuple(one for one in picture.metadata.png_color if not (profile and one[0] == b"sRGB"))
+    if wide and file_format == "PNG":
+        return with_chunks(encode_png_16bit(samples, arguments), png_color)
     if wide:
-        return (encode_png_16bit if file_format == "PNG" else encode_tiff_16bit)(samples, arguments)
+        return encode_tiff_16bit(samples, arguments)
     if file_format == "JPEG":
         arguments |= {"quality": quality, "subsampling": 0}  # full resolution of the colours too
     elif file_format == "WEBP":
         # `exact` keeps colours under full transparency. Without loss, Pillow's quality is the effort.
-        arguments |= {"exact": True, "lossless": quality == 100, "quality": 80 if quality == 100 else quality}
+        lossless = quality == 100 or picture.lossless
+        arguments |= {"exact": True, "lossless": lossless, "quality": 80 if lossless else quality}
     buffer = io.BytesIO()
     Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples).save(buffer, file_format, **arguments)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    return with_chunks(data, png_color) if file_format == "PNG" else data

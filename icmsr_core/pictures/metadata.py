@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
@@ -29,6 +31,12 @@ _DESCRIPTIVE_TAGS = frozenset(
 )
 _SIZE_TAGS = (40962, 40963)  # PixelXDimension, PixelYDimension: the size before upscaling
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation="[0-9]"|<tiff:Orientation>[0-9]</tiff:Orientation>')
+# The values that stand for sRGB: gamma 1/2.2, BT.709 primaries and D65, and the codes for both.
+_SRGB_CHUNKS = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+    b"cICP": bytes((1, 13, 0, 1)),
+}
 _JPEG_SEGMENT = 65533  # bytes that one marker segment of a JPEG file can hold
 
 
@@ -46,6 +54,8 @@ class Metadata:
     """Horizontal and vertical resolution in pixels per inch, both positive."""
     text: dict[str, str] = field(default_factory=dict)
     """Text chunks of a PNG file, by keyword."""
+    png_color: tuple[tuple[bytes, bytes], ...] = ()
+    """Kind and content of the chunks of a PNG file that say which colours its samples are (`COLOR_CHUNKS`)."""
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -54,36 +64,49 @@ def orientation_of(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def read_metadata(image: Image.Image) -> Metadata:
-    """The metadata of a loaded Pillow image. Damaged parts are dropped with a logged warning; nothing is raised."""
+def read_metadata(image: Image.Image, path: Path) -> Metadata:
+    """The metadata of a loaded Pillow image, but `png_color`.
+
+    Damaged parts are dropped with a logged warning that says `path`; nothing is raised.
+    """
     return Metadata(
         icc_profile=_icc_profile(image),
-        exif=_exif_bytes(image),
+        exif=_exif_bytes(image, path),
         xmp=_xmp(image),
         dpi=_dpi(image),
         text=_text(image),
     )
 
 
-def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[str, Any]:
-    """Arguments of `PIL.Image.Image.save` that write `metadata` into a "PNG", "JPEG", "WEBP" or "TIFF" file.
+def save_arguments(metadata: Metadata, file_format: str, *, grey: bool, path: Path) -> dict[str, Any]:
+    """Arguments of `PIL.Image.Image.save` that write `metadata` into a "PNG", "JPEG", "WEBP" or "TIFF" file `path`.
 
-    What the format cannot hold is dropped: text exists in PNG only, resolution in all but WebP. Two things are dropped
-    with a logged warning: a profile whose colour space is not that of the samples (`grey` or RGB), and EXIF or XMP that
-    is too long for JPEG.
+    What the format cannot hold is dropped: text exists in PNG only, resolution in all but WebP. Three things are
+    dropped with a logged warning: a profile whose colour space is not that of the samples (`grey` or RGB), EXIF or XMP
+    that is too long for JPEG, and colours of a PNG other than sRGB (`png_color`) in another format.
     """
     arguments: dict[str, Any] = {}
+    foreign = _colors_other_than_srgb(metadata.png_color)
+    if foreign and file_format != "PNG":
+        log.warning(
+            "%s: %s cannot hold the colour space of the PNG (%s), so colours may look different: write PNG",
+            path,
+            file_format,
+            ", ".join(foreign),
+        )
     if metadata.icc_profile is not None:
         space = metadata.icc_profile[16:20]
         # WebP has no grey samples: its profile is an RGB one.
         if space == (b"GRAY" if grey and file_format != "WEBP" else b"RGB "):
             arguments["icc_profile"] = metadata.icc_profile
         else:
-            log.warning("the colour profile is dropped: it is for %r samples", space.decode("latin-1").strip())
+            log.warning(
+                "%s: the colour profile is dropped: it is for %r samples", path, space.decode("latin-1").strip()
+            )
     blocks = {"exif": metadata.exif, "xmp": metadata.xmp}
     for name, block in blocks.items():
         if block is not None and file_format == "JPEG" and len(block) > _JPEG_SEGMENT - 64:
-            log.warning("%s is dropped: its %d bytes are too many for JPEG", name.upper(), len(block))
+            log.warning("%s: %s is dropped: its %d bytes are too many for JPEG", path, name.upper(), len(block))
             blocks[name] = None
     exif, xmp = blocks["exif"], blocks["xmp"]
     if file_format == "TIFF":
@@ -114,14 +137,13 @@ def save_arguments(metadata: Metadata, file_format: str, *, grey: bool) -> dict[
 def _exif_of(image: Image.Image) -> Image.Exif:
     try:
         return image.getexif()
-    except Exception as error:  # parsers of damaged blocks raise nearly everything
-        log.warning("EXIF is dropped, it cannot be read: %s", error)
+    except Exception:  # parsers of damaged blocks raise nearly everything; `_exif_bytes` says so
         return Image.Exif()
 
 
-def _exif_bytes(image: Image.Image) -> bytes | None:
-    exif = _exif_of(image)
+def _exif_bytes(image: Image.Image, path: Path) -> bytes | None:
     try:
+        exif = image.getexif()
         for tag in [tag for tag in exif if tag not in _DESCRIPTIVE_TAGS]:
             del exif[tag]
         if _EXIF_IFD in exif:
@@ -133,7 +155,7 @@ def _exif_bytes(image: Image.Image) -> bytes | None:
         exif[ORIENTATION] = 1
         block = exif.tobytes()
     except Exception as error:
-        log.warning("EXIF is dropped, it cannot be read: %s", error)
+        log.warning("%s: EXIF is dropped, it cannot be read: %s", path, error)
         return None
     return block if block.startswith(b"Exif\0\0") else b"Exif\0\0" + block
 
@@ -144,6 +166,14 @@ def _icc_profile(image: Image.Image) -> bytes | None:
     if not isinstance(profile, bytes) or len(profile) < 128 or profile[16:20] not in (b"RGB ", b"GRAY"):
         return None
     return profile
+
+
+def _colors_other_than_srgb(png_color: tuple[tuple[bytes, bytes], ...]) -> list[str]:
+    """The names of the chunks that ask for other colours than sRGB's, which readers assume without them."""
+    held = dict(png_color)
+    if b"sRGB" in held and b"cICP" not in held:
+        return []  # it stands above gAMA and cHRM
+    return [kind.decode() for kind, content in png_color if content != _SRGB_CHUNKS.get(kind)]
 
 
 def _xmp(image: Image.Image) -> bytes | None:

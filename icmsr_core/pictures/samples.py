@@ -47,7 +47,9 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
         if samples is not None:
             return samples, 65535
         log.warning("%s: its 16-bit samples could only be read as 8 bits", path)
-    return _turned(_eight_bit_samples(image, depth), remaining), 255
+    if depth == 16 and image.mode == "CMYK":
+        log.warning("%s: its 16-bit CMYK samples are read as 8 bits", path)
+    return _turned(_eight_bit_samples(image, depth, path), remaining), 255
 
 
 def _depth(image: Image.Image, data: bytes) -> int:
@@ -109,14 +111,14 @@ def _color_samples(
     return decoded[..., [0, 3]] if data[25:26] == b"\x04" and image.format == "PNG" else decoded  # 4: grey, alpha
 
 
-def _eight_bit_samples(image: Image.Image, depth: int) -> npt.NDArray[Any]:
+def _eight_bit_samples(image: Image.Image, depth: int, path: Path) -> npt.NDArray[Any]:
     """uint8 [height, width, 1..4]."""
     grey = image.mode in ("1", "L", "LA", "La")
     key = image.info.get("transparency")
     if image.mode == "L" and image.format == "PNG" and depth < 8 and isinstance(key, int):
         image.info["transparency"] = key * 255 // (2**depth - 1)  # Pillow scales the samples but not the key
     if image.mode == "CMYK":
-        converted = _rgb_from_cmyk(image)
+        converted = _rgb_from_cmyk(image, path)
     elif image.mode[-1] in "Aa" or key is not None or getattr(image.palette, "mode", "") == "RGBA":
         converted = image.convert("LA" if grey else "RGBA")
     else:
@@ -125,7 +127,7 @@ def _eight_bit_samples(image: Image.Image, depth: int) -> npt.NDArray[Any]:
     return samples if samples.ndim == 3 else samples[..., None]
 
 
-def _rgb_from_cmyk(image: Image.Image) -> Image.Image:
+def _rgb_from_cmyk(image: Image.Image, path: Path) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -134,7 +136,7 @@ def _rgb_from_cmyk(image: Image.Image) -> Image.Image:
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, ImportError, OSError) as error:
-            log.warning("the CMYK profile cannot be used, colours are converted without it: %s", error)
+            log.warning("%s: the CMYK profile cannot be used, colours are converted without it: %s", path, error)
     return image.convert("RGB")
 
 

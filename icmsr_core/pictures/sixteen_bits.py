@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from .png_chunks import PNG_SIGNATURE, chunk, chunks
+
 _PNG_COLOR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG specification, table 11.1
 _IDAT_BYTES = 1 << 24  # a chunk holds at most 2^31 - 1 bytes
 _IMAGE_WIDTH = 256
@@ -56,9 +57,10 @@ def encode_png_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str, 
     filtered[:, 1 : 1 + pixel] = rows[:, :pixel]
     np.subtract(rows[:, pixel:], rows[:, :-pixel], out=filtered[:, 1 + pixel :])
     packed = zlib.compress(filtered.tobytes(), 6)
-    body = [_png_chunk(b"IDAT", packed[start : start + _IDAT_BYTES]) for start in range(0, len(packed), _IDAT_BYTES)]
-    extra = [_png_chunk(kind, content) for kind, content in _ancillary_chunks(carrier.getvalue())]
-    return b"".join([PNG_SIGNATURE, _png_chunk(b"IHDR", header), *extra, *body, _png_chunk(b"IEND", b"")])
+    body = [chunk(b"IDAT", packed[start : start + _IDAT_BYTES]) for start in range(0, len(packed), _IDAT_BYTES)]
+    # A small first letter marks what is not pixels, size or palette.
+    extra = [chunk(kind, content) for kind, content, _ in chunks(carrier.getvalue()) if kind[:1].islower()]
+    return b"".join([PNG_SIGNATURE, chunk(b"IHDR", header), *extra, *body, chunk(b"IEND", b"")])
 
 
 def encode_tiff_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str, Any]) -> bytes:
@@ -71,22 +73,6 @@ def encode_tiff_16bit(samples: npt.NDArray[np.uint16], save_arguments: dict[str,
     carrier = io.BytesIO()
     Image.fromarray(halves[..., 0] if channels == 1 else halves).save(carrier, "TIFF", **save_arguments)
     return _with_tiff_tag(_with_tiff_tag(carrier.getvalue(), _IMAGE_WIDTH, width), _BITS_PER_SAMPLE, 16)
-
-
-def _png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def _ancillary_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    chunks = []
-    position = len(PNG_SIGNATURE)
-    while position < len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        kind = data[position + 4 : position + 8]
-        if kind[:1].islower():  # a small first letter marks what a decoder may ignore
-            chunks.append((kind, data[position + 8 : position + 8 + length]))
-        position += 12 + length
-    return chunks
 
 
 def _with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:

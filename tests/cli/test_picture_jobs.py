@@ -294,3 +294,16 @@ def test_ctrl_c_in_the_middle_of_a_folder(tmp_path: Path) -> None:
         with Image.open(out / name) as result:
             result.load()  # whole
             assert result.size == (256 + 4 * (index % 3), 256)
+
+
+@pytest.mark.parametrize("hidden", [0, 255, "random"])
+def test_hidden_colours_leave_no_rim(hidden) -> None:
+    y, x = np.mgrid[:40, :48]
+    alpha = ((x - 24) ** 2 + (y - 20) ** 2 < 225).astype(np.float32)
+    colour = np.array([0.8, 0.2, 0.4], np.float32)
+    below = np.random.default_rng(0).random((40, 48, 3), np.float32) if hidden == "random" else np.float32(hidden / 255)
+    rgb = np.where(alpha[..., None] > 0, colour, below).astype(np.float32)
+    result = upscaled(Picture(rgb, alpha))
+    assert np.abs(result.rgb - colour).max() < 1e-5, "everywhere the subject's colour, also where nobody sees it"
+    assert result.alpha is not None
+    assert result.alpha.min() < 0.01

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import (
@@ -342,3 +342,53 @@ def test_writing_holds_no_copy_of_the_picture(tmp_path: Path, grey: bool) -> Non
     finally:
         tracemalloc.stop()
     assert most < picture.rgb.nbytes
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("animated", [False, True])
+def test_lossless_webp_stays_lossless_and_lossy_stays_lossy(tmp_path: Path, alpha: bool, animated: bool) -> None:
+    samples = noise(4 if alpha else 3)
+    image = Image.fromarray(samples)
+    more = {"save_all": True, "append_images": [Image.fromarray(samples[::-1])]} if animated else {}
+    image.save(tmp_path / "a.webp", lossless=True, exact=True, **more)
+    image.save(tmp_path / "lossy.webp", quality=90, **more)
+    picture = read_picture(tmp_path / "a.webp")
+    assert picture.lossless
+    assert not read_picture(tmp_path / "lossy.webp").lossless
+    write_picture(tmp_path / "b.webp", picture)
+    again = read_picture(tmp_path / "b.webp")
+    assert again.lossless
+    assert np.array_equal(again.rgb, picture.rgb)
+    assert alpha is False or np.array_equal(again.alpha, picture.alpha)
+
+
+@pytest.mark.parametrize("extension", [".jfif", ".jpe", ".JPEG"])
+def test_every_extension_of_jpeg_is_read_and_written(tmp_path: Path, extension: str) -> None:
+    write_picture(tmp_path / f"a{extension}", picture_of(noise(3)))
+    assert find_pictures(tmp_path) == [tmp_path / f"a{extension}"]
+    with Image.open(tmp_path / f"a{extension}") as image:
+        assert image.format == "JPEG"
+
+
+def test_the_first_frame_of_a_gif_is_read_with_its_transparency(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Image.new("P", (8, 6), 1), Image.new("P", (8, 6), 2)
+    for image in (first, second):
+        image.putpalette([0, 0, 0, 200, 40, 20, 10, 20, 30])
+    first.putpixel((2, 3), 0)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second, second.copy()], transparency=0)
+    picture = read_picture(tmp_path / "a.gif")
+    assert np.allclose(picture.rgb[0, 0] * 255, (200, 40, 20))
+    assert picture.alpha is not None
+    assert (picture.alpha[3, 2], picture.alpha[0, 0]) == (0, 1)
+    assert "only the first of its" in caplog.text
+    assert find_pictures(tmp_path) == [tmp_path / "a.gif"]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 24), (200, 100, 50)).save(tmp_path / "a.avif", quality=100)
+    picture = read_picture(tmp_path / "a.avif")
+    assert picture.rgb.shape == (24, 32, 3)
+    assert np.abs(picture.rgb * 255 - (200, 100, 50)).max() < 4

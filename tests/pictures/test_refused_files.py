@@ -42,11 +42,11 @@ def test_files_that_are_not_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     assert_refused(tmp_path / "empty.png", "empty")
     (tmp_path / "text.png").write_text("This is a letter,\nnot a picture.\n" * 50)
-    assert_refused(tmp_path / "text.png", "not a picture", "PNG, JPEG, WebP, TIFF or BMP")
+    assert_refused(tmp_path / "text.png", "not a picture", "PNG, JPEG, WEBP, TIFF, BMP, GIF")
     (tmp_path / "folder.png").mkdir()
     assert_refused(tmp_path / "folder.png", "folder")
-    Image.fromarray(noise(3)).save(tmp_path / "animation.gif")
-    assert_refused(tmp_path / "animation.gif", "not a picture")
+    Image.fromarray(noise(3)).save(tmp_path / "a.tga")
+    assert_refused(tmp_path / "a.tga", "not a picture")
 
 
 def test_the_content_counts_and_not_the_extension(tmp_path: Path) -> None:
@@ -280,3 +280,15 @@ def test_the_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
     write_picture(tmp_path / "a.png", picture_of(noise(3)))
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_format_that_needs_a_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmsr_core.pictures.files.readable_formats", lambda: ("PNG", "JPEG"))
+    for brand, words in ((b"heic", "HEIC cannot be read here: pip install pillow-heif"), (b"avif", "update Pillow")):
+        (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+        assert_refused(tmp_path / "a.heic", words)
+
+
+def test_floating_point_tiff_in_colour_is_refused_with_the_reason(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.tif"), np.random.default_rng(0).random((8, 9, 3), np.float32))
+    assert_refused(tmp_path / "a.tif", "32-bit floating-point samples have no defined black and white")
