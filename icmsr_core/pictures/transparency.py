@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
+from .files import FloatArray
 
 
 def fill_hidden(rgb: FloatArray, alpha: FloatArray) -> FloatArray:

@@ -144,8 +144,9 @@ def test_enlarged_crop_starts_inside_a_pixel() -> None:
 
 
 def test_the_script_writes_the_sheet_and_names_what_is_missing(
-    tmp_path: Path, folders: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folders: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run
     spec = importlib.util.spec_from_file_location("contact_sheet_script", ROOT / "benchmarks" / "contact_sheet.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
