@@ -37,7 +37,8 @@ class BackboneDescriptor:
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     """The base model's noise schedule."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    """Precisions in which the networks are known to give finite, correct results, best first."""
+    """Precisions in which the networks are known to give finite, correct results, best first. Others are never chosen,
+    only computed in when the user asks for them."""
 
 
 @runtime_checkable

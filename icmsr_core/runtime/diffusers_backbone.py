@@ -24,7 +24,7 @@ from .diffusers_vae_steps import decoder_steps, encoder_steps
 from .fixed_step import fix_step
 from .ingredients import resolve
 from .latents import decode_latent, encode_picture
-from .precision import GuardedPart, dtype_name
+from .precision import PRECISIONS, GuardedPart, dtype_name
 from .recipe import Recipe
 
 
@@ -40,9 +40,8 @@ class DiffusersBackbone:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        if dtype not in descriptor.dtypes:
-            names = ", ".join(dtype_name(entry) for entry in descriptor.dtypes)
-            raise IcmsrError(f"family {descriptor.family} runs in {names}, got {dtype_name(dtype)}")
+        if dtype not in PRECISIONS.values():
+            raise IcmsrError(f"networks run in {', '.join(PRECISIONS)}, got {dtype_name(dtype)}")
         self._descriptor = descriptor
         self.device, self.dtype = device, dtype
         self.unet, self.vae = unet, vae

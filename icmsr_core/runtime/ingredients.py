@@ -93,7 +93,7 @@ def resolve(recipe: Recipe) -> Ingredients:
             base.path,
         )
     if recipe.dtype == "auto":
-        dtype = choose_dtype(device.type, descriptor.family, computes_bf16(device))
+        dtype = choose_dtype(device.type, descriptor, computes_bf16(device))
     else:
         dtype = PRECISIONS[recipe.dtype]
     return Ingredients(base, generator, tiny, descriptor, embedding, device, dtype)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..backbone.protocol import BackboneDescriptor
 from ..backbone.vae_steps import Widened
 from ..errors import IcmsrError
 from ..weights.sd_families import SD_FAMILIES
@@ -30,16 +31,15 @@ FIRST_BF16_CUDA = (8, 0)
 """Ampere, the first NVIDIA cards that compute in bfloat16; older ones convert."""
 
 
-def choose_dtype(device_type: str, family: str, native_bf16: bool) -> torch.dtype:
-    """The precision that ``auto`` stands for: networks of `family` on a device of type "cpu", "cuda", "mps", ...
+def choose_dtype(device_type: str, descriptor: BackboneDescriptor, native_bf16: bool) -> torch.dtype:
+    """The precision that ``auto`` stands for: the backbone of `descriptor` on a device of type "cpu", "cuda", ...
 
     `native_bf16`: whether the device has instructions for bfloat16 (`computes_bf16`).
     """
     if device_type == "cpu":
-        return torch.bfloat16 if native_bf16 and family in LARGE_FAMILIES else torch.float32
-    if device_type == "mps" and family not in LARGE_FAMILIES:
-        return torch.float32
-    return torch.bfloat16 if native_bf16 else torch.float16
+        return torch.bfloat16 if native_bf16 and descriptor.family in LARGE_FAMILIES else torch.float32
+    fastest = torch.bfloat16 if native_bf16 else torch.float16
+    return fastest if fastest in descriptor.dtypes else torch.float32
 
 
 def computes_bf16(device: torch.device) -> bool:

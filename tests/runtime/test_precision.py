@@ -13,6 +13,8 @@ from icmsr_core.steps import Steps
 from icmsr_core.train.networks.bases import NetworkConfig
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
+from icmsr_core.weights.base import open_base
+from icmsr_core.weights.embedded import embedded_base, embedded_generator
 from tests.support.model_files import write_base, write_generator
 from tests.support.pictures import random_picture
 
@@ -58,16 +60,32 @@ def rounded(base, generator, part: str) -> DiffusersBackbone:
     return exact
 
 
-def test_auto_is_a_function_of_device_family_and_hardware() -> None:
+def test_auto_is_a_function_of_device_family_and_hardware(tmp_path) -> None:
+    """nano leaves float16's range, so it is never chosen for nano."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     for family in ("nano", "sd21", "sd15"):
-        assert choose_dtype("cuda", family, True) == brain
-        assert choose_dtype("cuda", family, False) == half
-        assert choose_dtype("cpu", family, False) == full
-    assert choose_dtype("cpu", "sd21", True) == choose_dtype("cpu", "sd15", True) == brain
-    assert choose_dtype("cpu", "nano", True) == full
-    assert choose_dtype("mps", "sd21", False) == half
-    assert choose_dtype("mps", "nano", False) == full
+        descriptor = open_base(write_base(tmp_path / family, family=family)).descriptor()
+        large = family != "nano"
+        assert choose_dtype("cuda", descriptor, True) == choose_dtype("xpu", descriptor, True) == brain
+        assert choose_dtype("cuda", descriptor, False) == choose_dtype("mps", descriptor, False)
+        assert choose_dtype("cuda", descriptor, False) == (half if large else full)
+        assert choose_dtype("cpu", descriptor, False) == full
+        assert choose_dtype("cpu", descriptor, True) == (brain if large else full)
+
+
+@pytest.mark.long
+def test_nano_goes_on_in_float32_where_float16_is_asked_for(caplog) -> None:
+    """Its UNet overflows, its VAE does not."""
+    image = random_picture(16, 16)
+    base, generator = embedded_base(), embedded_generator()
+    expected = upscale(load_backbone(Recipe(base, generator)), image, UpscaleSettings(tile=0))
+    half = load_backbone(Recipe(base, generator, dtype="fp16"))
+    with caplog.at_level(logging.WARNING):
+        found = upscale(half, image, UpscaleSettings(tile=0))
+    assert [record.getMessage().partition(" gave")[0] for record in caplog.records] == ["the UNet"]
+    assert half.unet.conv_in.weight.dtype == torch.float32
+    assert half.vae.decoder.conv_in.weight.dtype == torch.float16
+    assert (found - expected).abs().max() < 0.02
 
 
 def test_bf16_is_computed_where_the_hardware_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

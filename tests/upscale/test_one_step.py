@@ -421,6 +421,6 @@ def test_unusable_inputs_are_refused_before_anything_runs(image: torch.Tensor, t
     assert toy.seen == [], "nothing ran"
 
 
-def test_a_precision_that_a_family_cannot_run_in_is_refused(nano: DiffusersBackbone) -> None:
-    with pytest.raises(IcmsrError, match=r"family nano runs in fp32, .*got float64"):
+def test_a_precision_that_networks_cannot_run_in_is_refused(nano: DiffusersBackbone) -> None:
+    with pytest.raises(IcmsrError, match=r"networks run in fp32, bf16, fp16, got float64"):
         DiffusersBackbone(nano.unet, nano.vae, nano.descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float64)
