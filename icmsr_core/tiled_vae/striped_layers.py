@@ -6,10 +6,11 @@ keeps what the next stripe needs and gives the rows of its result that are compl
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,12 @@ class StripedConvolution:
         self._padded = bool(padding[axis - 2])
         """Whether there is a row of zeros above the map, or (Down, padding 0) none."""
         padding[axis - 2] = 0
-        # The same layer with the same weights, but the rows of padding are put into the map here.
-        self._valid = copy.copy(module)
-        self._valid.padding = (padding[0], padding[1])
+        self._module = module
+        # The rows of padding are put into the map here.
+        self._changes: dict[str, Any] = {"padding": (padding[0], padding[1])}
         if channels_last and module.weight.element_size() > 1:
             weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-            self._valid._parameters = {**module._parameters, "weight": nn.Parameter(weight, False)}
+            self._changes["_parameters"] = {**module._parameters, "weight": nn.Parameter(weight, False)}
         self._missing = length  # rows of the map that have not come yet
         self._kept: list[Tensor] = []
 
@@ -59,7 +60,9 @@ class StripedConvolution:
             return None
         if not self._padded:  # a column of zeros at the right, or a row of them below
             rows = F.pad(rows, (0, 1, 0, 0) if axis == 2 else (0, 0, 0, 1))
-        return self._valid(rows)
+        with changed(self._module, self._changes):
+            result: Tensor = self._module(rows)
+        return result
 
 
 class StripedAttention:
@@ -108,6 +111,22 @@ class StripedAttention:
             window, seen = asking.narrow(across, left, right - left), asked.narrow(across, near, far - near)
             parts.append(self._step.run(window, seen, self._sample))
         return torch.cat(parts, across) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def changed(module: nn.Module, attributes: dict[str, Any]) -> Iterator[None]:
+    """`module` has other `attributes`, which it must have already, for the length of the block.
+
+    A copy of the module will not do: ComfyUI notes on each module where its weights are (DynamicVRAM), so it would
+    upload and pin those of every copy again.
+    """
+    own = vars(module)
+    before = {name: own[name] for name in attributes}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        own.update(before)
 
 
 def fed(layer: Callable[[Tensor], Tensor | None], stripes: Iterator[Tensor]) -> Iterator[Tensor]:
