@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
-import comfy.patcher_extension
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...icmsr_core.backbone.context import repeated_context
 from ...icmsr_core.backbone.protocol import BackboneDescriptor
-from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart
+from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart, Widened
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.upscale.tile_choice import batch_for
 from ...icmsr_core.upscale.tiling import TilePlan
 from .core_objects import Conditioning, Model, Patcher, Vae
 from .description import ATTACHMENT, ModelDescription, describe
+from .float32 import model_in_float32, vae_in_float32
 from .generator_patches import wrong_vae
+from .unet_pass import check_single_step, run_unet
 from .vae_steps import decoder_steps, encoder_steps, is_tiny
+
+log = logging.getLogger(__name__)
+
+UNET = "the UNet"
+"""Its name in messages; the VAE has two parts."""
 
 
 class ComfyBackbone:
     """`Backbone` over core's objects. Use it in a ``with`` statement, which tells core when the run ends.
 
-    It asks core for one network at a time, so a card needs memory for the larger of the two only.
+    It asks core for one network at a time, so a card needs memory for the larger of the two only. A network that
+    overflows in 16 bits goes on in float32.
     """
 
     def __init__(self, model: Model, vae: Vae, conditioning: Conditioning | None = None, *, bare: bool = False) -> None:
@@ -49,7 +55,10 @@ class ComfyBackbone:
                 f"the generator {description.generator!r} changes the VAE too: connect the VAE output of the same node "
                 f"as the MODEL{tiny}"
             )
-        self._context = _context(model, description, conditioning)
+        check_single_step(model)
+        self._prompt = _context(model, description, conditioning)
+        self._context = self._prompt
+        """The prompt where and as the UNet takes it."""
         self._model, self._vae = model, vae
         config = model.model.model_config.unet_config
         self._layers: list[int] = list(config["num_res_blocks"])
@@ -61,9 +70,7 @@ class ComfyBackbone:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._running:
-            self._model.cleanup()
-            self._running = False
+        self._end_run()
 
     @property
     def descriptor(self) -> BackboneDescriptor:
@@ -73,41 +80,48 @@ class ComfyBackbone:
     @property
     def dtype(self) -> torch.dtype:
         """The precision that the UNet computes in."""
-        return self._model.model.get_dtype_inference()
+        cast: torch.dtype | None = self._model.get_model_object("manual_cast_dtype")
+        return self._model.model.get_dtype() if cast is None else cast
 
     def encode(self, image: Tensor) -> Tensor:
-        """See `Backbone`; core's AutoencoderKL gives the posterior's mode."""
-        vae = self._vae
-        self._load(vae.patcher, image.shape[0] * vae.memory_used_encode(image.shape, vae.vae_dtype))
-        latent = vae.first_stage_model.encode(image.to(vae.device, vae.vae_dtype)).float()
-        return self._scaled(_finite(latent, "the VAE's encoder", vae.vae_dtype))
+        """See `Backbone`; core's AutoencoderKL gives the posterior's mode. Errors as in `_overflowed`."""
+
+        def compute() -> Tensor:
+            vae = self._vae
+            self._load(vae.patcher, image.shape[0] * vae.memory_used_encode(image.shape, vae.vae_dtype))
+            latent: Tensor = vae.first_stage_model.encode(image.to(vae.device, vae.vae_dtype))
+            return latent.float()
+
+        return self._scaled(self._guarded("the VAE's encoder", compute))
 
     def predict_noise(self, latent: Tensor, timestep: int, features: Sequence[Tensor] | None = None) -> Tensor:
-        """See `Backbone`. Raises `IcmsrError` when the features are not of this UNet's widths."""
-        patcher, network = self._model, self._model.model
-        self._load(patcher, patcher.memory_required(list(latent.shape)))
-        device, dtype = patcher.load_device, self.dtype
-        self._context = self._context.to(device, dtype)  # copied once, and then left as it is
-        given = latent.to(device, dtype)
-        output = network.diffusion_model(
-            given,
-            torch.full((latent.shape[0],), float(timestep), device=device),
-            context=repeated_context(self._context, given),
-            control=None if features is None else self._control(latent, features),
-            transformer_options=self._options(timestep),
-        )
-        return _finite(output.float(), "the UNet", dtype)
+        """See `Backbone`. Raises `IcmsrError` when the features are not of this UNet's widths, and as `_overflowed`."""
+
+        def compute() -> Tensor:
+            patcher = self._model
+            self._load(patcher, patcher.memory_required(list(latent.shape)))
+            device, dtype = patcher.load_device, self.dtype
+            self._context = self._context.to(device, dtype)  # copied once, and then left as it is
+            given = latent.to(device, dtype)
+            control = None if features is None else self._control(latent, features)
+            return run_unet(patcher, given, timestep, repeated_context(self._context, given), control)
+
+        return self._guarded(UNET, compute)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """See `Backbone`."""
-        vae = self._vae
-        self._load(vae.patcher, latent.shape[0] * vae.memory_used_decode(latent.shape, vae.vae_dtype))
-        latent = self._model.model.process_latent_out(latent)
-        image = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
-        return _finite(image, "the VAE's decoder", vae.vae_dtype)
+        """See `Backbone`. Errors as in `_overflowed`."""
+
+        def compute() -> Tensor:
+            vae = self._vae
+            self._load(vae.patcher, latent.shape[0] * vae.memory_used_decode(latent.shape, vae.vae_dtype))
+            unscaled = self._model.model.process_latent_out(latent)
+            image: Tensor = vae.first_stage_model.decode(unscaled.to(vae.device, vae.vae_dtype))
+            return image.float()
+
+        return self._guarded("the VAE's decoder", compute)
 
     def vae_half(self, part: VaePart, pixels: int) -> VaeHalf:
-        """See `Backbone`."""
+        """See `Backbone`. The steps raise `Widened` when 16 bits were not enough: call this again then."""
         vae, model, factor = self._vae, self._model.model, self._descriptor.latent_factor
         # Core's estimate for the area of a stripe; its shape makes no difference.
         if part == "encoder":
@@ -116,7 +130,7 @@ class ComfyBackbone:
                 Pointwise(lambda image: image.to(vae.vae_dtype)),
                 *encoder_steps(vae.first_stage_model, vae.device),
                 Pointwise(lambda moments: moments.float()[:, : self._descriptor.latent_channels]),
-                Pointwise(lambda latent: _finite(latent, "the VAE's encoder", vae.vae_dtype)),
+                Pointwise(lambda latent: self._checked("the VAE's encoder", latent)),
                 Pointwise(self._scaled),
             )
         else:
@@ -125,7 +139,7 @@ class ComfyBackbone:
             steps = (
                 Pointwise(lambda latent: model.process_latent_out(latent).to(vae.vae_dtype)),
                 *decoder_steps(vae.first_stage_model, vae.device),
-                Pointwise(lambda image: _finite(image.float(), "the VAE's decoder", vae.vae_dtype)),
+                Pointwise(lambda image: self._checked("the VAE's decoder", image.float())),
             )
         return VaeHalf(steps, vae.device, lambda: _room(vae.device))
 
@@ -146,24 +160,64 @@ class ComfyBackbone:
         """The VAE's latent, scaled for the UNet and on its device: with --cpu-vae that is another than the VAE's."""
         return self._model.model.process_latent_in(latent).to(self._model.load_device)
 
+    def _guarded(self, part: str, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, the output of `part`; once more in float32 when it is not finite."""
+        result = compute()
+        if not self._overflowed(part, result):
+            return result
+        del result
+        return self._checked(part, compute())
+
+    def _checked(self, part: str, result: Tensor) -> Tensor:
+        """`result` when it is finite; else raises `Widened`, or `IcmsrError` as `_overflowed`."""
+        if self._overflowed(part, result):
+            raise Widened(part)
+        return result
+
+    def _overflowed(self, part: str, result: Tensor) -> bool:
+        """Whether `result` of `part` is not finite; if so, its network computes in float32 from now on.
+
+        Raises `IcmsrError` when it did so before.
+        """
+        if bool(result.isfinite().all()):
+            return False
+        dtype = self.dtype if part == UNET else self._vae.vae_dtype
+        if dtype == torch.float32:
+            raise IcmsrError(
+                f"{part} gave NaN or infinite values in float32: the weights of the MODEL, the VAE or the generator "
+                "are damaged or do not belong together: choose others, or download them again"
+            )
+        log.warning(
+            "%s gave NaN or infinite values in %s and runs in float32 for the rest of this run (ComfyUI's option %s "
+            "starts with it)",
+            part,
+            str(dtype).removeprefix("torch."),
+            "--fp32-unet" if part == UNET else "--fp32-vae",
+        )
+        if part == UNET:
+            self._end_run()
+            self._model, self._context = model_in_float32(self._model), self._prompt
+        else:
+            self._vae = vae_in_float32(self._vae)
+        self._active = None
+        return True
+
     def _load(self, patcher: Patcher, memory: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._active is patcher and memory <= self._reserved:
             return
-        others = patcher.get_nested_additional_models()
+        # Without the copies for other cards: samplers use them for the guidance, and there is none here.
+        others = [other for other in patcher.get_nested_additional_models() if not other.is_multigpu_base_clone]
         comfy.model_management.load_models_gpu([patcher, *others], memory_required=memory)
         self._active, self._reserved = patcher, memory
         if patcher is self._model and not self._running:
             patcher.pre_run()
             self._running = True
 
-    def _options(self, timestep: int) -> dict[str, Any]:
-        """The MODEL's transformer options as a sampler passes them; a new copy, because networks write into it."""
-        options = comfy.utils.deepcopy_list_dict(self._model.model_options["transformer_options"])
-        for name, own in (("wrappers", self._model.wrappers), ("callbacks", self._model.callbacks)):
-            options[name] = comfy.patcher_extension.merge_nested_dicts(options.get(name, {}), own)
-        sigmas = self._model.get_model_object("model_sampling").sigmas
-        return {**options, "cond_or_uncond": [0], "sigmas": sigmas[timestep : timestep + 1]}
+    def _end_run(self) -> None:
+        if self._running:
+            self._model.cleanup()
+            self._running = False
 
     def _control(self, latent: Tensor, features: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
         """A T2I-Adapter's features, one per level, in core's form: a list from which each block pops an entry."""
@@ -205,12 +259,3 @@ def _room(device: torch.device) -> float:
     """Bytes that whole maps may take on `device`: the free memory, without what core leaves to other programs."""
     free = comfy.model_management.get_free_memory(device)
     return free - comfy.model_management.extra_reserved_memory()
-
-
-def _finite(tensor: Tensor, part: str, dtype: torch.dtype) -> Tensor:
-    if not bool(tensor.isfinite().all()):
-        raise IcmsrError(
-            f"{part} gave NaN or infinite values in {dtype}: the precision is too low (start ComfyUI with --force-fp32 "
-            "--fp32-vae), or the weights are damaged"
-        )
-    return tensor

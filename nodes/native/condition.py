@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.controlnet
 import torch
@@ -47,6 +47,7 @@ class Condition:
     """What the features are multiplied by."""
     pictures: int
     """Number of pictures in the batch."""
+    _placed: dict[torch.dtype, PlacedAdapter] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def connected(cls, control_net: object, hint: Tensor | None, strength: float, pictures: int) -> Condition | None:
@@ -106,7 +107,10 @@ class Condition:
         # Nearest, as core resizes hints: edges stay 0 or 1.
         resized = torch.nn.functional.interpolate(self.hint_of(index).float(), size, mode="nearest-exact")
         keep = self.shared and self.pictures > 1
-        return AdapterFeatures(self, pad_to_multiple(resized, multiple), backbone.dtype, keep)
+        adapter = self._placed.get(backbone.dtype)
+        if adapter is None:
+            adapter = self._placed[backbone.dtype] = PlacedAdapter(self.control_net, self.strength, backbone.dtype)
+        return AdapterFeatures(adapter, pad_to_multiple(resized, multiple), keep)
 
 
 def _levels(control_net: comfy.controlnet.T2IAdapter) -> int:
@@ -114,16 +118,41 @@ def _levels(control_net: comfy.controlnet.T2IAdapter) -> int:
     return len(getattr(control_net.t2i_model, "channels", ()))
 
 
+class PlacedAdapter:
+    """An adapter's network on core's device, in one precision, as long as a run needs it.
+
+    Core's own `get_control` moves the network to the device and back for each batch of tiles.
+    """
+
+    def __init__(self, control_net: comfy.controlnet.T2IAdapter, strength: float, dtype: torch.dtype) -> None:
+        self._network, self._device, self._dtype = control_net.t2i_model, control_net.device, dtype
+        self._averages = control_net.channels_in == 1  # core then takes the mean of the hint's channels
+        self._merging = control_net.copy().set_cond_hint(None, strength)
+        self._weights = {key: value.to(self._device, dtype) for key, value in self._network.state_dict().items()}
+        self.ratio: int = control_net.compression_ratio
+        """Pixels of the hint for each latent cell, along each axis."""
+
+    def features(self, hint: Tensor) -> list[Tensor]:
+        """The features of `hint` [N, C, H, W] in [0, 1], one tensor per level of the UNet, times the strength."""
+        hint = hint.to(self._device)
+        if self._averages:
+            hint = hint.mean(1, keepdim=True)
+        found: Mapping[str, list[Tensor | None]] = torch.func.functional_call(
+            self._network, self._weights, (hint.to(self._dtype),)
+        )
+        merged = self._merging.control_merge({"input": found["input"]}, None, self._dtype)["input"]
+        return [level for level in reversed(merged) if level is not None]
+
+
 class AdapterFeatures:
     """`TileFeatures` of one hint, which covers the whole result and is cropped to each tile."""
 
-    def __init__(self, condition: Condition, hint: Tensor, dtype: torch.dtype, keep: bool) -> None:
-        """`hint` [1, C, H, W] in [0, 1] has the padded size of the result; `dtype` is what the adapter runs in.
+    def __init__(self, adapter: PlacedAdapter, hint: Tensor, keep: bool) -> None:
+        """`hint` [1, C, H, W] in [0, 1] has the padded size of the result.
 
         With `keep` the features of a tile are computed once and then held in main memory.
         """
-        self._control_net, self._strength = condition.control_net, condition.strength
-        self._hint, self._dtype = hint, dtype
+        self._adapter, self._hint = adapter, hint
         self._kept: dict[Box, list[Tensor]] | None = {} if keep else None
 
     def __call__(self, boxes: Sequence[Box]) -> list[Tensor]:
@@ -138,16 +167,5 @@ class AdapterFeatures:
         return [torch.cat(level) for level in zip(*(kept[box] for box in boxes))]
 
     def _compute(self, boxes: Sequence[Box]) -> list[Tensor]:
-        ratio = self._control_net.compression_ratio
-        tiles = []
-        for box in boxes:
-            rows, columns = box.slices(ratio)
-            tiles.append(self._hint[:, :, rows, columns])
-        crops = torch.cat(tiles)
-        # A new copy for every batch: core would keep the features of the first hint until the size changes.
-        control = self._control_net.copy().set_cond_hint(crops, self._strength)
-        cells = (crops.shape[0], 1, crops.shape[2] // ratio, crops.shape[3] // ratio)
-        # An adapter uses only the shape and the dtype of the latent, and nothing of the timestep.
-        latent = torch.zeros(cells, dtype=self._dtype)
-        residuals: Mapping[str, list[Tensor | None]] = control.get_control(latent, None, None, 1, {})
-        return [level for level in reversed(residuals["input"]) if level is not None]
+        tiles = [self._hint[(..., *box.slices(self._adapter.ratio))] for box in boxes]
+        return self._adapter.features(torch.cat(tiles))

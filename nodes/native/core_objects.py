@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,14 @@ class Patcher(Protocol):
 
     patches: dict[str, list[Any]]
     """By parameter name; core applies them in order when it loads the weights."""
+    patches_uuid: uuid.UUID
+    """Changes when the weights must be loaded again."""
+    force_cast_weights: bool
+    """Whether layers cast their weights to the precision of their input."""
+    is_multigpu_base_clone: bool
+    """Whether this is a copy for another card, which samplers use for the guidance."""
+    cached_patcher_init: tuple[Callable[..., Any], tuple[Any, ...]] | None
+    """Function and arguments that load the same weights again."""
 
     def clone(self: Self) -> Self:
         """A patcher of the same network with patches and attachments of its own."""
@@ -66,8 +75,8 @@ class DiffusionModel(Protocol):
     latent_format: Any
     diffusion_model: nn.Module
 
-    def get_dtype_inference(self) -> torch.dtype:
-        """The precision that the UNet computes in."""
+    def get_dtype(self) -> torch.dtype:
+        """The precision that the weights are kept in."""
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         """The VAE's latent, scaled for the UNet."""
@@ -83,11 +92,15 @@ class Model(Patcher, Protocol):
     load_device: torch.device
     """Where the UNet computes."""
     model_options: dict[str, Any]
+    """``transformer_options`` for the UNet, and what other nodes set for samplers."""
     wrappers: dict[str, Any]
     callbacks: dict[str, Any]
 
     def get_model_object(self, name: str) -> Any:
         """A part of the model by its dotted name, such as model_sampling, as other nodes replaced it."""
+
+    def set_model_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Lets the UNet compute in `dtype`, whatever its weights are kept in."""
 
 
 class Vae(Protocol):

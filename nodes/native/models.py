@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.base import BaseFolder
-from .core_objects import Model, Vae
+from .core_objects import Model, Patcher, Vae
 from .keys import native_unet_keys, native_vae_key
 
 CORE_WIDTH = 320
@@ -27,10 +27,12 @@ CORE_VAE_WIDTH = 128
 """First width of Stable Diffusion's VAE, for which core estimates memory."""
 
 
-def load_unet(base: BaseFolder) -> Model:
+def load_unet(base: BaseFolder, disable_dynamic: bool = False) -> Model:
     """The MODEL (a ModelPatcher) of `base`, in the precision that core chooses for the device.
 
-    Raises `IcmsrError` if the configuration does not have Stable Diffusion's layout or a tensor does not fit.
+    With `disable_dynamic` never one of DynamicVRAM: core asks for it when a node needs plain weights, and loads `base`
+    again with this function for that, and for another card. Raises `IcmsrError` if the configuration does not have
+    Stable Diffusion's layout or a tensor does not fit.
     """
     config = _model_config(base)
     keys = native_unet_keys(config.unet_config)
@@ -45,10 +47,12 @@ def load_unet(base: BaseFolder) -> Model:
     config.set_inference_dtype(dtype, cast)
     model = config.get_model(state)
     _check_fit(f"{base.path}/unet", state, model.diffusion_model)
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
-    )
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+    # Where core takes the tensors as they are (DynamicVRAM), it would round patched ones to the file's precision.
+    state = {key: value.to(dtype) for key, value in state.items()}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unet, (base,))
     return patcher
 
 
@@ -64,7 +68,8 @@ def load_vae(base: BaseFolder) -> Vae:
         raise IcmsrError(f"{base.path}/vae: widths must be multiples of 32 and of the first one, got {widths}")
     if not (config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)):
         raise IcmsrError(f"{base.path}/vae: without quant_conv or post_quant_conv, which ComfyUI's AutoencoderKL needs")
-    state = {native_vae_key(key, levels): _as_conv(key, value) for key, value in base.vae_state().items()}
+    # In float32 for the same reason as in `load_unet`; core chooses the precision later.
+    state = {native_vae_key(key, levels): _as_conv(key, value).float() for key, value in base.vae_state().items()}
     given = set(state)
     attends = bool(config.get("mid_block_add_attention", True))
     if not attends:
@@ -99,7 +104,13 @@ def load_vae(base: BaseFolder) -> Vae:
     encode, decode = vae.memory_used_encode, vae.memory_used_decode
     vae.memory_used_encode = lambda shape, dtype: encode(shape, dtype) * narrower
     vae.memory_used_decode = lambda shape, dtype: decode(shape, dtype) * narrower * 4 ** (levels - 1) / 64
+    vae.patcher.cached_patcher_init = (_load_vae_patcher, (base,))
     return vae
+
+
+def _load_vae_patcher(base: BaseFolder, disable_dynamic: bool = False) -> Patcher:
+    """The patcher of `load_vae`, which core asks for to have a VAE for another card."""
+    return load_vae(base).patcher
 
 
 def _as_conv(key: str, value: Tensor) -> Tensor:
@@ -136,6 +147,10 @@ def _model_config(base: BaseFolder) -> Any:
             "num_head_channels": native.pop("num_head_channels"),
         }
         latent_format = Format
+        # Without float16 for nano, in core's order: the fastest first.
+        supported_inference_dtypes: list[torch.dtype] = [  # noqa: RUF012
+            dtype for dtype in (torch.float16, torch.bfloat16, torch.float32) if dtype in info.dtypes
+        ]
         memory_usage_factor = native["model_channels"] / CORE_WIDTH
         sampling_settings: dict[str, Any] = {  # noqa: RUF012
             "beta_schedule": "linear",
