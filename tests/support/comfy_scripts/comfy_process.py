@@ -39,6 +39,13 @@ def start(options: argparse.Namespace):
     return nodes, sys.modules[str(options.pack).replace(".", "_x_")]
 
 
+def find_support(options: argparse.Namespace) -> None:
+    """Makes tests.support importable: in this process, tests is a package of ComfyUI's."""
+    tests = ModuleType("tests")
+    tests.__path__ = [str(options.pack / "tests")]
+    sys.modules["tests"] = tests
+
+
 def parts_of(pack: ModuleType) -> Callable[[str], ModuleType]:
     """A function that imports a module of the pack by its name within it: the pack's own name is its path."""
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
