@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from icmsr_core.cli.picture_jobs import check_writable
+from icmsr_core.cli.job_list import check_writable
 from icmsr_core.runtime.device import pick_device
 from icmsr_core.steps import Steps
 from icmsr_core.train.experiments.teacher_view import (

@@ -17,6 +17,7 @@ from ..upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE,
 from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
+FORMATS = ("png", "jpg", "webp", "tif")
 Commands = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command by its name and description."""
 
@@ -36,15 +37,36 @@ def make_parser() -> argparse.ArgumentParser:
     demo = command("demo", "Upscale the bundled photograph with the embedded model.")
     demo.add_argument("--out", type=Path, default=Path("icmsr-demo"), metavar="DIR", help="folder for the pictures")
     add_device(demo)
-    upscale = command("upscale", "Upscale a picture or a folder of pictures.")
-    upscale.add_argument("input", type=Path, help="a picture, or a folder of them")
-    upscale.add_argument("output", type=Path, help="the file to write, or a folder")
+    upscale = command("upscale", "Upscale pictures, or folders of pictures.")
+    upscale.add_argument("inputs", nargs="+", metavar="input", help="a picture, a folder of them, or several")
+    upscale.add_argument("output", help="the file to write, or a folder (made if it is missing; end it with a slash)")
+    add_files(upscale)
     add_weights(upscale)
     add_size_and_tiles(upscale)
     add_device(upscale)
     add_measuring(command)
     add_exchange(command)
     return parser
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """The options of ``icmsr upscale`` that say which files are read and written."""
+    parser.add_argument("--recursive", action="store_true", help="take sub-folders too; results keep their place")
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="leave out pictures whose result exists: to go on with a folder"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of all results (default: that of each input, PNG where it is read only)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=parse_quality,
+        default=95,
+        metavar="1..100",
+        help="of JPEG and WebP (default %(default)s); 100 is lossless in WebP, and lossless WebP stays so",
+    )
 
 
 def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +249,13 @@ def parse_auto(text: str) -> int | None:
         return None if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+
+
+def parse_quality(text: str) -> int:
+    """``--quality``: a whole number from 1 to 100."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text!r}")
+    return int(text)
 
 
 def parse_fidelity(text: str) -> float:

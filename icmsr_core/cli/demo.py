@@ -15,7 +15,8 @@ from ..upscale.plan import plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..weights.embedded import demo_picture
-from .picture_jobs import check_writable, upscale_picture
+from .job_list import check_writable
+from .picture_jobs import upscale_picture
 
 
 @dataclass(frozen=True)

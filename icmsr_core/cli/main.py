@@ -106,11 +106,22 @@ def run_upscale(options: argparse.Namespace) -> int:
 
     from ..runtime.ingredients import check_recipe
     from ..upscale.tile_choice import Automatic
-    from .picture_jobs import Job, plan_jobs, planner, upscale_jobs
+    from .job_list import Job, NamingRules, plan_jobs, too_large_results
+    from .picture_jobs import planner, upscale_jobs
 
     recipe = recipe_of(options)
     check_recipe(recipe)
-    jobs = plan_jobs(options.input, options.output)
+    extension = f".{options.format}" if options.format else ""
+    rules = NamingRules(extension, options.recursive, options.skip_existing)
+    listed = plan_jobs(options.inputs, options.output, rules)
+    if listed.passed_over():
+        print(listed.passed_over(), file=sys.stderr)
+    too_large = too_large_results(listed.jobs, settings)
+    jobs = [job for job in listed.jobs if job not in too_large]
+    for reason in too_large.values():
+        print(f"icmsr: error: {reason}", file=sys.stderr)
+    if not jobs:
+        return 1 if too_large else 0
     started = time.perf_counter()
     backbone = load_networks(recipe)
     automatic = Automatic(tile=tile_too, batch=batch_too)
@@ -131,12 +142,13 @@ def run_upscale(options: argparse.Namespace) -> int:
             report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
             steps=steps,
             done=lambda _: files.update(),
+            quality=options.quality,
         )
     done = len(jobs) - failed
-    where = jobs[0].target if len(jobs) == 1 else jobs[0].target.parent
+    where = jobs[0].target if len(jobs) == 1 else options.output
     if done:
-        print(f"{done} of {len(jobs)} written to {where} in {time.perf_counter() - started:.1f} s")
-    return 1 if failed else 0
+        print(f"{done} of {len(jobs) + len(too_large)} written to {where} in {time.perf_counter() - started:.1f} s")
+    return 1 if failed or too_large else 0
 
 
 def run_conditions(options: argparse.Namespace) -> int:
@@ -144,7 +156,7 @@ def run_conditions(options: argparse.Namespace) -> int:
     from ..conditions import canny_edges, colormap
     from ..pictures.channels import as_rgb
     from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
-    from .picture_jobs import check_writable
+    from .job_list import check_writable
 
     image = to_tensor(read_picture(options.input).rgb)
     edges = canny_edges(image, options.low, options.high)
@@ -172,6 +184,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     from ..measures.evaluation import evaluate_folders
 
+    if options.json is not None and not options.json.parent.is_dir():
+        raise IcmsrError(f"{options.json}: the folder {options.json.parent} does not exist: create it first")
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with tqdm(unit="picture", leave=False, disable=None) as bar:
         evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar))

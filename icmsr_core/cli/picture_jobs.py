@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from ..backbone.protocol import Backbone, BackboneDescriptor
-from ..errors import IcmsrError
-from ..pictures.files import (
-    WRITE_EXTENSIONS,
-    Picture,
-    find_pictures,
-    from_tensor,
-    read_picture,
-    to_tensor,
-    write_picture,
-)
+from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
 from ..pictures.transparency import fill_hidden
 from ..steps import Steps
 from ..upscale.free_memory import free_memory
@@ -34,66 +23,9 @@ from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..upscale.tile_choice import TILES, Automatic, DeviceMemory, plan_for_memory
+from .job_list import Job
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to upscale."""
-
-    source: Path
-    """The file to read."""
-    target: Path
-    """The file to write."""
-
-
-def plan_jobs(source: Path, target: Path) -> list[Job]:
-    """The files that ``upscale SOURCE TARGET`` reads and writes, checked before any model is loaded.
-
-    The pictures of a folder keep their names, but for formats that cannot be written (BMP), which become PNG. For a
-    single picture the target may be a file or an existing folder. Makes the target folder if it is missing. Raises
-    `IcmsrError` when something is missing, cannot be written, or would overwrite an input.
-    """
-    if source.is_dir():
-        pictures = find_pictures(source)
-        if not pictures:
-            raise IcmsrError(f"{source}: no pictures in this folder")
-        if target.is_file():
-            raise IcmsrError(f"{target}: is a file; a folder of pictures needs a folder for its results")
-        jobs = [Job(path, target / _writable_name(path)) for path in pictures]
-    elif source.is_file():
-        if target.is_dir():
-            target = target / _writable_name(source)
-        if target.suffix.lower() not in WRITE_EXTENSIONS:
-            raise IcmsrError(f"{target}: cannot write this kind of file: use one of {', '.join(WRITE_EXTENSIONS)}")
-        jobs = [Job(source, target)]
-    else:
-        raise IcmsrError(f"{source}: no such file or folder")
-    taken: dict[Path, Path] = {}
-    sources = {job.source.resolve() for job in jobs}
-    for job in jobs:
-        if job.target.resolve() in sources:
-            raise IcmsrError(f"{job.target}: would overwrite an input: choose another output")
-        other = taken.setdefault(job.target, job.source)
-        if other is not job.source:
-            raise IcmsrError(f"{other.name} and {job.source.name} would both be written to {job.target}: rename one")
-    check_writable(jobs[0].target.parent)
-    return jobs
-
-
-def check_writable(folder: Path) -> None:
-    """Makes `folder` if it is missing and tries to write a file there; raises `IcmsrError` if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise IcmsrError(f"{folder}: cannot write to this folder ({error.strerror or error})") from error
-
-
-def _writable_name(path: Path) -> str:
-    return path.name if path.suffix.lower() in WRITE_EXTENSIONS else f"{path.stem}.png"
 
 
 def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, steps: Steps | None = None) -> Picture:
@@ -155,6 +87,7 @@ def upscale_jobs(
     report: Callable[[str], None],
     steps: Callable[[Job], Steps | None] = lambda _: None,
     done: Callable[[Job], object] = lambda _: None,
+    quality: int = 95,
 ) -> int:
     """Runs all of `jobs`, also when some fail; returns how many did.
 
@@ -203,7 +136,7 @@ def upscale_jobs(
                 fail(job, error)
                 continue
             settle()
-            writing.append((job, writer.submit(write_picture, job.target, result)))
+            writing.append((job, writer.submit(write_picture, job.target, result, quality)))
             del result  # the writer has it
         settle()
     return failed

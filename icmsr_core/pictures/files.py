@@ -172,6 +172,11 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
         raise IcmsrError(f"{path}: the file is damaged or incomplete ({reason})") from error
 
 
+def longest_side(path: Path) -> int | None:
+    """The most pixels that a side can have in the format of `path`; None: no limit that matters, or no such format."""
+    return _LONGEST_SIDE.get(_WRITE_FORMATS.get(path.suffix.lower(), ""))
+
+
 def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int = 95) -> None:
     """Write `picture` in the format that the extension of `path` names (`WRITE_EXTENSIONS`, in any case).
 
@@ -200,7 +205,7 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     if not path.parent.is_dir():
         raise IcmsrError(f"{path}: the folder {path.parent} does not exist: create it first")
     height, width = picture.rgb.shape[:2]
-    longest = _LONGEST_SIDE.get(file_format)
+    longest = longest_side(path)
     if longest is not None and max(height, width) > longest:
         raise IcmsrError(
             f"{path}: {file_format} holds at most {longest} pixels per side, got {width} x {height}: write PNG or TIFF"

@@ -240,6 +240,36 @@ def test_the_output_is_checked_before_the_model_is_loaded(tmp_path, capsys, monk
     fails(capsys, ["demo", "--out", source], 1, "cannot write")
 
 
+def test_what_is_known_beforehand_is_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("icmsr_core.cli.main.load_networks", lambda *_: pytest.fail("a model was loaded"))
+    wide = write_random_picture(tmp_path / "wide.png", 4100, 8)
+    fails(capsys, ["upscale", wide, tmp_path / "out.webp"], 1, "wide.png", "16383", "--format png")
+    fails(capsys, ["upscale", wide, wide, tmp_path / "out.png"], 1, "several pictures need a folder")
+    fails(capsys, ["upscale", wide], 2, "output")
+    fails(capsys, ["upscale", wide, tmp_path / "o.jpg", "--quality", "0"], 2, "1 to 100", "0")
+    (tmp_path / "out.png").touch()
+    assert main(["upscale", str(wide), str(tmp_path / "out.png"), "--skip-existing"]) == 0
+    assert capsys.readouterr().err == "skipped: 1 whose result exists\n"
+    measured = tmp_path / "no" / "dir" / "x.json"
+    folders = ["--sr", tmp_path, "--hr", tmp_path]
+    fails(capsys, ["evaluate", *folders, "--json", measured], 1, "x.json", "does not exist: create it first")
+
+
+def test_a_mixed_folder_is_told_in_full(tmp_path, model, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        write_random_picture(folder / name, 12, 12)
+    Image.new("RGB", (12, 12), (9, 9, 9)).save(folder / "c.gif")
+    (folder / "notes.txt").write_text("none")
+    flags = ["--recursive", "--format", "jpg", "--quality", "100"]
+    assert main(["upscale", str(folder), str(out), *model, *flags]) == 0
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.jpg")) == ["a.jpg", "c.jpg", "sub/b.jpg"]
+    said = capsys.readouterr()
+    assert "skipped: 1 that are not pictures (.txt 1)" in said.err
+    assert "3 of 3 written to" in said.out
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, model, capsys):
     source = write_random_picture(tmp_path / "in.png")

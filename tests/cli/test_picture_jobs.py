@@ -19,7 +19,8 @@ from PIL import Image
 from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.backbone.vae_steps import UnknownLayer, VaeHalf
 from icmsr_core.cli import picture_jobs
-from icmsr_core.cli.picture_jobs import Job, plan_jobs, upscale_jobs, upscale_picture
+from icmsr_core.cli.job_list import Job, plan_jobs
+from icmsr_core.cli.picture_jobs import upscale_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
 from icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -56,7 +57,7 @@ def folder_of(folder: Path, number: int) -> list[Job]:
     (folder / "in").mkdir()
     for index in range(number):
         write_random_picture(folder / "in" / f"{index:02d}.png", 20 + index)
-    return plan_jobs(folder / "in", folder / "out")
+    return plan_jobs([folder / "in"], folder / "out").jobs
 
 
 def run(jobs: list[Job], backbone: Toy | None = None, **functions) -> tuple[int, list[str]]:
@@ -84,7 +85,7 @@ def test_results_are_those_of_one_by_one(tmp_path: Path) -> None:
     wide = np.random.default_rng(0).random((9, 14, 3), np.float32)
     write_picture(tmp_path / "in" / "wide.tif", Picture(wide, bits=16))
     write_random_picture(tmp_path / "in" / "photo.webp", 40, 40)
-    jobs = plan_jobs(tmp_path / "in", tmp_path / "out")
+    jobs = plan_jobs([tmp_path / "in"], tmp_path / "out").jobs
     assert run(jobs) == (0, [])
     assert len(jobs) == 5
     assert sorted(tmp_path.joinpath("out").iterdir()) == [job.target for job in jobs]
@@ -122,10 +123,10 @@ def test_the_next_is_read_and_the_last_is_written_while_one_is_computed(tmp_path
         if index:
             wait_for("write", index - 1)
 
-    def write(path: Path, result: Picture) -> None:
+    def write(path: Path, result: Picture, quality: int) -> None:
         begun["write"][int(path.stem)].set()
         wait_for("compute", int(path.stem) + 1)
-        write_picture(path, result)
+        write_picture(path, result, quality)
 
     monkeypatch.setattr(picture_jobs, "read_picture", read)
     monkeypatch.setattr(picture_jobs, "write_picture", write)
@@ -161,9 +162,9 @@ def test_memory_holds_two_pictures_and_two_results(tmp_path: Path, monkeypatch, 
         work("compute")
         return result
 
-    def write(path: Path, result: Picture) -> None:
+    def write(path: Path, result: Picture, quality: int) -> None:
         work("write")
-        write_picture(path, result)
+        write_picture(path, result, quality)
         look()
 
     for name, function in (("read_picture", read), ("upscale_picture", computed), ("write_picture", write)):
@@ -247,10 +248,10 @@ def test_an_interrupt_leaves_neither_thread_nor_half_file(tmp_path: Path, monkey
             interrupted.set()
             raise KeyboardInterrupt
 
-    def write(path: Path, result: Picture) -> None:
+    def write(path: Path, result: Picture, quality: int) -> None:
         writing.set()
         assert interrupted.wait(WAIT)
-        write_picture(path, result)
+        write_picture(path, result, quality)
 
     monkeypatch.setattr(picture_jobs, "write_picture", write)
     with pytest.raises(KeyboardInterrupt):

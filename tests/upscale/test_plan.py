@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from icmsr_core.cli import picture_jobs
-from icmsr_core.cli.picture_jobs import plan_jobs, planner, upscale_jobs
+from icmsr_core.cli.job_list import plan_jobs
+from icmsr_core.cli.picture_jobs import planner, upscale_jobs
 from icmsr_core.pictures.files import Picture, write_picture
 from icmsr_core.tiled_vae.tiled import plan_stripes
 from icmsr_core.upscale import plan as plan_module
@@ -76,6 +77,8 @@ def test_a_folder_is_planned_once_a_size_or_once_a_picture_where_memory_decides(
     monkeypatch.setattr(picture_jobs, "free_memory", lambda _: 1e9)
     plan_for = planner(DESCRIPTOR, SETTINGS, automatic, torch.device("cpu"), torch.float32)
     failures: list[str] = []
-    assert upscale_jobs(Toy(), plan_jobs(tmp_path / "in", tmp_path / "out"), plan_for, report=failures.append) == 0
+    assert (
+        upscale_jobs(Toy(), plan_jobs([tmp_path / "in"], tmp_path / "out").jobs, plan_for, report=failures.append) == 0
+    )
     assert failures == []
     assert planned == {"plan_tiles": plans, "plan_stripes": plans}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ import numpy.typing as npt
 
 from ...errors import IcmsrError
 from ...pictures.files import READ_EXTENSIONS, read_picture
+from ...pictures.folders import walk_folder
+
+log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,23 +39,17 @@ class Source:
 def folder_source(folder: str) -> Source:
     """The pictures below `folder` (`READ_EXTENSIONS`), sorted by path; hidden files and folders are skipped.
 
-    Raises IcmsrError for a folder that is missing, cannot be read, or holds no picture.
+    Linked folders are entered. How many files of which kinds are not pictures is logged. Raises IcmsrError for a folder
+    that is missing, cannot be read, or holds no picture.
     """
     if not Path(folder).is_dir():
         raise IcmsrError(f"{folder}: {'not a folder' if Path(folder).exists() else 'no such folder'} (data.folders)")
-
-    def refuse(error: OSError) -> None:
-        raise IcmsrError(f"{error.filename}: cannot be read ({error.strerror}): fix its permissions or remove it")
-
-    names: list[str] = []
-    for here, below, files in os.walk(folder, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
-        inside = Path(here).relative_to(folder)
-        names += [
-            (inside / name).as_posix()
-            for name in files
-            if name.lower().endswith(READ_EXTENSIONS) and not name.startswith(".")
-        ]
+    found = list(walk_folder(Path(folder)))
+    names = [name.as_posix() for name in found if name.suffix.lower() in READ_EXTENSIONS]
+    if 0 < len(names) < len(found):
+        others = Counter(name.suffix.lower() for name in found if name.suffix.lower() not in READ_EXTENSIONS)
+        kinds = ", ".join(f"{kind or 'no extension'} {count}" for kind, count in sorted(others.items()))
+        log.info("%s: %d files are not pictures and are skipped (%s)", folder, others.total(), kinds)
     if not names:
         raise IcmsrError(f"{folder}: no pictures here (looked for {', '.join(READ_EXTENSIONS)})")
     return Source(folder, Path(folder), tuple(sorted(names, key=lambda name: name.split("/"))))

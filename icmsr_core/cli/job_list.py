@@ -1,0 +1,203 @@
+"""Which pictures `icmsr upscale` reads and which files it writes, settled before any model is loaded."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import IcmsrError
+from ..pictures.files import READ_EXTENSIONS, WRITE_EXTENSIONS, find_pictures, longest_side
+from ..pictures.folders import walk_folder
+from ..upscale.settings import UpscaleSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to upscale."""
+
+    source: Path
+    """The file to read."""
+    target: Path
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class NamingRules:
+    """How results are named and which sources are taken."""
+
+    extension: str = ""
+    """Extension of all results, such as ".png"; empty for that of each source."""
+    recursive: bool = False
+    """Take sub-folders too; results keep their place in them."""
+    skip_existing: bool = False
+    """Leave out pictures whose result exists."""
+
+
+@dataclass(frozen=True)
+class JobList:
+    """What there is to do, and what was passed over on the way."""
+
+    jobs: list[Job]
+    """Every picture, in order."""
+    existing: int = 0
+    """Pictures that are not in `jobs` because their result exists."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Files in the folders that are not pictures, by extension in lower case."""
+    folders: int = 0
+    """Sub-folders that were not entered."""
+
+    def passed_over(self) -> str:
+        """What was passed over, in one line; empty if nothing was."""
+        parts = []
+        if self.existing:
+            parts.append(f"{self.existing} whose result exists")
+        if self.others:
+            kinds = ", ".join(f"{kind or 'no extension'} {count}" for kind, count in sorted(self.others.items()))
+            parts.append(f"{self.others.total()} that are not pictures ({kinds})")
+        if self.folders:
+            parts.append(f"{self.folders} sub-folders (--recursive takes them)")
+        return "skipped: " + ", ".join(parts) if parts else ""
+
+
+def plan_jobs(sources: Sequence[str | Path], target: str | Path, rules: NamingRules | None = None) -> JobList:
+    """The files that ``upscale SOURCE ... TARGET`` reads and writes. Makes the target's folder if it is missing.
+
+    A source is a picture, a folder of pictures, or a pattern (``*.jpg``) where the shell has not expanded it. For one
+    picture the target may be a file; it is a folder if it exists as one, ends with a slash, or if there are several
+    sources. Results keep the names of their sources; formats that cannot be written become PNG. Raises `IcmsrError`
+    when something is missing, cannot be written, would overwrite an input, or when two pictures would become one file.
+    """
+    rules = rules or NamingRules()
+    paths = [path for source in sources for path in _expanded(source)]
+    into_folder = len(paths) > 1 or paths[0].is_dir() or _means_folder(target)
+    target = Path(target)
+    found = JobList([])
+    if into_folder:
+        if target.is_file() or (not target.is_dir() and target.suffix.lower() in WRITE_EXTENSIONS):
+            raise IcmsrError(f"{target}: is not a folder: several pictures need a folder for their results")
+        for path in paths:
+            found = _with_source(found, path, target, rules)
+    else:
+        if rules.extension and target.suffix.lower() not in ("", rules.extension):
+            raise IcmsrError(f"{target}: the output's extension is not that of --format {rules.extension.lstrip('.')}")
+        found = JobList([Job(paths[0], target.with_suffix(rules.extension) if rules.extension else target)])
+    _check(found.jobs)
+    if not rules.skip_existing:
+        return found
+    left = [job for job in found.jobs if not job.target.exists()]
+    return JobList(left, len(found.jobs) - len(left), found.others, found.folders)
+
+
+def too_large_results(jobs: Sequence[Job], settings: UpscaleSettings) -> dict[Job, str]:
+    """The jobs whose result their format cannot hold, with the reason; reads the pictures' headers only.
+
+    A picture whose header cannot be read is no such job: reading it says why.
+    """
+    reasons = {}
+    for job in jobs:
+        longest = longest_side(job.target)
+        if longest is None:
+            continue
+        try:
+            with Image.open(job.source) as image:
+                width, height = image.size
+        except Exception:  # parsers of damaged files raise nearly everything
+            continue
+        result = settings.target_size(height, width)
+        if max(result) > longest:
+            reasons[job] = (
+                f"{job.source}: the result has {result[1]} x {result[0]} pixels, {job.target.suffix} holds at most "
+                f"{longest} per side: use --format png or tif"
+            )
+    return reasons
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `folder` if it is missing and tries to write a file there; raises `IcmsrError` if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise IcmsrError(f"{folder}: cannot write to this folder ({error.strerror or error})") from error
+
+
+def _expanded(source: str | Path) -> Iterator[Path]:
+    """`source`, or the files that it matches if it is a pattern: Windows' shells leave that to the program."""
+    path = Path(source)
+    if path.exists():
+        yield path
+        return
+    if not glob.has_magic(os.fspath(source)):
+        raise IcmsrError(f"{source}: no such file or folder")
+    matches = sorted(glob.glob(os.fspath(source)))
+    if not matches:
+        raise IcmsrError(f"{source}: no file matches this pattern")
+    yield from map(Path, matches)
+
+
+def _means_folder(target: str | Path) -> bool:
+    separators = tuple(filter(None, (os.sep, os.altsep, "/")))
+    return os.fspath(target).endswith(separators) or Path(target).is_dir()
+
+
+def _with_source(found: JobList, source: Path, target: Path, rules: NamingRules) -> JobList:
+    """`found` with the pictures of `source`, a picture or a folder, whose results go into the folder `target`."""
+    if not source.is_dir():
+        return JobList(
+            [*found.jobs, Job(source, target / _writable(Path(source.name), rules))], 0, found.others, found.folders
+        )
+    others, folders = Counter(found.others), found.folders
+    if rules.recursive:
+        names = []
+        for name in walk_folder(source, outside=target):
+            if name.suffix.lower() in READ_EXTENSIONS:
+                names.append(name)
+            else:
+                others[name.suffix.lower()] += 1
+    else:
+        names = [Path(path.name) for path in find_pictures(source)]
+        for entry in source.iterdir():
+            if entry.name.startswith(".") or entry.name in {name.name for name in names}:
+                continue
+            if not entry.is_dir():
+                others[entry.suffix.lower()] += 1
+            elif entry.resolve() != target.resolve():
+                folders += 1
+    if not names:
+        raise IcmsrError(
+            f"{source}: no pictures in this folder{'' if rules.recursive or not folders else _SUB_FOLDERS}"
+        )
+    jobs = [Job(source / name, target / _writable(name, rules)) for name in names]
+    return JobList([*found.jobs, *jobs], 0, others, folders)
+
+
+_SUB_FOLDERS = ", only sub-folders: use --recursive"
+
+
+def _writable(name: Path, rules: NamingRules) -> Path:
+    if rules.extension:
+        return name.with_suffix(rules.extension)
+    return name if name.suffix.lower() in WRITE_EXTENSIONS else name.with_suffix(".png")
+
+
+def _check(jobs: list[Job]) -> None:
+    taken: dict[Path, Path] = {}
+    sources = {job.source.resolve() for job in jobs}
+    for job in jobs:
+        if job.target.suffix.lower() not in WRITE_EXTENSIONS:
+            raise IcmsrError(f"{job.target}: cannot write this kind of file: use one of {', '.join(WRITE_EXTENSIONS)}")
+        if job.target.resolve() in sources:
+            raise IcmsrError(f"{job.target}: would overwrite an input: choose another output")
+        other = taken.setdefault(job.target, job.source)
+        if other is not job.source:
+            raise IcmsrError(f"{other.name} and {job.source.name} would both be written to {job.target}: rename one")
+    for folder in dict.fromkeys(job.target.parent for job in jobs):
+        check_writable(folder)
