@@ -58,8 +58,17 @@ def _stall_fsync(at: int, mark: str) -> None:
     os.fsync = stalling
 
 
-def _run(script: str, arguments: list[str], folder: str, log: str, stall: tuple[int, str] | None = None) -> None:
+def _run(
+    script: str,
+    arguments: list[str],
+    folder: str,
+    log: str,
+    stall: tuple[int, str] | None = None,
+    groups: bool = True,
+) -> None:
     os.setsid()
+    if not groups:
+        del os.setpgrp
     if stall is not None:
         _stall_fsync(*stall)
     os.chdir(folder)
@@ -87,8 +96,16 @@ def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 class ScriptProcess:
     """``python train/NAME ARGUMENTS`` in `folder`, running."""
 
-    def __init__(self, name: str, *arguments: object, folder: Path, stall: tuple[int, Path] | None = None) -> None:
-        """With `stall` = (N, file), flush number N makes the file and hangs, in the middle of writing."""
+    def __init__(
+        self,
+        name: str,
+        *arguments: object,
+        folder: Path,
+        stall: tuple[int, Path] | None = None,
+        groups: bool = True,
+    ) -> None:
+        """With `stall` = (N, file), flush number N makes the file and hangs, in the middle of writing. Without `groups`
+        the script finds no function for process groups, as under Windows."""
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{name}-{time.monotonic_ns()}.log"
         self._process = CONTEXT.Process(
@@ -99,6 +116,7 @@ class ScriptProcess:
                 str(folder),
                 str(self._log),
                 None if stall is None else (stall[0], str(stall[1])),
+                groups,
             ),
         )
         self._process.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import cv2
@@ -61,9 +62,12 @@ def make_loader(
 
 def _start_worker(_: int) -> None:
     # A scheduler, `timeout` or Ctrl-C signals the whole process group, and a worker that died of it would take the loop
-    # down before the state is saved. A group of its own, rather than ignoring the signals: the loop ends its workers
-    # with SIGTERM.
+    # down before the state is saved. A group of its own, rather than ignoring all signals: the loop ends its workers
+    # with SIGTERM. Windows has no such groups; there Ctrl-C reaches every process of the console.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGBREAK"):
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

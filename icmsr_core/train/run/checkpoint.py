@@ -7,6 +7,7 @@ next start clears away.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from .state import RunState
 
+log = logging.getLogger(__name__)
 STATE_FILE = "state.safetensors"
 PARTIAL = ".partial"
 
@@ -24,9 +26,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     if not folder.is_dir():
         return None
     for leftover in folder.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def checkpoint_folder(run: Path, images: int) -> Path:
+    """Where the checkpoint of a run at that position is, or would be."""
+    return run / "checkpoints" / f"{images:09d}"
 
 
 def write_checkpoint(run: Path, state: RunState, keep: int, export: Callable[[Path], object]) -> Path:
@@ -35,19 +42,34 @@ def write_checkpoint(run: Path, state: RunState, keep: int, export: Callable[[Pa
     `export` writes the task's files into the folder that it is given. It sees the averaged weights; the state holds the
     live ones, from which training goes on.
     """
-    final = run / "checkpoints" / f"{state.position.images:09d}"
+    final = checkpoint_folder(run, state.position.images)
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if partial.exists():
+        _remove(partial)
+    partial.mkdir(parents=True, exist_ok=True)
     with state.averaged():
         export(partial)
     state.save(partial / STATE_FILE)
     os.replace(partial, final)
     for old in _checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, the oldest first."""
     return sorted(path for path in folder.iterdir() if path.name.isdigit())
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint, or says why it stays: under Windows a file in it may be open in another program.
+
+    It is renamed first: one of which only a part could be removed never looks whole, and the next start tries again.
+    """
+    leftover = folder if folder.name.endswith(PARTIAL) else folder.with_name(folder.name + PARTIAL)
+    try:
+        if leftover != folder:
+            os.replace(folder, leftover)
+        shutil.rmtree(leftover)
+    except OSError as error:
+        log.warning("%s stays: it cannot be removed (%s): close what has it open", folder, error.strerror or error)

@@ -27,7 +27,7 @@ from ..data.loader import make_loader
 from ..data.samples import Samples, Tally, last_samples
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
-from .checkpoint import STATE_FILE, newest_checkpoint, write_checkpoint
+from .checkpoint import STATE_FILE, checkpoint_folder, newest_checkpoint, write_checkpoint
 from .logs import MetricsLog
 from .loop_config import LoopConfig
 from .means import Means
@@ -37,6 +37,8 @@ from .state import RunState, fingerprint
 
 log = logging.getLogger(__name__)
 GRID_SAMPLES = 6
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+"""What ends a run once its state is saved: Ctrl-C, a scheduler's request, and under Windows Ctrl-Break."""
 
 
 class Interrupted(Exception):
@@ -87,8 +89,8 @@ def train(
 
     `settings`, a dataclass or a mapping of them, is the whole resolved configuration. It is written to `config.json`
     and handed to `Task.export`; a resume compares it, all but its `FREE` fields. With `keep_average` the averaged
-    weights stay in the networks afterwards, for a further stage. Raises `Interrupted` after saving on SIGINT or
-    SIGTERM, and `IcmsrError` when gradients stay non-finite.
+    weights stay in the networks afterwards, for a further stage. Raises `Interrupted` after saving on one of
+    `STOP_SIGNALS`, and `IcmsrError` when gradients stay non-finite.
     """
     run = start_run(task, samples, config, folder, settings, processes)
     position, step = run.state.position, run.state.step
@@ -98,7 +100,12 @@ def train(
     bar = tqdm(total=run.end, initial=position.images, unit="image", smoothing=0.05, disable=not processes.main)
     with stop_signals() as stopped, bar:
         while position.images < run.end:
-            rates = take_step(run, [next(loader) for _ in range(config.accumulate)])
+            batches = next_batches(run, loader, stopped)
+            if batches is None:
+                if not checkpoint_folder(folder, position.images).exists():
+                    save_everything(run, pictures=False)
+                raise Interrupted(stopped_at(position.images))
+            rates = take_step(run, batches)
             position.images += step
             bar.update(step)
             if run.due(config.log_every):
@@ -108,7 +115,7 @@ def train(
             if run.due(config.save_every) or stop:
                 save_everything(run, pictures=not stop)
             if stop:
-                raise Interrupted(f"stopped at {position.images} images; the same command goes on from here")
+                raise Interrupted(stopped_at(position.images))
     for name in processes.union(run.tally.unreadable):
         log.warning("%s: not a readable picture, skipped", name)
     exported: list[Path] = []
@@ -144,6 +151,25 @@ def start_run(
     if records is not None:
         records.truncate_after(state.position.images)
     return Run(task, model, samples, config, folder, plain, state, processes, records, Tally(samples))
+
+
+def next_batches(run: Run, loader: Iterator[Batch], stopped: Callable[[], bool]) -> list[Batch] | None:
+    """The batches of the next step; None when the data workers died of the signal that stops this run.
+
+    Where Ctrl-C reaches every process of a console (Windows), it also reaches a worker that is just starting and does
+    not ignore it yet.
+    """
+    try:
+        return [next(loader) for _ in range(run.config.accumulate)]
+    except RuntimeError:
+        if stopped() and run.processes.count == 1:  # several processes must stop at the same step
+            return None
+        raise
+
+
+def stopped_at(images: int) -> str:
+    """What the user reads when a signal has stopped the run at that position."""
+    return f"stopped at {images} images; the same command goes on from here"
 
 
 def take_step(run: Run, batches: list[Batch]) -> dict[str, float]:
@@ -230,9 +256,9 @@ def exchanged(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGINT or SIGTERM has come; the old handlers are put back afterwards."""
+    """A function that tells whether one of `STOP_SIGNALS` has come; the old handlers are put back afterwards."""
     seen: list[int] = []
-    old = {number: signal.signal(number, lambda got, _: seen.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, lambda got, _: seen.append(got)) for number in STOP_SIGNALS}
     try:
         yield lambda: bool(seen)
     finally:

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.pairs import TrainingPairs
+from icmsr_core.train.run import loop
+from icmsr_core.train.run.checkpoint import newest_checkpoint
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.run.loop import train
 from icmsr_core.train.run.loop_config import LoopConfig
@@ -106,6 +112,70 @@ def test_too_many_of_them_in_a_row_stop_the_run(tmp_path):
         run(Points(poison=range(4, 99)), tmp_path, images=64, patience=3)
     # One good step in between starts the count anew.
     run(Points(poison=[0, 4, 8, 12]), tmp_path / "other", patience=2)
+
+
+class StoppedBetween(Points):
+    """Gets Ctrl-C between two steps, at a moment when a data worker dies of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int, signalled: bool = True) -> None:
+        super().__init__()
+
+        def batches(samples, batch, start, stop, *_):
+            for first in range(start, start + steps * batch, batch):
+                yield default_collate([samples[number] for number in range(first, first + batch)])
+            if signalled:
+                signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+        monkeypatch.setattr(loop, "make_loader", batches)
+
+
+@pytest.mark.parametrize(("steps", "checkpoints"), [(3, ["000000006"]), (4, ["000000008"])])
+def test_ctrl_c_that_ends_the_data_workers_too_saves_the_state(tmp_path, monkeypatch, steps, checkpoints):
+    """After four steps the checkpoint is there already."""
+    monkeypatch.setattr(loop, "save_grid", lambda *_: None)
+    with pytest.raises(loop.Interrupted, match=f"stopped at {2 * steps} images; the same command goes on"):
+        run(StoppedBetween(monkeypatch, steps), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == checkpoints
+    monkeypatch.undo()
+    run(Points(), tmp_path)
+    run(Points(), tmp_path / "whole")
+    assert (tmp_path / "points.json").read_bytes() == (tmp_path / "whole" / "points.json").read_bytes()
+
+
+def test_data_workers_that_die_of_something_else_end_the_run(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        run(StoppedBetween(monkeypatch, 1, signalled=False), tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    """Under Windows, one with a file that is open elsewhere: it can be neither renamed nor deleted."""
+    replace = os.replace
+
+    def held(source, target):
+        if Path(source).name == "000000004":
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    run(Points(), tmp_path, save_every=4, log_every=100, keep=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000004", "000000016"]
+    warnings = [record.message for record in caplog.records if "cannot be removed" in record.message]
+    assert len(warnings) == 3
+    assert "000000004 stays: it cannot be removed (The process cannot access the file" in warnings[0]
+
+
+def test_a_checkpoint_of_which_a_part_is_left_never_looks_whole(tmp_path, monkeypatch):
+    def half(folder):
+        next(folder.iterdir()).unlink()
+        raise PermissionError(13, "in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        run(Points(), tmp_path, save_every=8, log_every=100, keep=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000008.partial", "000000016"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "000000016"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000016"]
 
 
 def test_another_split_of_the_batch_may_resume_and_another_batch_may_not(tmp_path):
