@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import IcmsrError
+from .attention import attend
 
 VaePart = Literal["encoder", "decoder"]
 TensorMap = Callable[[Tensor], Tensor]
@@ -95,6 +96,11 @@ class Attention:
     """Projection of the result, [N, C, h, w] to the same."""
     heads: int = 1
     """Number of heads, into which the channels are split."""
+    fused: bool = True
+    """Whether torch's fused kernels may be used (`attention.attend`)."""
+    own: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """Used instead for one head where every place of a map asks for every place: maps of query, key and value
+    [1, C, h, w] to a map of the same size."""
 
     def run(self, asking: Tensor, asked: Tensor | None, sample: Sample | None = None) -> Tensor:
         """Attention of the places of `asking` [1, C, h, w] to those of `asked` [1, C, h', w']: [1, C, h, w].
@@ -108,13 +114,19 @@ class Attention:
             maps.append(sample.places)
             far = (sample.shares * (sample.total - near)).log()
             bias = torch.cat([far.new_zeros(near), far]).to(asking)[None, None, None]
-        every = torch.cat(maps, 2)[..., None]
-        query, key, value = (
-            rearrange(projected, "n (heads d) h w -> n heads (h w) d", heads=self.heads)
-            for projected in (self.query(asking), self.key(every), self.value(every))
-        )
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        elif self.own is not None and asked is not None and asking.shape == asked.shape:
+            return self.output(self.own(self.query(asking), self.key(asked), self.value(asked)))
+        every = (torch.cat(maps, 2) if len(maps) > 1 else maps[0])[:, :, None]
+        key, value = self._split(self.key(every)), self._split(self.value(every))
+        del maps, every
+        found = attend(self._split(self.query(asking)), key, value, bias, self.fused)
+        del key, value
         return self.output(rearrange(found, "n heads (h w) d -> n (heads d) h w", h=asking.shape[2]))
+
+    def _split(self, projected: Tensor) -> Tensor:
+        """[N, C, h, w] as [N, heads, h * w, d], the channels of a place next to each other as fused kernels need it."""
+        heads = rearrange(projected, "n (heads d) h w -> n heads (h w) d", heads=self.heads)
+        return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 @dataclass(frozen=True, eq=False)

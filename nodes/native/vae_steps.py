@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.ldm.modules.diffusionmodules.model
+import comfy.model_management
 import comfy.ops
 import comfy.taesd.taesd
 import torch
@@ -114,7 +116,17 @@ def _block(block: Any, device: torch.device) -> Residual:
 def _attention(block: Any, device: torch.device) -> list[Step]:
     if isinstance(block, torch.nn.Identity):  # no attention, as in the embedded VAE (see `models.load_vae`)
         return []
-    return [Residual((_norm(block.norm, device), Attention(block.q, block.k, block.v, block.proj_out)))]
+    core = comfy.ldm.modules.diffusionmodules.model
+    chosen = block.optimized_attention
+    attend = Attention(
+        block.q,
+        block.k,
+        block.v,
+        block.proj_out,
+        fused=not comfy.model_management.is_amd(),  # as core: there torch's kernels crash on large maps
+        own=None if chosen in (core.pytorch_attention, core.normal_attention) else chosen,  # xformers, say
+    )
+    return [Residual((_norm(block.norm, device), attend))]
 
 
 def _head(half: Any, device: torch.device) -> list[Step]:

@@ -64,6 +64,8 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 ONE_KERNEL = {aten.convolution.default, aten.convolution_backward.default}
 """In torch's table they are made of other operations, but these are kernels of the device's library."""
 GROUP_NORM = {aten.native_group_norm.default, aten.native_group_norm_backward.default}
+FUSED = 2
+"""What `_fused_sdp_choice` answers for memory-efficient attention (SDPBackend)."""
 UNBOUNDED = 2**56
 """Bytes of storage that a `PretendTensor` claims, so that it can be resized."""
 
@@ -175,6 +177,8 @@ class PretendDevice:
         self.raise_late()
         if func is aten.scaled_dot_product_attention.default:
             return self._attention(*args, **kwargs)
+        if func is aten._fused_sdp_choice.default and self.rules.platform == "cuda":
+            return FUSED if self.rules.fuses_attention(*args[:3]) else 0  # looks at shapes, runs nothing
         if _has_kernel(func.name(), "CompositeImplicitAutograd"):  # in inference mode these arrive whole
             return func.decompose(*args, **kwargs)
         if func in COPIES:
