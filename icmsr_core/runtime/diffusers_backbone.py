@@ -15,6 +15,7 @@ from ..backbone.context import repeated_context
 from ..backbone.protocol import BackboneDescriptor
 from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
+from ..upscale.free_memory import free_memory
 from ..weights.base import BaseFolder
 from ..weights.generator_file import PARTS, Generator
 from ..weights.merging import check_fit, merged_parameter
@@ -129,7 +130,8 @@ class DiffusersBackbone:
         fix_step(self.unet, self._descriptor.timestep, self._context, self._compiled)
 
     def _room(self) -> float:
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
+        free = None if self.device.type == "cpu" else free_memory(self.device)
+        return float("inf") if free is None else free
 
 
 def silence_diffusers() -> None:

@@ -1,11 +1,14 @@
-"""Free memory as Linux tells it, from files as it writes them."""
+"""Free memory as each platform tells it: Linux in files as it writes them, others by planted answers."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from icmsr_core.upscale import free_memory as module
 from icmsr_core.upscale.free_memory import free_memory, free_system_memory
+from tests.support.vaes import backbone_of, random_vae
 
 GIB = 2**30
 
@@ -68,9 +71,88 @@ def test_limits_of_the_first_version_of_groups_count_too(tmp_path):
     assert free_system_memory(root) == 5 * GIB
 
 
-def test_nothing_is_known_where_the_system_does_not_say(tmp_path):
+def test_nothing_is_known_where_nobody_can_be_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "psutil", None)
     assert free_system_memory(tmp_path) is None
     assert free_memory(torch.device("meta")) is None
+
+
+def psutil_says(monkeypatch, available: int) -> None:
+    stand_in = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available, total=16 * GIB))
+    monkeypatch.setattr(module, "psutil", stand_in)
+
+
+def test_windows_and_macos_are_asked_through_psutil(tmp_path, monkeypatch):
+    """They have no /proc."""
+    psutil_says(monkeypatch, 3 * GIB)
+    assert free_system_memory(tmp_path) == 3 * GIB
+
+
+def test_on_linux_proc_is_read_whether_there_is_psutil_or_not(tmp_path, monkeypatch):
+    """It is what psutil reads, and control groups count on top of it."""
+    psutil_says(monkeypatch, 3 * GIB)
+    root = system(tmp_path, 5 * GIB)
+    assert free_system_memory(root) == 5 * GIB
+    monkeypatch.setattr(module, "psutil", None)
+    assert free_system_memory(root) == 5 * GIB
+
+
+CARD = {"mem_get_info": (GIB, 8 * GIB), "memory_reserved": 3 * GIB, "memory_allocated": 2 * GIB}
+"""Of 8 GiB one is free, and one of the three that torch holds."""
+
+
+def stand_in_for(monkeypatch, kind: str, raising: tuple[str, ...] = (), **answers: object) -> None:
+    """Plants what the module of a device answers, and takes away its other functions."""
+    planted = {name: lambda *_, answer=answer: answer for name, answer in answers.items()}
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("The device does not support querying the available free memory")
+
+    planted |= dict.fromkeys(raising, refuses)
+    monkeypatch.setattr(torch, kind, SimpleNamespace(**planted), raising=False)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "npu"])
+def test_an_accelerator_s_free_memory_includes_what_torch_keeps(monkeypatch, kind):
+    stand_in_for(monkeypatch, kind, **CARD)
+    assert free_memory(SimpleNamespace(type=kind)) == 2 * GIB
+
+
+@pytest.mark.parametrize("raising", [(), ("mem_get_info",)])
+def test_xpu_without_an_answer_is_all_that_torch_has_not_taken(monkeypatch, raising):
+    """torch before 2.8, and drivers that do not say what other programs use."""
+    answers = {key: value for key, value in CARD.items() if key != "mem_get_info"}
+    properties = SimpleNamespace(total_memory=8 * GIB)
+    stand_in_for(monkeypatch, "xpu", raising, get_device_properties=properties, **answers)
+    assert free_memory(torch.device("xpu")) == 6 * GIB
+    stand_in_for(monkeypatch, "xpu", (*raising, "get_device_properties"))
+    assert free_memory(torch.device("xpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("available", "most", "expected"),
+    [
+        (10, 12, 9),  # Metal's limit: 12 but for the 3 of this program's tensors
+        (4, 12, 6),  # the system's: 4, and 2 that torch keeps
+        (4, 2, 0),
+        (None, 12, 9),
+    ],
+)
+def test_mps_is_limited_by_metal_and_by_the_system(monkeypatch, available, most, expected):
+    monkeypatch.setattr(module, "free_system_memory", lambda: None if available is None else available * GIB)
+    taken = {"current_allocated_memory": 3 * GIB, "driver_allocated_memory": 5 * GIB}
+    stand_in_for(monkeypatch, "mps", recommended_max_memory=most * GIB, **taken)
+    assert free_memory(torch.device("mps")) == expected * GIB
+    stand_in_for(monkeypatch, "mps", **taken)  # an older torch
+    assert free_memory(torch.device("mps")) == (None if available is None else available * GIB)
+
+
+@pytest.mark.parametrize(("kind", "room"), [("cuda", 2 * GIB), ("meta", float("inf"))])
+def test_whole_maps_of_the_diffusers_vae_may_take_that_much(monkeypatch, kind, room):
+    backbone = backbone_of(random_vae(2, False, False))
+    stand_in_for(monkeypatch, "cuda", **CARD)
+    backbone.device = torch.device(kind)
+    assert backbone.vae_half("decoder", 64).room() == room
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
