@@ -14,12 +14,13 @@ from ..icmsr_core.steps import Steps
 from ..icmsr_core.upscale.one_step import run_plan
 from ..icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from ..icmsr_core.upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
+from ..icmsr_core.upscale.sizes import resize
 from ..icmsr_core.upscale.tile_choice import smaller_settings
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
-from .native.sockets import to_image, to_pictures
+from .native.sockets import check_image, to_image, visible_picture
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ class Upscale(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
-                *condition_inputs(),
+                *condition_inputs(
+                    "A generator trained by ICM-SR has never seen a condition, so the result hardly changes."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -149,9 +152,14 @@ class Upscale(io.ComfyNode):
         settings = UpscaleSettings(
             scale=scale, tile=tile, overlap=overlap, batch=tile_batch or 1, color_fix=color_fix, vae=vae_mode
         )
+        check_image("image", image)
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
         if strength == 0:
             condition = None
+        if condition is not None:
+            log.info(
+                "control_net: a generator trained by ICM-SR has never seen a condition, so the result hardly changes"
+            )
         with ComfyBackbone(model, vae, conditioning) as backbone:
             plan = plan_upscale(backbone.descriptor, image.shape[1], image.shape[2], settings)
             if tile_batch == 0:
@@ -177,8 +185,8 @@ class _Batch:
     def upscaled(self) -> torch.Tensor:
         """The results as one IMAGE, which is the only memory that grows with the batch."""
         count = self._image.shape[0]
-        result = _empty_image(count, *self._plan.target)
-        _check_finite(self._image)
+        height, width = self._plan.target
+        result = _empty_image(count, height, width, 4 if self._image.shape[-1] == 4 else 3)
         for index in range(count):
             result[index] = self._upscale_until_it_fits(index)
             self._done += self._plan.steps
@@ -216,28 +224,20 @@ class _Batch:
             comfy.model_management.throw_exception_if_processing_interrupted()
             self._bar.update_absolute(self._done + done, total)
 
-        picture = to_pictures(self._image[index : index + 1])
+        picture, alpha = visible_picture(self._image[index : index + 1])
         upscaled = run_plan(self._backbone, picture, self._plan, steps=Steps(show), features=self._features)
+        if alpha is not None:
+            upscaled = torch.cat([upscaled, resize(alpha, *self._plan.target).to(upscaled)], dim=1)
         return to_image(upscaled)[0]
 
 
-def _check_finite(image: torch.Tensor) -> None:
-    """Raises `IcmsrError` for NaN or infinite values in any picture, before the first one is computed."""
-    for index in range(image.shape[0]):
-        if not bool(image[index, ..., :3].isfinite().all()):
-            raise IcmsrError(
-                f"image: NaN or infinite values in picture {index + 1} of {image.shape[0]}: check the node that made it"
-            )
-
-
-def _empty_image(count: int, height: int, width: int) -> torch.Tensor:
-    """An IMAGE [N, H, W, 3] to be filled, on the device where core keeps the outputs of nodes."""
+def _empty_image(count: int, height: int, width: int, channels: int) -> torch.Tensor:
+    """An IMAGE [N, H, W, C] to be filled, on the device where core keeps the outputs of nodes."""
+    shape = (count, height, width, channels)
     try:
-        return torch.empty(
-            (count, height, width, 3), dtype=torch.float32, device=comfy.model_management.intermediate_device()
-        )
+        return torch.empty(shape, dtype=torch.float32, device=comfy.model_management.intermediate_device())
     except RuntimeError as error:
-        gigabytes = count * height * width * 12 / 1e9
+        gigabytes = count * height * width * channels * 4 / 1e9
         raise IcmsrError(
             f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, which is more "
             "than is free: upscale fewer pictures at a time, or choose a smaller scale"

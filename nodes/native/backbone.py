@@ -19,6 +19,7 @@ from .core_objects import Conditioning, Model, Patcher, Vae
 from .description import ATTACHMENT, ModelDescription, describe
 from .float32 import model_in_float32, vae_in_float32
 from .generator_patches import wrong_vae
+from .prompt import check_conditioning
 from .unet_pass import check_single_step, run_unet
 from .vae_steps import decoder_steps, encoder_steps, is_tiny
 
@@ -239,6 +240,7 @@ def _context(model: Model, description: ModelDescription, conditioning: Conditio
     """The constant context [tokens, width]: that of the CONDITIONING if there is one, else the generator's own."""
     width = model.model.model_config.unet_config["context_dim"]
     if conditioning is not None:
+        check_conditioning(conditioning)
         context: Tensor | None = conditioning[0][0]
         if context is None or context.shape[-1] != width:
             got = "no text" if context is None else f"{context.shape[-1]} values per token"

@@ -15,15 +15,19 @@ from ...icmsr_core.upscale.sizes import pad_to_multiple
 from ...icmsr_core.upscale.tiling import Box
 from .adapters import HintNetwork, wrong_channels
 from .backbone import ComfyBackbone
+from .sockets import check_image
 
 
-def condition_inputs() -> list[io.Input]:
-    """The optional inputs ``control_net`` and ``hint`` of a node; `Condition.connected` takes their values."""
+def condition_inputs(remark: str = "") -> list[io.Input]:
+    """The optional inputs ``control_net`` and ``hint`` of a node; `Condition.connected` takes their values.
+
+    `remark` ends the tooltip of ``control_net``.
+    """
     return [
         io.ControlNet.Input(
             "control_net",
             optional=True,
-            tooltip="Optional: an adapter from ICM-SR Load Adapter. Connect hint as well.",
+            tooltip=" ".join(filter(None, ("Optional: an adapter from ICM-SR Load Adapter, with its hint.", remark))),
         ),
         io.Image.Input(
             "hint",
@@ -61,6 +65,7 @@ class Condition:
             raise IcmsrError(f"{given} is connected but {missing} is not: connect both or neither")
         if hint is None:
             return None
+        check_image("hint", hint)
         if not isinstance(control_net, comfy.controlnet.T2IAdapter) or not _levels(control_net):
             raise IcmsrError(
                 f"control_net must be a T2I-Adapter, got a {type(control_net).__name__}: take it from ICM-SR Load "

@@ -3,15 +3,64 @@
 from __future__ import annotations
 
 import comfy.model_management
+import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.pictures.channels import as_rgb
+
+ALPHA = 3
+"""Index of the fourth channel of an IMAGE: opacity, 1 opaque."""
+
+
+def check_image(name: str, image: object) -> None:
+    """Raises `IcmsrError`, which says the input's `name`, unless `image` is an IMAGE that can be computed with.
+
+    That is a float tensor [pictures, height, width, 1, 3 or 4 channels], not empty, without NaN or infinite values.
+    """
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
+        got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise IcmsrError(
+            f"{name}: must be an IMAGE [pictures, height, width, 3 or 4 channels], got {got}: check the node that "
+            "made it"
+        )
+    if not image.numel():
+        raise IcmsrError(f"{name}: holds no picture ({list(image.shape)}): check the node that made it")
+    if not image.is_floating_point():
+        raise IcmsrError(
+            f"{name}: holds {str(image.dtype).removeprefix('torch.')} values, an IMAGE has floating-point values from "
+            "0 to 1: the node that made it must divide them by the value of white (255 for 8 bits)"
+        )
+    for index in range(image.shape[0]):
+        if not bool(image[index].isfinite().all()):
+            raise IcmsrError(
+                f"{name}: NaN or infinite values in picture {index + 1} of {image.shape[0]}: check the node that made "
+                "it"
+            )
 
 
 def to_pictures(image: Tensor) -> Tensor:
     """RGB pictures [N, 3, H, W], float32, of an IMAGE. Alpha is dropped, and grey becomes three equal channels."""
     return as_rgb(rearrange(image, "n h w c -> n c h w")).float()
+
+
+def visible_picture(image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The RGB picture [1, 3, H, W] of an IMAGE of one, and its opacity [1, 1, H, W]; None without a fourth channel.
+
+    Colours under opacity 0 are those of the nearest visible pixel (`fill_hidden`).
+    """
+    picture = to_pictures(image)
+    if image.shape[-1] <= ALPHA:
+        return picture, None
+    alpha = image[..., ALPHA].float()
+    if bool((alpha > 0).all()):
+        return picture, alpha[:, None]
+    from ...icmsr_core.pictures.transparency import fill_hidden  # imports OpenCV, so only when it is needed
+
+    rgb = rearrange(picture, "1 c h w -> h w c").cpu().numpy()
+    filled = torch.from_numpy(fill_hidden(rgb, alpha[0].cpu().numpy())).to(picture)
+    return rearrange(filled, "h w c -> 1 c h w"), alpha[:, None]
 
 
 def to_image(pictures: Tensor) -> Tensor:

@@ -280,6 +280,20 @@ def test_the_bare_base_has_no_fidelity(outcome):
         ("no adapter", "not a T2I-Adapter, full or light: found "),
         ("a controlnet", "must be a T2I-Adapter, got a ControlNet: take it from ICM-SR Load Adapter"),
         ("tile", "try 128"),
+        ("integers", "image: holds uint8 values, an IMAGE has floating-point values from 0 to 1"),
+        ("integers as hint", "hint: holds uint8 values"),
+        ("integers to extract", "image: holds uint8 values"),
+        ("integers to inspect", "image: holds uint8 values"),
+        ("no picture", "image: holds no picture ([0, 50, 61, 3])"),
+        ("a mask", "image: must be an IMAGE [pictures, height, width, 3 or 4 channels], got [1, 50, 61]"),
+        ("empty conditioning", "the conditioning is empty: connect CLIP Text Encode"),
+        ("two prompts", "the conditioning holds 2 prompts, the one step takes one"),
+        ("a masked prompt", "the conditioning holds a mask, which the one step cannot use"),
+        (
+            "a weak prompt with a net",
+            "an adapter from ICM-SR Load Adapter), a strength, which",
+        ),
+        ("an early prompt", "holds a range of steps, which"),
         ("nan in the unet", "the UNet gave NaN"),
         ("base with a missing tensor", "out.2.bias is missing"),
     ],
@@ -290,3 +304,19 @@ def test_refusals_say_what_to_do(outcome, name, words):
     assert message.startswith("IcmsrError: ")
     assert words in message
     assert "\n" not in message
+
+
+def test_a_fourth_channel_is_kept_and_hidden_colours_do_not_matter(outcome):
+    results = outcome.results
+    opaque = results["upscale opaque"]
+    assert opaque.shape[-1] == 4
+    assert torch.equal(opaque[..., :3], results["upscale"])
+    assert float((opaque[..., 3] - 1).abs().max()) < 1e-6
+    hidden = results["upscale hidden"]
+    assert torch.equal(hidden, results["upscale hidden too"])
+    assert float(hidden[:, :70, :70, 3].max()) == 0
+    assert float(hidden[:, 90:, 90:, 3].min()) > 1 - 1e-6
+
+
+def test_a_prompt_with_neutral_options_is_taken(outcome):
+    assert outcome.report["errors"]["a neutral prompt"] is None

@@ -186,6 +186,32 @@ with torch.inference_mode():
     network.forward = whole
     report["attempts"] = attempts[:2]
 
+    # A fourth channel: opaque, and with a hidden corner of two colours.
+    results["upscale opaque"] = upscaled(model_a, vae_a, torch.cat([picture, torch.ones_like(picture[..., :1])], -1))
+    alpha = torch.ones_like(picture[..., :1])
+    alpha[:, :20, :20] = 0
+    for name, hidden in (("upscale hidden", 0.0), ("upscale hidden too", 1.0)):
+        results[name] = upscaled(model_a, vae_a, torch.cat([torch.where(alpha > 0, picture, hidden), alpha], -1))
+
+    # Refusals at the door of every node that takes an IMAGE, and of what a CONDITIONING may hold.
+    integers = (picture * 255).to(torch.uint8)
+    error_of("integers", upscaled, model_a, vae_a, integers)
+    error_of("integers as hint", upscaled, model_a, vae_a, control_net=control, hint=integers)
+    error_of("integers to extract", part("nodes.conditions").ExtractCondition.execute, integers)
+    error_of("integers to inspect", part("nodes.inspect_manifold").InspectManifold.execute, model, vae, integers)
+    error_of("no picture", upscaled, model_a, vae_a, picture[:0])
+    error_of("a mask", upscaled, model_a, vae_a, picture[..., 0])
+    prompt = torch.zeros(1, 77, 32)
+    for name, found in (
+        ("empty conditioning", []),
+        ("two prompts", [[prompt, {}], [prompt, {}]]),
+        ("a masked prompt", [[prompt, {"mask": torch.ones(1, 8, 8), "mask_strength": 1.0}]]),
+        ("a weak prompt with a net", [[prompt, {"strength": 0.5, "control": object()}]]),
+        ("an early prompt", [[prompt, {"start_percent": 0.0, "end_percent": 0.5}]]),
+        ("a neutral prompt", [[prompt, {"strength": 1.0, "start_percent": 0.0, "pooled_output": None}]]),
+    ):
+        error_of(name, upscaled, model_a, vae_a, conditioning=found)
+
     # Refusals.
     error_of("no generator", upscaled, model, vae)
     error_of("second generator", apply_node.execute, model_a, vae_a, "b.safetensors")
