@@ -20,7 +20,7 @@ from .description import ATTACHMENT, ModelDescription, describe
 from .float32 import model_in_float32, vae_in_float32
 from .generator_patches import wrong_vae
 from .prompt import check_conditioning
-from .unet_pass import check_single_step, run_unet
+from .unet_pass import check_changes, run_unet
 from .vae_steps import decoder_steps, encoder_steps, is_tiny
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ComfyBackbone:
                 f"the generator {description.generator!r} changes the VAE too: connect the VAE output of the same node "
                 f"as the MODEL{tiny}"
             )
-        check_single_step(model)
+        check_changes(model)
         self._prompt = _context(model, description, conditioning)
         self._context = self._prompt
         """The prompt where and as the UNet takes it."""

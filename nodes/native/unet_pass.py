@@ -25,8 +25,11 @@ SAMPLER_WRAPPERS = ("outer_sample", "prepare_sampling", "sampler_sample", "predi
 """Kinds of wrappers (comfy.patcher_extension.WrappersMP) around the parts of a sampler."""
 
 
-def check_single_step(model: Model) -> None:
-    """Raises `IcmsrError` for a MODEL with a change that only a sampler applies: here it would be lost silently."""
+def check_changes(model: Model) -> None:
+    """Raises `IcmsrError` for a MODEL with a change that cannot work here.
+
+    One that only a sampler applies would be lost silently. One of self-attention does not fit a UNet without it (nano).
+    """
     wrappers = _wrappers(model)
     found = [name for name in SAMPLER_OPTIONS if model.model_options.get(name)]
     found += [kind for kind in SAMPLER_WRAPPERS if any(wrappers.get(kind, {}).values())]
@@ -35,6 +38,13 @@ def check_single_step(model: Model) -> None:
             f"this MODEL carries a change that only a sampler applies ({', '.join(found)}), and ICM-SR works in one "
             "step without a sampler: take the MODEL from before the node that makes the change (such as RescaleCFG, "
             "Perturbed-Attention Guidance or EasyCache)"
+        )
+    options = model.model_options["transformer_options"]
+    changed = options.get("patches", {}).get("attn1_patch") or options.get("patches_replace", {}).get("attn1")
+    if changed and any(model.model.model_config.unet_config.get("disable_self_attentions") or ()):
+        raise IcmsrError(
+            "this MODEL carries a change of self-attention, which this model does not have: take the MODEL from before "
+            "the node that makes the change (such as HyperTile or TomePatchModel)"
         )
 
 

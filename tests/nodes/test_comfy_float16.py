@@ -14,7 +14,8 @@ pytestmark = pytest.mark.comfy
 
 CHOSEN = ("chosen by core", "chosen by core, MPS", "chosen by core, DynamicVRAM")
 FORCED = ("forced", "forced, DynamicVRAM", "forced, --novram")
-RUNS = ("", ", adapter", ", again")
+EVERYTHING = ("chosen by core", "forced", "forced, DynamicVRAM")
+"""Where the adapter and the grid run, too."""
 ROUNDING = 0.05
 """Largest difference that rounding to bfloat16 makes; float16 makes a tenth of it."""
 
@@ -32,6 +33,16 @@ def outcome(comfyui: Path, comfy_python: Path, tmp_path_factory: pytest.TempPath
     return Outcome(load_file(job / "results.safetensors"), json.loads((job / "report.json").read_text()))
 
 
+def upscales(way: str) -> list[str]:
+    """The upscales of `way`, by what their names add to its name."""
+    return ["", ", again", *([", adapter"] if way in EVERYTHING else [])]
+
+
+def pictures(way: str) -> list[str]:
+    """The pictures of `way` that differ, as `upscales`."""
+    return ["", *([", adapter", ", grid"] if way in EVERYTHING else [])]
+
+
 def off_by(outcome: Outcome, name: str, expected: str) -> float:
     difference = float((outcome.results[name] - outcome.results[expected]).abs().max())
     print(f"{name} differs from {expected} by {difference:.1e}")
@@ -41,8 +52,8 @@ def off_by(outcome: Outcome, name: str, expected: str) -> float:
 @pytest.mark.parametrize("way", CHOSEN)
 def test_core_chooses_bfloat16_for_nano(outcome: Outcome, way: str) -> None:
     assert outcome.report["precisions"][way] == ["torch.bfloat16", "torch.bfloat16", "DynamicVRAM" in way]
-    assert not any(outcome.report["warnings"][f"{way}{run}"] for run in RUNS)
-    for run in ("", ", adapter", ", grid"):
+    assert not any(outcome.report["warnings"][f"{way}{run}"] for run in upscales(way))
+    for run in pictures(way):
         assert 0 < off_by(outcome, f"{way}{run}", f"CPU{run}") < ROUNDING
 
 
@@ -50,11 +61,11 @@ def test_core_chooses_bfloat16_for_nano(outcome: Outcome, way: str) -> None:
 def test_a_unet_that_is_forced_into_float16_goes_on_in_float32(outcome: Outcome, way: str) -> None:
     """ComfyUI's options win over what nano declares."""
     assert outcome.report["precisions"][way] == ["torch.float16", "torch.float16", "DynamicVRAM" in way]
-    for run in RUNS:
+    for run in upscales(way):
         warnings = outcome.report["warnings"][f"{way}{run}"]
         assert len(warnings) == 1, warnings
         assert warnings[0].startswith("the UNet gave NaN or infinite values in float16 and runs in float32")
-    for run in ("", ", adapter", ", grid"):
+    for run in pictures(way):
         assert 0 < off_by(outcome, f"{way}{run}", f"CPU{run}") < ROUNDING / 5
 
 

@@ -126,3 +126,10 @@ def test_a_unet_kept_in_eight_bits(checkpoint):
     similarity = float(torch.corrcoef(pair)[0, 1])
     print(f"correlation with the generator in full precision {similarity:.3f}")
     assert similarity > 0.95
+
+
+def test_a_unet_that_load_diffusion_model_keeps_in_eight_bits(checkpoint):
+    """core's Load Diffusion Model with weight_dtype fp8_e4m3fn."""
+    assert "float8_e4m3fn" in checkpoint.report["UNETLoader"]
+    outputs = [checkpoint.results[f"{name} output"].flatten() for name in ("UNETLoader", "sd15")]
+    assert float(torch.corrcoef(torch.stack(outputs))[0, 1]) > 0.95

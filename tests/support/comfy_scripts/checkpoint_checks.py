@@ -210,6 +210,14 @@ def in_other_precisions(family: str) -> None:
         report[option] = {"kept": precision(model), "repeated": bool(torch.equal(first, again)), "warnings": warnings}
         del model, vae
         forget()
+    networks = job / "models" / "diffusion_models"
+    networks.mkdir()
+    (networks / f"{family}.safetensors").hardlink_to(files / f"{family}.safetensors")
+    model = core.NODE_CLASS_MAPPINGS["UNETLoader"]().load_unet(f"{family}.safetensors", "fp8_e4m3fn")[0]
+    report["UNETLoader"] = precision(model)
+    run("UNETLoader", *apply_node.execute(model, load(family)[1], f"{family}.safetensors").result)
+    del model
+    forget()
 
 
 with torch.inference_mode():

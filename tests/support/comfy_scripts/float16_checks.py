@@ -28,6 +28,8 @@ WAYS = {
     "forced, DynamicVRAM": Card(half=True, dynamic=True, options=FORCED),
     "forced, --novram": Card(half=True, state="NO_VRAM", options=FORCED),
 }
+EVERYTHING = ("CPU", "chosen by core", "forced", "forced, DynamicVRAM")
+"""Where the adapter and the grid run, too."""
 TOO_MUCH = 1e6
 """The largest value of a map that leaves float16's range."""
 nodes = {name.removeprefix("ICMSR_"): node for name, node in core.NODE_CLASS_MAPPINGS.items() if "ICMSR_" in name}
@@ -48,18 +50,20 @@ def upscaled(name: str, model, vae, **settings) -> torch.Tensor:
     return result
 
 
-def with_everything(name: str) -> None:
-    """All nodes under the present rules; results, precisions and warnings are noted under `name`."""
+def with_nodes(name: str) -> None:
+    """The nodes under the present rules; results, precisions and warnings are noted under `name`."""
     bare = nodes["LoadEmbedded"].execute("none").result
     model, vae = nodes["ApplyGenerator"].execute(*bare, "nano (embedded)", fidelity=0.0).result
     report["precisions"][name] = [str(model.model.get_dtype_inference()), str(vae.vae_dtype), model.is_dynamic()]
     results[name] = upscaled(name, model, vae)
+    report["repeated"][name] = bool(torch.equal(upscaled(f"{name}, again", model, vae), results[name]))
+    if name not in EVERYTHING:
+        return
     hint = nodes["ExtractCondition"].execute(picture).result[0]
     guided = {"control_net": nodes["LoadAdapter"].execute("nano (embedded)").result[0], "hint": hint}
     results[f"{name}, adapter"] = upscaled(f"{name}, adapter", model, vae, **guided)
     grid = nodes["InspectManifold"].execute(*bare, picture, timesteps="500", **guided).result[0]
     results[f"{name}, grid"] = grid.cpu()
-    report["repeated"][name] = bool(torch.equal(upscaled(f"{name}, again", model, vae), results[name]))
 
 
 def overflowing_vae(part: str, forced: bool) -> None:
@@ -78,11 +82,11 @@ def overflowing_vae(part: str, forced: bool) -> None:
 
 
 with torch.inference_mode():
-    with_everything("CPU")
+    with_nodes("CPU")
     management.unload_all_models()
     for way, given in WAYS.items():
         with card(given):
-            with_everything(way)
+            with_nodes(way)
     for part in ("encoder", "decoder"):
         for forced in (False, True):
             overflowing_vae(part, forced)
