@@ -34,7 +34,7 @@ def checkpoint(comfyui, comfy_python, tmp_path_factory) -> Outcome:
 
 
 def test_a_batch_is_its_pictures_one_by_one(batches):
-    assert batches["frames"] == {"shape": [16, 40, 72, 3], "contiguous": True, "equal": True, "different pictures": 16}
+    assert batches["frames"] == {"shape": [16, 40, 72, 4], "contiguous": True, "equal": True, "different pictures": 16}
 
 
 def test_the_result_is_the_only_memory_that_grows_with_the_batch(batches):
