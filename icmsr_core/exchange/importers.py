@@ -86,7 +86,7 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
 
 def check_result_file(source: Path, dest: Path) -> None:
     """Raises `IcmsrError` unless `source` exists and `dest` names another file, a .safetensors."""
-    if dest.suffix != ".safetensors" or dest.is_dir():
+    if dest.suffix.lower() != ".safetensors" or dest.is_dir():
         raise IcmsrError(f"{dest}: the result must be a file whose name ends in .safetensors")
     if not source.exists():
         raise IcmsrError(f"{source}: no such file")

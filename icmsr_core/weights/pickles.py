@@ -22,7 +22,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         raise IcmsrError(
             f"{path}: is a .safetensors file, this kind of checkpoint is a pickle: for a LoRA file use the kind lora"
         )

@@ -181,7 +181,7 @@ def _check_head(path: Path) -> None:
             f"{path}: a pickled checkpoint, which can run code when it is read: "
             "choose the .safetensors file of the same model"
         )
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise IcmsrError(f"{path}: neither a base folder nor a .safetensors checkpoint")
 
 

@@ -71,7 +71,7 @@ def read_tiny_vae(path: Path) -> TinyVae:
             raise IcmsrError(f"{path}: no tiny VAE in this folder: expected {FORMS}")
     elif not path.is_file():
         raise IcmsrError(f"{path}: no such file or folder: --tiny-vae takes {FORMS}")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise IcmsrError(f"{path}: must be a .safetensors, pickled .pth and .bin files are never opened: use {FORMS}")
     if "encoder" in path.name or "decoder" in path.name:
         return _read_pair(path)

@@ -26,7 +26,7 @@ def register_folder() -> None:
 def list_files(*folders: str) -> list[str]:
     """Names of the .safetensors files in the model folders `folders`, in this order, each name once."""
     names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [name for name in dict.fromkeys(names) if name.endswith(EXTENSION)]
+    return [name for name in dict.fromkeys(names) if name.lower().endswith(EXTENSION)]
 
 
 def find_file(name: str, *folders: str) -> Path:

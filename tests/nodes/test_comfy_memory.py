@@ -71,6 +71,7 @@ def test_extra_model_paths_keep_their_say(batches):
         "deeper/both.safetensors": "mine/deeper/both.safetensors",
         "deeper/theirs.safetensors": "mine/deeper/theirs.safetensors",
         "deeper/ours.safetensors": "models/icmsr/deeper/ours.safetensors",
+        "LOUD.SAFETENSORS": "models/icmsr/LOUD.SAFETENSORS",
     }
 
 

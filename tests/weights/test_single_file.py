@@ -310,3 +310,9 @@ def test_a_damaged_description_is_refused(tmp_path, narrow: Path, description: s
     save_file(load_file(narrow), path, metadata={"format": "icmsr-base", "icmsr": description})
     with pytest.raises(IcmsrError, match=r"own\.safetensors: .*description|at least 1 step"):
         open_base(path)
+
+
+def test_the_extension_may_be_in_capitals(tmp_path, narrow: Path) -> None:
+    loud = tmp_path / "NARROW.SAFETENSORS"
+    loud.write_bytes(narrow.read_bytes())
+    assert open_base(loud).hash() == open_base(narrow).hash()
