@@ -7,6 +7,7 @@ its own.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,10 +75,25 @@ def read_head(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors to `path`, which appears complete or not at all. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
+    """Writes a .safetensors to `path`, which appears complete or not at all. Makes the folder.
+
+    Raises `IcmsrError` where it cannot be written, with the bytes that are needed and free.
+    """
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
+    except (SafetensorError, OSError) as error:
+        raise IcmsrError(f"{path}: cannot be written ({error}): {_space(path.parent, size)}") from error
+
+
+def _space(folder: Path, size: int) -> str:
+    try:
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    except OSError:
+        free = "how much is free is unknown"
+    return f"it needs {size / 1e6:.1f} MB, {free}"
 
 
 def check_finite(name: object, tensors: Mapping[str, Tensor], way_out: str = "") -> None:

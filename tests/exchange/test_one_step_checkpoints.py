@@ -265,7 +265,7 @@ def test_a_failed_write_leaves_the_old_file(base, osediff, tmp_path, monkeypatch
         raise OSError("no space left on device")
 
     monkeypatch.setattr("icmsr_core.weights.tensor_files.save_file", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(IcmsrError, match=r"o\.safetensors: cannot be written \(no space left on device\): it needs"):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", ImportSettings(base=base))
     assert (tmp_path / "o.safetensors").read_bytes() == b"before"
     assert len(list(tmp_path.iterdir())) == 2

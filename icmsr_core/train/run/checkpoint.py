@@ -13,22 +13,41 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ...errors import IcmsrError
+from ...weights.tensor_files import open_tensors
 from .state import RunState
 
 log = logging.getLogger(__name__)
 STATE_FILE = "state.safetensors"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None; clears away what a kill left unfinished."""
+    """The newest whole checkpoint of a run, or None; clears away what a kill left unfinished.
+
+    One whose state is damaged is renamed with a logged warning, and the one before is taken. Raises `IcmsrError` where
+    all are damaged.
+    """
     folder = run / "checkpoints"
     if not folder.is_dir():
         return None
     for leftover in folder.glob(f"*{PARTIAL}"):
         _remove(leftover)
     found = _checkpoints(folder)
-    return found[-1] if found else None
+    for path in reversed(found):
+        try:
+            with open_tensors(path / STATE_FILE):
+                return path
+        except IcmsrError as error:
+            log.warning("the checkpoint %s is damaged and renamed: going on from the one before (%s)", path, error)
+            os.replace(path, path.with_name(path.name + DAMAGED))
+    if found:
+        raise IcmsrError(
+            f"{folder}: every checkpoint is damaged (they are renamed to *{DAMAGED}): the same command now begins "
+            "again, or choose another run folder"
+        )
+    return None
 
 
 def checkpoint_folder(run: Path, images: int) -> Path:
@@ -47,9 +66,13 @@ def write_checkpoint(run: Path, state: RunState, keep: int, export: Callable[[Pa
     if partial.exists():
         _remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    with state.averaged():
-        export(partial)
-    state.save(partial / STATE_FILE)
+    try:
+        with state.averaged():
+            export(partial)
+        state.save(partial / STATE_FILE)
+    except (IcmsrError, OSError):
+        _remove(partial)  # on a full disk its space is needed
+        raise
     os.replace(partial, final)
     for old in _checkpoints(final.parent)[:-keep]:
         _remove(old)

@@ -6,6 +6,7 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from .loop import Interrupted, train
 from .loop_config import LoopConfig
 from .plan import PlannedStage, plan
 from .processes import Processes, start_processes
+from .run_lock import run_lock
 
 Config = TypeVar("Config")
 
@@ -71,10 +73,11 @@ def run_training(kind: type[Any], prepare: Callable[[Any], Training]) -> None:
             sys.stdout.write(plan(config, training.plan(), training.pairs, processes.count) + "\n")
         return
     torch.manual_seed(training.seed)
-    for stage in training.stages(processes):
-        written = train(stage.task, stage.samples, stage.loop, stage.folder, config, processes, stage.keep_average)
-        for path in written:
-            logging.info("wrote %s", path)
+    with run_lock(Path(config.run)) if processes.main else nullcontext():
+        for stage in training.stages(processes):
+            written = train(stage.task, stage.samples, stage.loop, stage.folder, config, processes, stage.keep_average)
+            for path in written:
+                logging.info("wrote %s", path)
 
 
 def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Config:

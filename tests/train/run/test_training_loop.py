@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -176,6 +177,57 @@ def test_a_checkpoint_of_which_a_part_is_left_never_looks_whole(tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000008.partial", "000000016"]
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "000000016"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000016"]
+
+
+def cut_state(folder: Path) -> None:
+    """Cuts a checkpoint's state short, as a full disk or a pulled plug may leave it."""
+    state = folder / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+    straight, other = Points(), Points()
+    run(straight, tmp_path / "straight", save_every=4, log_every=100, keep=4)
+    run(Points(), tmp_path / "cut", save_every=4, log_every=100, keep=4)
+    cut_state(tmp_path / "cut" / "checkpoints" / "000000016")
+    run(other, tmp_path / "cut", save_every=4, log_every=100, keep=4)
+    assert "000000016 is damaged and renamed: going on from the one before" in caplog.text
+    for one, two in zip(straight.parameters(), other.parameters()):
+        assert torch.equal(one, two)
+    names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert names == ["000000004", "000000008", "000000012", "000000016", "000000016.damaged"]
+
+
+def test_damage_to_every_checkpoint_is_said_and_the_run_can_begin_again(tmp_path):
+    run(Points(), tmp_path, save_every=8, log_every=100, keep=2)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        cut_state(folder)
+    with pytest.raises(IcmsrError, match="every checkpoint is damaged"):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_the_one_before(tmp_path, monkeypatch):
+    written = []
+
+    def filling(tensors, path, metadata):
+        if written:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        written.append(path)
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("icmsr_core.weights.tensor_files.save_file", filling)
+    with pytest.raises(
+        IcmsrError, match=r"cannot be written \(I/O error: No space left .*it needs [\d.]+ MB, [\d.]+ MB are"
+    ):
+        run(Points(), tmp_path, save_every=8, log_every=100)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000008"]
+    monkeypatch.undo()
+    straight, resumed = Points(), Points()
+    run(resumed, tmp_path, save_every=8, log_every=100)
+    run(straight, tmp_path / "straight", save_every=8, log_every=100)
+    assert torch.equal(straight.first, resumed.first)
 
 
 def test_another_split_of_the_batch_may_resume_and_another_batch_may_not(tmp_path):
