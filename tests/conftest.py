@@ -107,6 +107,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def metric_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of `tests.support.metric_sources`; no test writes into it."""
+    from tests.support.metric_sources import write_sources  # imports torchvision, which few tests need
+
+    folder = tmp_path_factory.mktemp("metric_sources")
+    write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def metric_weights(metric_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four files that train/metric_weights.py makes of them; no test writes into it."""
+    from tests.support.metric_sources import convert
+
+    folder = tmp_path_factory.mktemp("metric_weights")
+    sources = {"vgg": "vgg.pth", "alex": "alex.pth", "dists": "dists.pt", "niqe": "niqe.npz"}
+    flags = [f"--{name}={metric_sources / file}" for name, file in sources.items()]
+    assert convert("--out", folder, "--trust=true", *flags) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """What the committed toy configurations train, through the real scripts: the folder that holds `runs`.
 

@@ -191,9 +191,13 @@ def add_measuring(command: Commands) -> None:
         "--metrics",
         default="psnr,ssim,hf",
         metavar="NAME,...",
-        help="psnr, ssim, hf; fsim, dss, srsim (extra eval); lpips, dists, ... (needs pyiqa)",
+        help="psnr, ssim, hf; fsim, dss, srsim (extra eval); lpips, lpips_vgg, dists, niqe (--weights-dir, or pyiqa); "
+        "musiq, maniqa, clipiqa, topiq_nr, liqe (pyiqa)",
     )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every picture's values")
+    evaluate.add_argument(
+        "--weights-dir", type=Path, metavar="DIR", help="weights that train/metric_weights.py has converted"
+    )
 
     inspect = command("inspect", "Say what a generator, an adapter or a base holds.")
     inspect.add_argument("file", type=Path, help="a file, or the folder of a base or an adapter")

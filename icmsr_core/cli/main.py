@@ -188,7 +188,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise IcmsrError(f"{options.json}: the folder {options.json.parent} does not exist: create it first")
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with tqdm(unit="picture", leave=False, disable=None) as bar:
-        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar))
+        evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar), options.weights_dir)
     if options.json is not None:
         options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
     print(evaluation.table())

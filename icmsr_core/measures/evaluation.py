@@ -62,18 +62,19 @@ def evaluate_folders(
     lq: str | os.PathLike[str] | None = None,
     metrics: Iterable[str] = DEFAULT_METRICS,
     steps: Steps | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Measures every picture in the folder `sr` against the one of the same name (without extension) in `hr`.
 
     `metrics` are names in `METRICS`. With `lq`, the folder of the inputs, there is one more column, "color":
     `mean_color_difference` between the result and the input resized to its size (Pillow's bicubic). `steps`
-    counts the pictures. Transparency is ignored.
+    counts the pictures. `weights` is a folder of converted weights (see `metric`). Transparency is ignored.
 
     Raises IcmsrError before anything is measured for an unknown metric, a missing library or its weights, a folder
     that is missing or empty, pictures without a partner (it lists them), names that occur twice, and sizes that differ
     (it lists them); and later, with the file's name, for a picture that cannot be read or is too small for a metric.
     """
-    chosen = [metric(name) for name in dict.fromkeys(metrics)]
+    chosen = [metric(name, None if weights is None else Path(weights)) for name in dict.fromkeys(metrics)]
     for entry in chosen:
         entry.prepare()
     results = _by_stem(sr)

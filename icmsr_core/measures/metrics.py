@@ -2,7 +2,8 @@
 
 Pictures are arrays [height, width, 3], R, G, B: uint8, or floating point in [0, 1]. PSNR and SSIM follow pyiqa with
 test_y_channel=True and color_space="ycbcr", in float64 and without cropping a border, as the published tables of this
-field do. FSIM, DSS and SR-SIM come from piq, the measures that are networks from pyiqa; both packages are optional.
+field do. FSIM, DSS and SR-SIM come from piq, the measures after them from pyiqa; both packages are optional. LPIPS,
+DISTS and NIQE need no pyiqa where the user has converted their published weights (`weight_files`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,6 +23,12 @@ import torch
 
 from ..errors import IcmsrError
 from ..pictures.files import to_tensor
+from ..pictures.ranges import unit_to_signed
+from .dists import Dists, load_dists
+from .feature_networks import ALEXNET, VGG16
+from .lpips import Lpips, load_lpips
+from .niqe import NaturalStatistics, load_niqe, niqe
+from .weight_files import DISTS, LPIPS_ALEX, LPIPS_VGG, NIQE, WeightFile
 
 PictureArray = npt.NDArray[Any]
 DoubleArray = npt.NDArray[np.float64]
@@ -126,11 +134,23 @@ class Metric:
         return self.compute(result, result if truth is None else truth)
 
 
-def metric(name: str) -> Metric:
-    """The measure called `name`. Raises IcmsrError, with a list of all names, for any other name."""
+def metric(name: str, weights: Path | None = None) -> Metric:
+    """The measure called `name`.
+
+    With `weights`, a folder of files made by train/metric_weights.py, LPIPS, DISTS and NIQE are computed with those and
+    all others as without. Raises IcmsrError, with a list of all names, for any other name.
+    """
     if name not in METRICS:
         raise IcmsrError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
-    return METRICS[name]
+    if weights is None or name not in _CONVERTED:
+        return METRICS[name]
+    converted = _CONVERTED[name]
+    prepare = functools.partial(_loaded, converted.load, weights / converted.file.name)
+
+    def compute(result: PictureArray, truth: PictureArray) -> float:
+        return converted.compute(prepare(), result, truth)
+
+    return replace(METRICS[name], compute=compute, prepare=prepare)
 
 
 def _unit(picture: PictureArray) -> DoubleArray:
@@ -174,35 +194,85 @@ def _piq_value(name: str, result: PictureArray, truth: PictureArray) -> float:
         raise IcmsrError(f"{name} of {result.shape[1]} x {result.shape[0]} pixels: {reason}") from error
 
 
+@dataclass(frozen=True)
+class _Converted:
+    """A measure that works with a file of converted weights."""
+
+    file: WeightFile
+    load: Callable[[Path], Any]
+    """Reads the file."""
+    compute: Callable[[Any, PictureArray, PictureArray], float]
+    """Of what `load` returned, the result and the truth."""
+
+
 @functools.cache
-def _pyiqa_metric(pyiqa_name: str) -> Any:
+def _loaded(load: Callable[[Path], Any], path: Path) -> Any:
+    return load(path)
+
+
+def _load_distance(load: Callable[[Path], Lpips | Dists], path: Path) -> Lpips | Dists:
+    return load(path).to(_device())
+
+
+def _distance(measure: Lpips | Dists, result: PictureArray, truth: PictureArray) -> float:
+    pictures = (to_tensor(_unit(picture).astype(np.float32)) for picture in (result, _alike(result, truth)))
+    # TF32, the default of convolutions on graphics cards, has three digits; tables have four.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return float(measure(*(unit_to_signed(picture).to(_device()) for picture in pictures)))
+
+
+def _niqe_value(natural: NaturalStatistics, result: PictureArray, _truth: PictureArray) -> float:
+    return niqe(_unit(result).astype(np.float32), natural)
+
+
+_CONVERTED: dict[str, _Converted] = {
+    "lpips": _Converted(
+        LPIPS_ALEX, functools.partial(_load_distance, functools.partial(load_lpips, network=ALEXNET)), _distance
+    ),
+    "lpips_vgg": _Converted(
+        LPIPS_VGG, functools.partial(_load_distance, functools.partial(load_lpips, network=VGG16)), _distance
+    ),
+    "dists": _Converted(DISTS, functools.partial(_load_distance, load_dists), _distance),
+    "niqe": _Converted(NIQE, load_niqe, _niqe_value),
+}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _pyiqa_metric(name: str, pyiqa_name: str) -> Any:
+    converted = _CONVERTED.get(name)
+    without = f"; or convert its weights with {converted.file.command} and pass --weights-dir DIR" if converted else ""
     try:
         pyiqa = importlib.import_module("pyiqa")
     except ImportError as error:
-        raise IcmsrError(f"the metric {pyiqa_name} needs the package pyiqa: pip install pyiqa ({error})") from error
+        raise IcmsrError(f"the metric {name} needs the package pyiqa: pip install pyiqa ({error}){without}") from error
     try:
-        return pyiqa.create_metric(pyiqa_name, device="cuda" if torch.cuda.is_available() else "cpu")
+        return pyiqa.create_metric(pyiqa_name, device=_device())
     except Exception as error:  # whatever a download, or pyiqa's many packages, can raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise IcmsrError(
-            f"pyiqa cannot load the metric {pyiqa_name}, whose weights it downloads at first use: {reason}"
+            f"pyiqa cannot load the metric {pyiqa_name}, whose weights it downloads at first use: {reason}{without}"
         ) from error
 
 
-def _pyiqa_value(pyiqa_name: str, needs_truth: bool, result: PictureArray, truth: PictureArray) -> float:
+def _pyiqa_value(name: str, pyiqa_name: str, needs_truth: bool, result: PictureArray, truth: PictureArray) -> float:
     pictures = [result, _alike(result, truth)] if needs_truth else [result]
+    measure = _pyiqa_metric(name, pyiqa_name)
     with torch.no_grad():
-        return float(_pyiqa_metric(pyiqa_name)(*(to_tensor(_unit(picture).astype(np.float32)) for picture in pictures)))
+        return float(measure(*(to_tensor(_unit(picture).astype(np.float32)) for picture in pictures)))
 
 
 def _network(name: str, *, needs_truth: bool, lower_better: bool, pyiqa_name: str | None = None) -> Metric:
     stored = pyiqa_name or name
     return Metric(
         name,
-        functools.partial(_pyiqa_value, stored, needs_truth),
+        functools.partial(_pyiqa_value, name, stored, needs_truth),
         needs_truth,
         lower_better,
-        functools.partial(_pyiqa_metric, stored),
+        functools.partial(_pyiqa_metric, name, stored),
     )
 
 
@@ -216,6 +286,7 @@ METRICS: dict[str, Metric] = {
         Metric("dss", dss, prepare=_piq),
         Metric("srsim", srsim, prepare=_piq),
         _network("lpips", needs_truth=True, lower_better=True),
+        _network("lpips_vgg", needs_truth=True, lower_better=True, pyiqa_name="lpips-vgg"),
         _network("dists", needs_truth=True, lower_better=True),
         _network("niqe", needs_truth=False, lower_better=True),
         _network("musiq", needs_truth=False, lower_better=False),
@@ -225,4 +296,4 @@ METRICS: dict[str, Metric] = {
         _network("liqe", needs_truth=False, lower_better=False),
     )
 }
-"""The measures by name. "hf" is `high_frequency_ratio`; "lpips" and those after it are networks from pyiqa."""
+"""The measures by name. "hf" is `high_frequency_ratio`; "lpips" and those after it are pyiqa's, "lpips" on AlexNet."""

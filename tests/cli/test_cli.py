@@ -330,6 +330,14 @@ def test_evaluate_prints_and_saves_measures_and_inspect_describes_files(tmp_path
     assert "1.0000" in capsys.readouterr().out
     assert "p" in json.dumps(json.loads((tmp_path / "r.json").read_text()))
     fails(capsys, [*arguments, "--metrics", "beauty"], 1, "beauty", "psnr")
+    weights = tmp_path / "weights"
+    fails(
+        capsys,
+        [*arguments, "--metrics", "psnr,dists", "--weights-dir", str(weights)],
+        1,
+        str(weights / "dists.safetensors"),
+        "train/metric_weights.py",
+    )
     assert main(["inspect", str(generator)]) == 0
     shown = capsys.readouterr().out
     assert "residual" in shown

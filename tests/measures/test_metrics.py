@@ -11,7 +11,10 @@ from PIL import Image
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.measures import metrics as metrics_module
+from icmsr_core.measures.dists import load_dists
 from icmsr_core.measures.evaluation import Evaluation, evaluate_folders
+from icmsr_core.measures.feature_networks import ALEXNET
+from icmsr_core.measures.lpips import load_lpips
 from icmsr_core.measures.metrics import (
     METRICS,
     high_frequency_ratio,
@@ -20,6 +23,7 @@ from icmsr_core.measures.metrics import (
     psnr_y,
     ssim_y,
 )
+from icmsr_core.measures.niqe import load_niqe, niqe
 from icmsr_core.pictures.files import to_tensor
 from icmsr_core.steps import Steps
 from tests.support.places import REALSR
@@ -154,7 +158,12 @@ def test_each_measure_says_whether_it_needs_a_truth_and_which_way_is_better() ->
         "topiq_nr",
         "liqe",
     ]
-    assert [name for name, entry in METRICS.items() if entry.lower_better] == ["lpips", "dists", "niqe"]
+    assert [name for name, entry in METRICS.items() if entry.lower_better] == [
+        "lpips",
+        "lpips_vgg",
+        "dists",
+        "niqe",
+    ]
     assert [name for name, entry in METRICS.items() if entry.lower_better is None] == ["hf"]
     assert all(name == entry.name for name, entry in METRICS.items())
     assert metric("psnr")(noise(1), noise(2)) == psnr_y(noise(1), noise(2))
@@ -170,7 +179,8 @@ def test_each_measure_says_whether_it_needs_a_truth_and_which_way_is_better() ->
         ("fsim", "piq", r"pip install \"icm-sr\[eval\]\""),
         ("dss", "piq", "pip install"),
         ("srsim", "piq", "pip install"),
-        ("lpips", "pyiqa", "pip install pyiqa"),
+        ("lpips", "pyiqa", r"pip install pyiqa .*metric_weights\.py --alex .* and pass --weights-dir DIR"),
+        ("niqe", "pyiqa", r"pip install pyiqa .*metric_weights\.py --niqe .* and pass --weights-dir DIR"),
         ("musiq", "pyiqa", "pip install pyiqa"),
     ],
 )
@@ -182,6 +192,40 @@ def test_a_missing_package_is_said_before_anything_is_read(
         metric(name)(noise(1), noise(2))
     with pytest.raises(IcmsrError, match=advice):
         evaluate_folders(tmp_path / "missing", tmp_path / "missing", metrics=["psnr", name])
+
+
+@pytest.mark.long
+def test_lpips_dists_and_niqe_are_computed_with_converted_weights(
+    metric_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    truth = noise(1, 96, 192)
+    result = (0.6 * truth + 0.4 * noise(2, 96, 192)).astype(np.uint8)
+    signed = [to_tensor((a / 255).astype(np.float32)) * 2 - 1 for a in (result, truth)]
+    expected = {
+        "lpips": load_lpips(metric_weights / "lpips_alex.safetensors", ALEXNET)(*signed),
+        "lpips_vgg": load_lpips(metric_weights / "lpips_vgg.safetensors")(*signed),
+        "dists": load_dists(metric_weights / "dists.safetensors")(*signed),
+        "niqe": niqe((result / 255).astype(np.float32), load_niqe(metric_weights / "niqe.safetensors")),
+    }
+    for name, value in expected.items():
+        entry = metric(name, metric_weights)
+        assert entry(result, truth) == pytest.approx(float(value), rel=1e-6)
+        assert entry(result / 255, truth / 255) == pytest.approx(float(value), rel=1e-5)
+        assert (entry.needs_truth, entry.lower_better) == (name != "niqe", True)
+    assert metric("niqe", metric_weights)(result) == pytest.approx(expected["niqe"])
+    with pytest.raises(IcmsrError, match="must have the same size"):
+        metric("dists", metric_weights)(result, truth[1:])
+    assert metric("psnr", metric_weights) is metric("psnr")
+    with pytest.raises(IcmsrError, match="pip install pyiqa"):
+        metric("musiq", metric_weights).prepare()
+
+
+def test_a_missing_file_of_weights_is_named_with_its_command(tmp_path: Path) -> None:
+    for name, file in (("lpips", "lpips_alex"), ("lpips_vgg", "lpips_vgg"), ("dists", "dists"), ("niqe", "niqe")):
+        message = refused(tmp_path / "missing", tmp_path / "missing", metrics=["psnr", name], weights=tmp_path / "none")
+        assert str(tmp_path / "none" / f"{file}.safetensors") in message
+        assert "python train/metric_weights.py --" in message
 
 
 def test_psnr_and_ssim_are_those_of_pyiqa_and_its_networks_run() -> None:

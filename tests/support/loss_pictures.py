@@ -1,15 +1,10 @@
 """Pictures for tests of losses."""
 
-from pathlib import Path
-
-import lpips as published
 import numpy as np
 import torch
 from PIL import Image
 
 from icmsr_core.weights.embedded import demo_picture
-
-HEADS = Path(published.__file__).parent / "weights" / "v0.1" / "vgg.pth"
 
 
 def picture(side: int = 128, count: int = 1) -> torch.Tensor:

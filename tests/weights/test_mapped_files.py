@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
 from icmsr_core.exchange.lora_files import read_lora
+from icmsr_core.measures.dists import dists_shapes, load_dists
+from icmsr_core.measures.feature_networks import VGG16
+from icmsr_core.measures.lpips import load_lpips, lpips_shapes
+from icmsr_core.measures.niqe import NIQE_SHAPES, load_niqe
+from icmsr_core.measures.weight_files import DISTS, LPIPS_VGG, NIQE, write_weight_file
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.runtime.prompts import embed_prompts
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.train.losses.lpips import LPIPS_FORMAT, load_lpips
 from icmsr_core.train.networks.adapters import load_adapter, make_adapter, save_adapter
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.state import RunState
@@ -87,7 +91,9 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "prompt cache": lambda place: embed_prompts(
         open_base(place / "text base"), ["a cat"], place / "prompts.safetensors", "cpu"
     ),
-    "LPIPS": lambda place: load_lpips(place / "lpips.safetensors"),
+    "LPIPS": lambda place: load_lpips(place / LPIPS_VGG.name),
+    "DISTS": lambda place: load_dists(place / DISTS.name),
+    "NIQE": lambda place: load_niqe(place / NIQE.name),
     "training state": lambda place: resumed(place / "state.safetensors"),
     "LoRA": lambda place: read_lora(place / "lora.safetensors", ["conv_in"]),
     "import": lambda place: import_checkpoint(
@@ -114,10 +120,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state_of_a_run().save(folder / "state.safetensors")
     lora = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1)}
     save_file(lora, folder / "lora.safetensors")
-    from icmsr_core.train.losses.lpips import _shapes
-
-    shapes = {name: torch.ones(shape) for name, shape in _shapes().items()}
-    save_file(shapes, folder / "lpips.safetensors", {"format": LPIPS_FORMAT, "icmsr": '{"format_version": 1}'})
+    for kind, shapes in ((LPIPS_VGG, lpips_shapes(VGG16)), (DISTS, dists_shapes()), (NIQE, NIQE_SHAPES)):
+        write_weight_file(folder / kind.name, kind, {name: torch.ones(shape) for name, shape in shapes.items()}, {})
     return folder
 
 

@@ -25,7 +25,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ...errors import IcmsrError
-from .lpips import CONVERT, Lpips, load_lpips
+from ...measures.lpips import Lpips, load_lpips
+from ...measures.weight_files import LPIPS_VGG
 
 PERCEPTUAL_KINDS = ("none", "decoder", "lpips")
 
@@ -37,7 +38,7 @@ class PerceptualConfig:
     kind: str = "decoder"
     """none, decoder (features of the frozen VAE decoder, no download) or lpips (LPIPS-VGG, needs `weights`)."""
     weights: str = ""
-    """The LPIPS file that train/lpips_weights.py makes; for kind lpips only."""
+    """The file lpips_vgg.safetensors that train/metric_weights.py makes; for kind lpips only."""
     levels: int = 3
     """Feature maps that kind decoder compares, counted from the latent's resolution up: the middle block, then each up
     block. The fine ones reward blur more: see `feature_distance`, whose 48% at 3 levels is 41% at 5."""
@@ -52,8 +53,8 @@ class PerceptualConfig:
         if self.kind == "lpips" and not (self.weights and Path(self.weights).is_file()):
             raise IcmsrError(
                 "perceptual.weights must be the path of the converted LPIPS file when perceptual.kind is lpips, got "
-                f"{self.weights!r}{' (no such file)' if self.weights else ''}: make it with `{CONVERT}`, or set "
-                "perceptual.kind=decoder, which needs no download"
+                f"{self.weights!r}{' (no such file)' if self.weights else ''}: make it with `{LPIPS_VGG.command}`, or "
+                "set perceptual.kind=decoder, which needs no download"
             )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...backbone.context import repeated_context
 from ...backbone.prediction import check_prediction
+from ...measures.lpips import Lpips
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
 from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
@@ -27,7 +28,6 @@ from ..data.draws import all_timesteps, draw_noising
 from ..losses.agreement import latent_agreement
 from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
-from ..losses.lpips import Lpips
 from ..losses.perceptual import DecoderPerceptual, make_perceptual
 from ..losses.reconstruction import charbonnier, gradient_l1, psnr, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum

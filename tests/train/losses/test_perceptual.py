@@ -1,6 +1,7 @@
 """Perceptual distances on the decoder's features, and which one a configuration chooses."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import gaussian_blur
 
 from icmsr_core.errors import IcmsrError
+from icmsr_core.measures.lpips import Lpips, load_lpips
 from icmsr_core.runtime.diffusers_backbone import build_networks
-from icmsr_core.train.losses.lpips import Lpips, load_lpips
 from icmsr_core.train.losses.perceptual import DecoderPerceptual, PerceptualConfig, feature_distance, make_perceptual
 from icmsr_core.train.run.launch import parse_config
 from icmsr_core.weights.base import open_base
@@ -40,6 +41,11 @@ def small_vae(widths: tuple[int, ...] = (32, 32, 64, 64), attention: bool = True
             mid_block_add_attention=attention,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def converted(metric_weights: Path) -> Path:
+    return metric_weights / "lpips_vgg.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +247,7 @@ def test_the_configuration_chooses_the_perceptual_loss(nano, converted):
     [
         ({"kind": "vgg"}, "one of none, decoder, lpips, got 'vgg'"),
         ({"levels": 0}, "levels must be 1 or more, got 0"),
-        ({"kind": "lpips"}, r"got '': .*train/lpips_weights\.py.*perceptual\.kind=decoder"),
+        ({"kind": "lpips"}, r"got '': .*train/metric_weights\.py.*perceptual\.kind=decoder"),
         ({"kind": "lpips", "weights": "/no/such/file"}, r"'/no/such/file' \(no such file\).*kind=decoder"),
     ],
 )

@@ -287,7 +287,7 @@ def test_committed_configurations_are_valid(config, monkeypatch):
         (["--condition.kind=depth"], 1, ["unknown structure 'depth'", "colormap"]),
         (["--condition.cells=65"], 1, ["between 1 and 64, got 65"]),
         (["--condition.source=output"], 1, ["truth, input", "output"]),
-        (["--generator.perceptual.kind=lpips"], 1, ["perceptual.weights", "lpips_weights.py", "decoder"]),
+        (["--generator.perceptual.kind=lpips"], 1, ["perceptual.weights", "metric_weights.py", "decoder"]),
         (["--generator.networks.weights=some"], 1, ["lora, whole", "some"]),
         (["--generator.networks.base_dtype=bf16"], 1, ["base_dtype bf16 needs loop.precision bf16"]),
         (
