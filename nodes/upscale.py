@@ -12,10 +12,11 @@ from comfy_api.latest import io
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.steps import Steps
 from ..icmsr_core.upscale.one_step import run_plan
-from ..icmsr_core.upscale.plan import UpscalePlan, plan_upscale
+from ..icmsr_core.upscale.out_of_memory import TooLittleMemory, is_out_of_memory, retries_of, until_it_fits, words
+from ..icmsr_core.upscale.plan import UpscalePlan
 from ..icmsr_core.upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..icmsr_core.upscale.sizes import resize
-from ..icmsr_core.upscale.tile_choice import smaller_settings
+from ..icmsr_core.upscale.tile_choice import Automatic, change_for_memory, needed_memory, plan_for_memory
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
@@ -36,7 +37,7 @@ class Upscale(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes pictures larger and clearer in a single step. Large pictures run in tiles that blend without "
-                "seams. The same picture and settings always give the same result."
+                "seams. The same picture and settings give the same result, unless memory runs short."
             ),
             search_aliases=["super resolution", "upscale", "restore", "real-isr", "enhance"],
             inputs=[
@@ -122,9 +123,9 @@ class Upscale(io.ComfyNode):
                     default=UpscaleSettings.vae,
                     optional=True,
                     tooltip=(
-                        "How the VAE treats large pictures. exact: the same result as without tiles. bounded: much "
-                        "less memory, with a very small difference. auto: exact for results of up to 2048 x 2048 "
-                        "pixels."
+                        "How the VAE treats large pictures. exact: the same result as without tiles; stops if memory "
+                        "runs out. bounded: much less memory, with a very small difference. auto: exact for results "
+                        "of up to 2048 x 2048 pixels if memory allows, otherwise bounded."
                     ),
                     advanced=True,
                 ),
@@ -161,10 +162,21 @@ class Upscale(io.ComfyNode):
                 "control_net: a generator trained by ICM-SR has never seen a condition, so the result hardly changes"
             )
         with ComfyBackbone(model, vae, conditioning) as backbone:
-            plan = plan_upscale(backbone.descriptor, image.shape[1], image.shape[2], settings)
+            plan = _plan(backbone, image.shape[1], image.shape[2], settings)
             if tile_batch == 0:
                 plan = plan.with_batch(backbone.tiles_together(plan.tiles))
             return io.NodeOutput(_Batch(backbone, image, plan, condition).upscaled())
+
+
+def _plan(backbone: ComfyBackbone, height: int, width: int, settings: UpscaleSettings) -> UpscalePlan:
+    """The plan for these settings; says so where the VAE mode auto is bounded because exact does not fit."""
+    descriptor, memory = backbone.descriptor, backbone.memory()
+    plan = plan_for_memory(descriptor, height, width, settings, memory, Automatic(tile=False, batch=False))
+    change = change_for_memory(descriptor, plan, settings, memory)
+    if change is not None:
+        log.warning("ICM-SR Upscale, %s", change)
+    backbone.make_room_for(needed_memory(descriptor, plan.target, plan.settings, memory))
+    return plan
 
 
 class _Batch:
@@ -194,41 +206,43 @@ class _Batch:
         return result
 
     def _upscale_until_it_fits(self, index: int) -> torch.Tensor:
-        while True:
-            smaller = smaller_settings(self._plan.settings)
-            try:
-                return self._upscale(index)
-            except Exception as error:
-                comfy.model_management.raise_non_oom(error)
-                if smaller is None:
-                    raise
-            # Out of the except block, where the error no longer holds the tensors that did not fit.
+        def again(failed: UpscalePlan, following: UpscalePlan) -> None:
             log.warning(
                 "picture %d of %d: out of memory with %s: trying again with %s",
                 index + 1,
                 self._image.shape[0],
-                _words(self._plan.settings),
-                _words(smaller),
+                words(failed.settings),
+                words(following.settings),
             )
-            self._plan = plan_upscale(self._backbone.descriptor, *self._plan.source, smaller)
+            self._plan = following
             self._features = None  # the kept ones are those of the larger tiles
             comfy.model_management.soft_empty_cache()
 
-    def _upscale(self, index: int) -> torch.Tensor:
-        """The result [H', W', 3] of one picture with the present plan."""
+        def run(plan: UpscalePlan) -> torch.Tensor:
+            return self._upscale(index, plan)
+
+        retries = retries_of(self._backbone.descriptor, self._plan)
+        try:
+            return until_it_fits(run, self._plan, retries, again, _lacks_memory)
+        except TooLittleMemory:
+            comfy.model_management.unload_all_models()  # as core does for an error of its own kind
+            raise
+
+    def _upscale(self, index: int, plan: UpscalePlan) -> torch.Tensor:
+        """The result [H', W', 3] of one picture."""
         condition = self._condition
         if condition is not None and (self._features is None or not condition.shared):
-            self._features = condition.features(index, self._plan.target, self._backbone)
-        total = self._done + (self._image.shape[0] - index) * self._plan.steps
+            self._features = condition.features(index, plan.target, self._backbone)
+        total = self._done + (self._image.shape[0] - index) * plan.steps
 
         def show(done: int, _own: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             self._bar.update_absolute(self._done + done, total)
 
         picture, alpha = visible_picture(self._image[index : index + 1])
-        upscaled = run_plan(self._backbone, picture, self._plan, steps=Steps(show), features=self._features)
+        upscaled = run_plan(self._backbone, picture, plan, steps=Steps(show), features=self._features)
         if alpha is not None:
-            upscaled = torch.cat([upscaled, resize(alpha, *self._plan.target).to(upscaled)], dim=1)
+            upscaled = torch.cat([upscaled, resize(alpha, *plan.target).to(upscaled)], dim=1)
         return to_image(upscaled)[0]
 
 
@@ -237,7 +251,9 @@ def _empty_image(count: int, height: int, width: int, channels: int) -> torch.Te
     shape = (count, height, width, channels)
     try:
         return torch.empty(shape, dtype=torch.float32, device=comfy.model_management.intermediate_device())
-    except RuntimeError as error:
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
         gigabytes = count * height * width * channels * 4 / 1e9
         raise IcmsrError(
             f"the result, {count} pictures of {width} x {height}, needs {gigabytes:.1f} GB of memory, which is more "
@@ -245,5 +261,6 @@ def _empty_image(count: int, height: int, width: int, channels: int) -> torch.Te
         ) from error
 
 
-def _words(settings: UpscaleSettings) -> str:
-    return f"tile {settings.tile}, {settings.batch} at a time"
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out, by our signs or by core's, which also clears what CUDA remembers of it."""
+    return comfy.model_management.is_oom(error) or is_out_of_memory(error)

@@ -18,6 +18,9 @@ from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
 FORMATS = ("png", "jpg", "webp", "tif")
+AUTO = "auto"
+"""As a number of pixels or tiles: chosen from free memory."""
+
 Commands = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command by its name and description."""
 
@@ -82,11 +85,10 @@ def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile",
         type=parse_auto,
-        default=UpscaleSettings.tile,
         metavar="N|auto",
-        help=f"tile in pixels of the result, a multiple of {TILE_MULTIPLE} (default %(default)s); 0: the whole picture "
-        f"at once; auto: {UpscaleSettings.tile}, or less when memory is short (--vae-mode auto may then become "
-        "bounded)",
+        help=f"tile in pixels of the result, a multiple of {TILE_MULTIPLE} (default: {UpscaleSettings.tile}, or less "
+        f"when memory has run out); 0: the whole picture at once; auto: {UpscaleSettings.tile}, or less when memory is "
+        "short",
     )
     parser.add_argument(
         "--overlap",
@@ -106,8 +108,9 @@ def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
         "--vae-mode",
         default=UpscaleSettings.vae,
         choices=VAE_MODES,
-        help="exact: the same result as without stripes; bounded: memory depends on the tile only; auto: exact up to "
-        "the area of 2048x2048 (default %(default)s)",
+        help="exact: the same result as without stripes, or an error when memory does not suffice; bounded: memory "
+        "depends on the tile only; auto: exact up to the area of 2048x2048 where memory suffices, else bounded "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--color-fix",
@@ -247,12 +250,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def parse_auto(text: str) -> int | None:
-    """A whole number, or None for ``auto``."""
+def parse_auto(text: str) -> int | str:
+    """A whole number, or `AUTO`."""
     try:
-        return None if text == "auto" else int(text)
+        return AUTO if text == AUTO else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, got {text!r}") from None
 
 
 def parse_quality(text: str) -> int:

@@ -11,12 +11,12 @@ from ..backbone.protocol import Backbone
 from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
 from ..pictures.panels import side_by_side
 from ..steps import Steps
-from ..upscale.plan import plan_upscale
+from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
 from ..weights.embedded import demo_picture
 from .job_list import check_writable
-from .picture_jobs import upscale_picture
+from .picture_jobs import UntilItFits
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ def run_demo(load: Callable[[], Backbone], folder: Path, steps: Steps | None = N
     picture = read_picture(demo_picture())
     backbone = load()
     started = time.perf_counter()
-    plan = plan_upscale(backbone.descriptor, picture.rgb.shape[0], picture.rgb.shape[1], UpscaleSettings())
-    result = upscale_picture(backbone, picture, plan, steps)
+
+    def plan_for(height: int, width: int) -> UpscalePlan:
+        return plan_upscale(backbone.descriptor, height, width, UpscaleSettings())
+
+    result = UntilItFits(backbone, plan_for).upscale("the demo", picture, steps)
     seconds = time.perf_counter() - started
     names = ("input.png", "result.png", "side_by_side.png")
     files = tuple(folder / name for name in names)

@@ -22,7 +22,7 @@ from ..errors import IcmsrError
 from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
 from ..weights.embedded import embedded_base, embedded_generator
-from .arguments import make_parser
+from .arguments import AUTO, make_parser
 
 if TYPE_CHECKING:
     from ..runtime.diffusers_backbone import DiffusersBackbone
@@ -88,15 +88,14 @@ def run_demo_command(options: argparse.Namespace) -> int:
 
 def run_upscale(options: argparse.Namespace) -> int:
     """``icmsr upscale``."""
-    tile_too, batch_too = options.tile is None, options.batch is None
     try:
         settings = UpscaleSettings(
             scale=options.scale,
             size=options.size,
             overlap=options.overlap,
             color_fix=options.color_fix,
-            tile=UpscaleSettings.tile if tile_too else options.tile,
-            batch=UpscaleSettings.batch if batch_too else options.batch,
+            tile=options.tile if isinstance(options.tile, int) else UpscaleSettings.tile,
+            batch=options.batch if isinstance(options.batch, int) else UpscaleSettings.batch,
             vae=options.vae_mode,
         )
     except IcmsrError as error:
@@ -107,7 +106,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     from ..runtime.ingredients import check_recipe
     from ..upscale.tile_choice import Automatic
     from .job_list import Job, NamingRules, plan_jobs, too_large_results
-    from .picture_jobs import planner, upscale_jobs
+    from .picture_jobs import UntilItFits, planner, upscale_jobs
 
     recipe = recipe_of(options)
     check_recipe(recipe)
@@ -124,7 +123,7 @@ def run_upscale(options: argparse.Namespace) -> int:
         return 1 if too_large else 0
     started = time.perf_counter()
     backbone = load_networks(recipe)
-    automatic = Automatic(tile=tile_too, batch=batch_too)
+    automatic = Automatic(tile=options.tile == AUTO, batch=options.batch == AUTO)
     with (
         tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
         tqdm(unit="tile", leave=False, disable=None) as tiles,
@@ -135,10 +134,10 @@ def run_upscale(options: argparse.Namespace) -> int:
             tiles.reset()
             return bar_steps(tiles)
 
+        plan_for = planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype)
         failed = upscale_jobs(
-            backbone,
+            UntilItFits(backbone, plan_for, tile_too=not isinstance(options.tile, int)),
             jobs,
-            planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype),
             report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
             steps=steps,
             done=lambda _: files.update(),

@@ -7,9 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -17,12 +18,13 @@ from ..backbone.protocol import Backbone, BackboneDescriptor
 from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, write_picture
 from ..pictures.transparency import fill_hidden
 from ..steps import Steps
-from ..upscale.free_memory import free_memory
+from ..upscale.free_memory import free_memory, free_system_memory
 from ..upscale.one_step import run_plan
+from ..upscale.out_of_memory import retries_of, until_it_fits, words
 from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
 from ..upscale.sizes import resize
-from ..upscale.tile_choice import TILES, Automatic, DeviceMemory, plan_for_memory
+from ..upscale.tile_choice import UNIFIED, Automatic, DeviceMemory, change_for_memory, plan_for_memory
 from .job_list import Job
 
 log = logging.getLogger(__name__)
@@ -54,35 +56,62 @@ def planner(
 ) -> PlanFor:
     """Plans with `settings`, of which those that `automatic` names are chosen when a picture's turn comes.
 
-    They follow the memory that is free on `device` then, for networks in `dtype`. Logs a warning where it is too little
-    for the first choice, because the result is then another. Without automatic settings pictures of one size share a
-    plan.
+    They, and what the VAE mode auto stands for, follow the memory that is free then for networks in `dtype` on
+    `device`. Logs a warning where it is too little for the first choice, because the result is then another. Where
+    nothing is chosen, pictures of one size share a plan.
     """
-    if not (automatic.tile or automatic.batch):
+    if not (automatic.tile or automatic.batch or settings.vae == "auto"):
         return lru_cache(maxsize=16)(lambda height, width: plan_upscale(descriptor, height, width, settings))
 
     def plan_for(height: int, width: int) -> UpscalePlan:
-        memory = DeviceMemory(device.type, free_memory(device), dtype.itemsize)
+        main = None if device.type in UNIFIED else free_system_memory()
+        memory = DeviceMemory(device.type, free_memory(device), dtype.itemsize, main)
         plan = plan_for_memory(descriptor, height, width, settings, memory, automatic)
-        first = TILES[0] if automatic.tile else settings.tile
-        if memory.free is not None and (plan.settings.tile, plan.settings.vae) != (first, settings.vae):
-            log.warning(
-                "%d x %d: %.1f GB of memory are free: tile %d, vae %s",
-                width,
-                height,
-                memory.free / 1e9,
-                plan.settings.tile,
-                plan.settings.vae,
-            )
+        change = change_for_memory(descriptor, plan, settings, memory)
+        if change is not None:
+            log.warning(change)
         return plan
 
     return plan_for
 
 
+class UntilItFits:
+    """Upscales pictures; where memory runs out, once more with less, and so from then on for pictures of that size."""
+
+    def __init__(self, backbone: Backbone, plan_for: PlanFor, *, tile_too: bool = True) -> None:
+        """Smaller tiles are tried only with `tile_too`."""
+        self._backbone, self._plan_for, self._tile_too = backbone, plan_for, tile_too
+        self._reduced: dict[tuple[int, int], UpscalePlan] = {}
+
+    def upscale(self, name: str, picture: Picture, steps: Steps | None = None) -> Picture:
+        """`upscale_picture` with a plan that fits; what does not fit is logged under `name`."""
+        size = (picture.rgb.shape[0], picture.rgb.shape[1])
+        plan = self._reduced.get(size) or self._plan_for(*size)
+
+        def again(failed: UpscalePlan, following: UpscalePlan) -> None:
+            tried, next_one = words(failed.settings), words(following.settings)
+            log.warning("%s: out of memory with %s: trying again with %s", name, tried, next_one)
+            empty_caches()
+            self._reduced[size] = following
+
+        def run(plan: UpscalePlan) -> Picture:
+            return upscale_picture(self._backbone, picture, plan, steps)
+
+        return until_it_fits(run, plan, retries_of(self._backbone.descriptor, plan, self._tile_too), again)
+
+
+def empty_caches() -> None:
+    """Gives the memory that torch keeps for new tensors back to the accelerators, where it may be in pieces."""
+    for name in ("cuda", "xpu", "mps"):
+        module: Any = getattr(torch, name, None)
+        with suppress(AttributeError):  # older versions of torch lack some of these
+            if module.is_available():
+                module.empty_cache()
+
+
 def upscale_jobs(
-    backbone: Backbone,
+    fitting: UntilItFits,
     jobs: Sequence[Job],
-    plan_for: PlanFor,
     *,
     report: Callable[[str], None],
     steps: Callable[[Job], Steps | None] = lambda _: None,
@@ -93,10 +122,10 @@ def upscale_jobs(
 
     While a picture is computed, one thread reads the next picture and one writes the last result. They do not run
     further ahead or behind: memory holds at most two pictures that were read and two results, however many jobs there
-    are.
+    are. `fitting` upscales each of them.
 
     The functions are called in this thread, in the order of the jobs: `steps` when a picture's turn comes, for the
-    object that counts its steps; `plan_for` for its plan; `report` for each picture that failed, for whatever reason
+    object that counts its steps; `report` for each picture that failed, for whatever reason
     (too little memory for it, say), with one line that names the file; `done` when a result has been written or has
     failed. An interrupt ends the run: what is being read or written at that moment is finished first, so that no file
     is left half written.
@@ -128,9 +157,7 @@ def upscale_jobs(
             picture = reading.popleft()
             reading.extend(reader.submit(read_picture, following.source) for following in jobs[index + 1 : index + 2])
             try:
-                read = picture.result()
-                plan = plan_for(read.rgb.shape[0], read.rgb.shape[1])
-                result = upscale_picture(backbone, read, plan, counted)
+                result = fitting.upscale(job.source.name, picture.result(), counted)
             except Exception as error:
                 settle()  # the pictures before this one are reported first
                 fail(job, error)

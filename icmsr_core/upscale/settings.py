@@ -35,7 +35,7 @@ class UpscaleSettings:
     """Colour correction against the input: wavelet, adain or none."""
     vae: str = "auto"
     """exact (as if the VAE saw the whole picture at once), bounded (its memory is set by the tile), or auto: exact up
-    to the area of 2048 x 2048 pixels."""
+    to the area of 2048 x 2048 pixels. Command line and node make auto bounded also where exact does not fit."""
 
     def __post_init__(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):

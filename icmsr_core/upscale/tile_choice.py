@@ -1,7 +1,7 @@
-"""Tile, batch and VAE mode that fit into free memory, and what to try when memory ran out all the same. Source: ours.
+"""Tile, batch and VAE mode that fit into free memory. Source: ours.
 
 The tile is 512 wherever it fits, so that machines with enough memory give the same picture. Only where memory is short
-is it smaller, and only then does the VAE mode `auto` become bounded where it would be exact. More memory brings no
+is it smaller, if it may be chosen, and the VAE mode `auto` bounded where it would be exact. More memory brings no
 larger tile: one of 1024 takes a tenth less time on a CPU (docs/performance.md), but most of that is its relatively
 shorter overlap, which a shorter overlap brings at every size. A CPU takes one tile at a time, because four of 512
 together took no less time and four times the memory. Other devices take as many together as fit, up to
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..backbone.protocol import BackboneDescriptor
 from ..tiled_vae.estimate import drawn_windows
@@ -33,6 +34,10 @@ PICTURES = 12 * 3
 each."""
 
 
+UNIFIED = ("cpu", "mps")
+"""Kinds of device whose memory is main memory."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes that a family's networks need in float32, without their weights and the pictures.
@@ -47,10 +52,13 @@ class Memory:
     """VAE: a constant; bytes per pixel of what is held whole (the picture in exact mode, in bounded mode the windows
     that the statistics are taken from); bytes per pixel of a tile. The last counts except on a CPU, where stripes are
     cut for the cache. It was measured on a CPU before they were, as nothing else could be measured."""
+    attention: float = 0
+    """Bytes per pixel of the picture for the VAE's attention in exact mode, which cannot leave the device: six maps of
+    the latent's size."""
 
 
 NANO = Memory(unet=(0, 9.7e3), vae=(110e6, 256, 1100))
-STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), vae=(150e6, 1024, 5100))
+STABLE_DIFFUSION = Memory(unet=(200e6, 33e3), vae=(150e6, 1024, 5100), attention=6 * 512 * 4 / 64)
 HALF = {"unet": 0.5, "vae": 0.75}
 """Share of float32's memory that half precision needs. Measured on nano: 0.40, and 0.54 to 0.71 for the VAE, whose
 statistics stay in float32."""
@@ -63,17 +71,40 @@ class DeviceMemory:
     kind: str
     """Kind of the device: "cpu", "cuda", ..."""
     free: float | None
-    """Free bytes; None where they are not known, and then the first choice is taken to fit."""
+    """Free bytes; None where they are not known, and then everything is taken to fit."""
     itemsize: int = 4
     """Bytes per value of the networks' precision: 4 for float32, 2 for half."""
+    main: float | None = None
+    """Free bytes of main memory, as `free`; only for devices that have a memory of their own."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a plan takes, without the weights."""
+
+    device: float
+    """On the device in any case."""
+    maps: float
+    """The maps that the exact VAE holds whole: on the device, or all in main memory."""
+    pictures: float
+    """In main memory."""
+
+    def short(self, memory: DeviceMemory) -> float:
+        """Bytes that are missing in `memory`, of which `FREE_SHARE` may be used; 0 where all fits."""
+        room, main = (FREE_SHARE * free if free is not None else inf for free in (memory.free, memory.main))
+        if memory.kind in UNIFIED:
+            return max(0.0, self.device + self.maps + self.pictures - room)
+        device, elsewhere = max(0.0, self.device - room), max(0.0, self.pictures - main)
+        maps = min(self.device + self.maps - room - device, self.maps + self.pictures - main - elsewhere)
+        return device + elsewhere + max(0.0, maps)
 
 
 @dataclass(frozen=True)
 class Automatic:
-    """Which settings are chosen from free memory; the others stay as they are."""
+    """Which settings are chosen from free memory; the others stay as they are, but for the VAE mode auto."""
 
     tile: bool = True
-    """Tile and overlap, and bounded in place of the VAE mode auto."""
+    """Tile and overlap."""
     batch: bool = True
     """Tiles that run together."""
 
@@ -85,27 +116,27 @@ def memory_of(descriptor: BackboneDescriptor) -> Memory:
 
 def needed_memory(
     descriptor: BackboneDescriptor, target: tuple[int, int], settings: UpscaleSettings, memory: DeviceMemory
-) -> float:
-    """Bytes, without the weights, for a result of `target` (height, width) pixels on the device of `memory`.
-
-    The pictures, and the maps that the exact mode holds whole, count on a CPU only: from other devices they can move to
-    main memory.
-    """
-    numbers, on_cpu, factor = memory_of(descriptor), memory.kind == "cpu", descriptor.latent_factor
+) -> Need:
+    """What a result of `target` (height, width) pixels takes on the device of `memory`."""
+    numbers, factor = memory_of(descriptor), descriptor.latent_factor
     height, width = padded_size(*target, descriptor)
     tile_height, tile_width = min(settings.tile or height, height), min(settings.tile or width, width)
-    cells = tile_height * tile_width / factor**2
-    unet = numbers.unet[0] + numbers.unet[1] * settings.batch * cells
+    unet = numbers.unet[0] + numbers.unet[1] * settings.batch * tile_height * tile_width / factor**2
+    stripe = 0 if memory.kind == "cpu" else min(settings.tile**2 or height * width, height * width)
+    vae, maps = numbers.vae[2] * stripe, 0.0
     if is_exact(settings.vae, height, width):
-        held = height * width if on_cpu else 0
+        maps = numbers.vae[1] * height * width
+        if memory.kind not in UNIFIED:  # elsewhere the maps, at another time, take more than the attention
+            vae = max(vae, numbers.attention * height * width)
     else:
         number, cells_each = drawn_windows(height // factor, width // factor, factor)
-        held = number * cells_each * factor**2
-    stripe = 0 if on_cpu else min(settings.tile**2 or height * width, height * width)
-    vae = numbers.vae[0] + numbers.vae[1] * held + numbers.vae[2] * stripe
+        vae += numbers.vae[1] * number * cells_each * factor**2
+    vae += numbers.vae[0]
     if memory.itemsize < 4:
-        unet, vae = HALF["unet"] * unet, HALF["vae"] * vae
-    return max(unet, vae) + (PICTURES * height * width if on_cpu else 0)
+        unet, vae, maps = HALF["unet"] * unet, HALF["vae"] * vae, HALF["vae"] * maps
+    # UNet and VAE run one after the other.
+    device = max(unet, vae + maps) - maps if memory.kind in UNIFIED else max(unet, vae)
+    return Need(device, maps, PICTURES * height * width)
 
 
 def plan_for_memory(
@@ -118,46 +149,68 @@ def plan_for_memory(
 ) -> UpscalePlan:
     """The plan for pictures of `height` x `width` pixels with the best of `candidates` that fits into `memory`.
 
-    Where none fits, with the one that needs the least; where free memory is not known, with the first. The batch is
-    then as large as fits, on a CPU 1 (`batch_for`). What `automatic` does not name stays as it is in `settings`.
+    Where none fits, with the one that lacks the least; where free memory is not known, with the first. The batch is
+    then as large as fits, on a CPU 1 (`batch_for`). What `automatic` does not name stays as it is in `settings`, but
+    for the VAE mode auto.
     """
     target = settings.target_size(height, width)
-    room = FREE_SHARE * memory.free if memory.free is not None else float("inf")
 
-    def need(candidate: UpscaleSettings) -> float:
-        return needed_memory(descriptor, target, candidate, memory)
+    def short(candidate: UpscaleSettings) -> float:
+        return needed_memory(descriptor, target, candidate, memory).short(memory)
 
-    chosen = replace(settings, batch=1) if automatic.batch else settings
-    if automatic.tile:
-        choices = list(candidates(chosen))
-        # The one that needs the least is not always the last: on a CPU a small picture's windows hold more than it.
-        chosen = next((one for one in choices if need(one) <= room), None) or min(reversed(choices), key=need)
+    choices = list(candidates(replace(settings, batch=1) if automatic.batch else settings, automatic.tile))
+    chosen = next((one for one in choices if short(one) == 0), None)
+    if chosen is None:  # bounded does not always lack less: a small picture's windows hold more than it
+        chosen = min(reversed(choices), key=lambda one: (short(one), one.vae == "bounded"))
     plan = plan_upscale(descriptor, height, width, chosen)
     if automatic.batch and memory.kind != "cpu" and memory.free is not None:
-        return plan.with_batch(batch_for(len(plan.tiles), lambda count: need(replace(chosen, batch=count)) <= room))
+        return plan.with_batch(batch_for(len(plan.tiles), lambda count: short(replace(chosen, batch=count)) == 0))
     return plan
 
 
-def candidates(settings: UpscaleSettings) -> Iterator[UpscaleSettings]:
-    """`settings` with each tile to choose from, best first; after all of them, if the VAE mode is auto, bounded.
+def change_for_memory(
+    descriptor: BackboneDescriptor, plan: UpscalePlan, asked: UpscaleSettings, memory: DeviceMemory
+) -> str | None:
+    """One line about what `plan` changes of `asked` because memory is short, None where it changes nothing.
+
+    Also about an exact VAE that was asked for and will hardly fit. The batch, which changes no result, is not named.
+    """
+    if memory.free is None:
+        return None
+    size, free = f"{plan.target[1]} x {plan.target[0]} pixels", f"{memory.free / 1e9:.1f} GB of memory are free"
+    if memory.main is not None:
+        free = f"{memory.free / 1e9:.1f} GB of memory are free on the device, {memory.main / 1e9:.1f} GB of main memory"
+    if (plan.settings.tile, plan.settings.vae) != (asked.tile, asked.vae):
+        return f"{size}: {free}: tile {plan.settings.tile}, vae {plan.settings.vae}"
+    if asked.vae != "exact":
+        return None
+    exact, bounded = (
+        needed_memory(descriptor, plan.target, replace(asked, vae=mode), memory) for mode in ("exact", "bounded")
+    )
+    if exact.short(memory) > bounded.short(memory):
+        return f"{size}: {free}: the exact VAE may not fit: bounded needs less"
+    return None
+
+
+def candidates(settings: UpscaleSettings, tile_too: bool = True) -> Iterator[UpscaleSettings]:
+    """`settings`, with `tile_too` with each tile to choose from, best first; then, if the VAE mode is auto, bounded.
 
     An exact VAE that was asked for stays exact. The overlap is at most half of the largest tile and a quarter of the
     others.
     """
     for mode in ("auto", "bounded") if settings.vae == "auto" else (settings.vae,):
-        for tile in TILES:
-            overlap = min(settings.overlap, tile // (2 if tile == TILES[0] else 4))
+        for tile in TILES if tile_too else (settings.tile,):
+            overlap = min(settings.overlap, tile // (2 if tile == TILES[0] else 4)) if tile_too else settings.overlap
             yield replace(settings, vae=mode, tile=tile, overlap=overlap)
 
 
-def smaller_settings(settings: UpscaleSettings) -> UpscaleSettings | None:
-    """What to try when memory ran out with `settings`: one tile at a time, then half the tile; None below `TILES`."""
-    if settings.batch > 1:
-        return replace(settings, batch=1)
+def smaller_tiles(settings: UpscaleSettings) -> Iterator[UpscaleSettings]:
+    """`settings` with ever smaller tiles, each half as large as the one before, down to the least of `TILES`."""
     tile = settings.tile // 2 // TILE_MULTIPLE * TILE_MULTIPLE if settings.tile else LARGEST_RETRY
-    if tile < TILES[-1]:
-        return None
-    return replace(settings, tile=tile, overlap=min(settings.overlap, tile // 4))
+    while tile >= TILES[-1]:
+        settings = replace(settings, tile=tile, overlap=min(settings.overlap, tile // 4))
+        yield settings
+        tile = tile // 2 // TILE_MULTIPLE * TILE_MULTIPLE
 
 
 def batch_for(tiles: int, fits: Callable[[int], bool]) -> int:

@@ -13,7 +13,8 @@ from ...icmsr_core.backbone.context import repeated_context
 from ...icmsr_core.backbone.protocol import BackboneDescriptor
 from ...icmsr_core.backbone.vae_steps import Pointwise, VaeHalf, VaePart, Widened
 from ...icmsr_core.errors import IcmsrError
-from ...icmsr_core.upscale.tile_choice import batch_for
+from ...icmsr_core.upscale.free_memory import free_memory, free_system_memory
+from ...icmsr_core.upscale.tile_choice import FREE_SHARE, UNIFIED, DeviceMemory, Need, batch_for
 from ...icmsr_core.upscale.tiling import TilePlan
 from .core_objects import Conditioning, Model, Patcher, Vae
 from .description import ATTACHMENT, ModelDescription, describe
@@ -66,6 +67,7 @@ class ComfyBackbone:
         self._widths = [config["model_channels"] * factor for factor in config["channel_mult"]]
         self._active: Patcher | None = None
         self._reserved, self._running = 0.0, False
+        self._maps = 0.0
 
     def __enter__(self) -> ComfyBackbone:
         return self
@@ -142,20 +144,31 @@ class ComfyBackbone:
                 *decoder_steps(vae.first_stage_model, vae.device),
                 Pointwise(lambda image: self._checked("the VAE's decoder", image.float())),
             )
-        return VaeHalf(steps, vae.device, lambda: _room(vae.device))
+        return VaeHalf(steps, vae.device, lambda: _room(vae.patcher, vae.device))
 
     def tiles_together(self, tiles: TilePlan) -> int:
-        """How many of `tiles` fit into `predict_noise` at once, by core's estimate and free memory; 1 on a CPU.
-
-        Leaves room for the part of the UNet that is not loaded yet.
-        """
+        """How many of `tiles` fit into `predict_noise` at once, by core's estimate and free memory; 1 on a CPU."""
         patcher = self._model
         if comfy.model_management.is_device_cpu(patcher.load_device):
             return 1
-        room = _room(patcher.load_device) - max(0, patcher.model_size() - patcher.loaded_size())
+        room = _room_once_loaded(patcher, patcher.load_device)
         rows, columns = tiles.boxes[0].rows, tiles.boxes[0].columns
         cells = [self._descriptor.latent_channels, rows.stop - rows.start, columns.stop - columns.start]
         return batch_for(len(tiles), lambda count: patcher.memory_required([count, *cells]) <= room)
+
+    def memory(self) -> DeviceMemory:
+        """The memory that there will be for the VAE at work, once core has unloaded what is not needed then."""
+        device = self._vae.device
+        if device.type in UNIFIED:
+            return DeviceMemory(device.type, _room(self._vae.patcher, device), self._vae.vae_dtype.itemsize)
+        free = _room_once_loaded(self._vae.patcher, device)
+        return DeviceMemory(device.type, free, self._vae.vae_dtype.itemsize, free_system_memory())
+
+    def make_room_for(self, need: Need) -> None:
+        """Has core unload other networks for the whole maps of `need` when it loads the VAE, if they fit then."""
+        memory = self.memory()
+        fits = memory.free is not None and need.device + need.maps <= FREE_SHARE * memory.free
+        self._maps = need.maps if fits and memory.kind not in UNIFIED else 0.0
 
     def _scaled(self, latent: Tensor) -> Tensor:
         """The VAE's latent, scaled for the UNet and on its device: with --cpu-vae that is another than the VAE's."""
@@ -209,7 +222,11 @@ class ComfyBackbone:
             return
         # Without the copies for other cards: samplers use them for the guidance, and there is none here.
         others = [other for other in patcher.get_nested_additional_models() if not other.is_multigpu_base_clone]
-        comfy.model_management.load_models_gpu([patcher, *others], memory_required=memory)
+        maps = self._maps if patcher is self._vae.patcher else 0.0
+        # With less than the minimum core loads a part of the weights only: for the maps it is to unload others.
+        comfy.model_management.load_models_gpu(
+            [patcher, *others], memory_required=memory + maps, minimum_memory_required=memory
+        )
         self._active, self._reserved = patcher, memory
         if patcher is self._model and not self._running:
             patcher.pre_run()
@@ -257,7 +274,31 @@ def _context(model: Model, description: ModelDescription, conditioning: Conditio
     return description.prompt_embedding
 
 
-def _room(device: torch.device) -> float:
-    """Bytes that whole maps may take on `device`: the free memory, without what core leaves to other programs."""
-    free = comfy.model_management.get_free_memory(device)
+def _room(patcher: Patcher, device: torch.device) -> float:
+    """Bytes that tensors may take on `device` next to the network of `patcher`, as it is loaded now.
+
+    That is what is free and what core's dynamic loading gives back, without what core leaves to other programs.
+    """
+    if device.type == "cpu":
+        return _known(free_memory(device))
+    ask = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)  # missing in older versions
+    # For MPS core asks the system alone, which knows nothing of Metal's limit.
+    free = min(ask(device), _known(free_memory(device))) if device.type in UNIFIED else ask(device)
     return free - comfy.model_management.extra_reserved_memory()
+
+
+def _room_once_loaded(patcher: Patcher, device: torch.device) -> float:
+    """`_room` when all of the network is on `device`, and core has unloaded the others for it."""
+    if device.type in UNIFIED:
+        return _room(patcher, device)  # weights that are moved stay in the same memory
+    others = [other for other in comfy.model_management.loaded_models() if other is not None]
+    freed = sum(
+        other.loaded_size()
+        for other in others
+        if other.load_device == device and not other.is_dynamic() and not other.is_clone(patcher)
+    )
+    return _room(patcher, device) + freed - max(0, patcher.model_size() - patcher.loaded_size())
+
+
+def _known(free: float | None) -> float:
+    return float("inf") if free is None else free

@@ -18,6 +18,8 @@ Conditioning = Sequence[Sequence[Any]]
 class Patcher(Protocol):
     """ModelPatcher: a network, the patches on its weights, and where it is loaded."""
 
+    load_device: torch.device
+    """Where the network computes."""
     patches: dict[str, list[Any]]
     """By parameter name; core applies them in order when it loads the weights."""
     patches_uuid: uuid.UUID
@@ -31,6 +33,9 @@ class Patcher(Protocol):
 
     def clone(self: Self) -> Self:
         """A patcher of the same network with patches and attachments of its own."""
+
+    def is_clone(self, other: Any) -> bool:
+        """Whether `other` is a patcher of the same network."""
 
     def is_dynamic(self) -> bool:
         """Whether DynamicVRAM loads each weight only when it is used."""
@@ -89,8 +94,6 @@ class Model(Patcher, Protocol):
     """MODEL: the patcher of a diffusion model."""
 
     model: DiffusionModel
-    load_device: torch.device
-    """Where the UNet computes."""
     model_options: dict[str, Any]
     """``transformer_options`` for the UNet, and what other nodes set for samplers."""
     wrappers: dict[str, Any]

@@ -20,7 +20,7 @@ from icmsr_core.backbone.protocol import BackboneDescriptor
 from icmsr_core.backbone.vae_steps import UnknownLayer, VaeHalf
 from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.job_list import Job, plan_jobs
-from icmsr_core.cli.picture_jobs import upscale_jobs, upscale_picture
+from icmsr_core.cli.picture_jobs import UntilItFits, upscale_jobs, upscale_picture
 from icmsr_core.pictures.files import Picture, read_picture, write_picture
 from icmsr_core.upscale.plan import UpscalePlan, plan_upscale
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -63,7 +63,8 @@ def folder_of(folder: Path, number: int) -> list[Job]:
 def run(jobs: list[Job], backbone: Toy | None = None, **functions) -> tuple[int, list[str]]:
     """What `upscale_jobs` returns, and the lines that it reported."""
     lines: list[str] = []
-    return upscale_jobs(backbone or Toy(), jobs, plan_for, report=lines.append, **functions), lines
+    fitting = UntilItFits(backbone or Toy(), plan_for)
+    return upscale_jobs(fitting, jobs, report=lines.append, **functions), lines
 
 
 def plan_for(height: int, width: int) -> UpscalePlan:
@@ -198,7 +199,10 @@ def test_what_fails_is_told_in_order_and_the_rest_goes_on(tmp_path: Path) -> Non
     assert failed == 4
     assert [str(jobs[index].source) in line for index, line in zip((1, 4, 5), [lines[0], *lines[2:]])] == [True] * 3
     assert lines[1] == f"{jobs[3].source}: {jobs[3].target}: is a folder, not a file to write"
-    assert lines[3] == f"{jobs[5].source}: MemoryError"
+    assert lines[3] == (
+        f"{jobs[5].source}: out of memory with tile 512, 1 at a time, vae auto, for 25 x 12 to 50 x 24 pixels: "
+        "upscale to a smaller size, or close other programs (MemoryError)"
+    )
     assert len(lines) == 4
     assert turns == settled == [f"{index:02d}" for index in range(7)]
     assert sorted(path.name for path in tmp_path.joinpath("out").glob("*") if path.is_file()) == [

@@ -56,6 +56,53 @@ def test_tile_batch_0_is_what_fits(batches):
     assert (tiles, chosen) == (12, [1, 3, 6, 6])
 
 
+LADDER = [[256, "auto"], [128, "auto"], [128, "bounded"]]
+"""For 192 x 128 pixels, which are one tile of 256: bounded is then the same as exact."""
+
+
+@pytest.mark.parametrize("platform", ["cuda", "mps", "cpu", "windows", "numpy"])
+def test_a_lack_of_memory_of_each_kind_is_tried_with_less(batches, platform):
+    """Smaller tiles, then bounded, then one line with the sizes; an exact VAE that was asked for stays exact."""
+    found = batches["lacks"]
+    assert found[f"{platform}, auto, bounded"] == {"tried": LADDER, "said": "not refused"}
+    never = found[f"{platform}, auto, never"]
+    assert never["tried"] == LADDER
+    assert "out of memory with tile 128, 1 at a time, vae bounded, for 96 x 64 to 192 x 128 pixels" in never["said"]
+    assert "\n" not in never["said"]
+    exact = found[f"{platform}, exact, never"]
+    assert exact["tried"] == [[256, "exact"], [128, "exact"]]
+    assert "choose bounded instead of exact" in exact["said"]
+
+
+def test_other_errors_are_not_tried_again(batches):
+    for name, found in batches["lacks"].items():
+        if name.startswith("other"):
+            assert len(found["tried"]) == 1, name
+            assert found["said"].startswith("RuntimeError: CUDA error: an illegal memory access")
+
+
+def test_auto_is_bounded_where_exact_does_not_fit(batches):
+    plenty, little, exact, bounded = batches["budgets"]
+    assert plenty == ["auto", True]
+    assert little[:2] == ["bounded", False]
+    (line,) = little[2:]
+    assert line.endswith("1024 x 1024 pixels: 0.5 GB of memory are free: tile 512, vae bounded")
+    assert exact[:2] == ["exact", True]
+    assert exact[2].endswith("the exact VAE may not fit: bounded needs less")
+    assert bounded == ["bounded", False]
+
+
+def test_free_memory_counts_what_core_gives_back(batches):
+    found = batches["given back"]
+    assert (found["dynamic"], found["older core"]) == (5e9, 4e9)
+    assert (found["cpu"], found["mps"]) == (3e9, 3e9)
+    assert found["unloaded"] == 1000
+    assert found["kind"] == ["cuda", 4, True]
+    fits, does_not = found["asked"]
+    assert fits == {"memory_required": 10 + 1e9, "minimum_memory_required": 10}
+    assert does_not == {"memory_required": 10, "minimum_memory_required": 10}
+
+
 def test_a_bad_picture_is_found_before_the_first_is_computed(batches):
     assert batches["nan"].startswith("IcmsrError: image: NaN or infinite values in picture 3 of 4")
 

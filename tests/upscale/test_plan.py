@@ -1,13 +1,14 @@
 """The plan of an upscale: what it holds, and that it is made once for pictures of one size."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from icmsr_core.cli import picture_jobs
 from icmsr_core.cli.job_list import plan_jobs
-from icmsr_core.cli.picture_jobs import planner, upscale_jobs
+from icmsr_core.cli.picture_jobs import UntilItFits, planner, upscale_jobs
 from icmsr_core.pictures.files import Picture, write_picture
 from icmsr_core.tiled_vae.tiled import plan_stripes
 from icmsr_core.upscale import plan as plan_module
@@ -65,20 +66,26 @@ def test_a_batch_is_planned_once(planned: Counter) -> None:
 
 
 @pytest.mark.parametrize(
-    ("automatic", "plans"), [(Automatic(tile=False, batch=False), 2), (Automatic(), 4), (Automatic(tile=False), 4)]
+    ("automatic", "vae", "plans"),
+    [
+        (Automatic(tile=False, batch=False), "exact", 2),
+        (Automatic(tile=False, batch=False), "auto", 4),
+        (Automatic(), "bounded", 4),
+        (Automatic(tile=False), "exact", 4),
+    ],
 )
 def test_a_folder_is_planned_once_a_size_or_once_a_picture_where_memory_decides(
-    planned: Counter, tmp_path, automatic: Automatic, plans: int, monkeypatch: pytest.MonkeyPatch
+    planned: Counter, tmp_path, automatic: Automatic, vae: str, plans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Free memory may be another when the next picture comes."""
     (tmp_path / "in").mkdir()
     for index, width in enumerate((20, 30, 20, 30)):
         write_picture(tmp_path / "in" / f"{index}.png", Picture(torch.rand(12, width, 3).numpy()))
     monkeypatch.setattr(picture_jobs, "free_memory", lambda _: 1e9)
-    plan_for = planner(DESCRIPTOR, SETTINGS, automatic, torch.device("cpu"), torch.float32)
+    settings = replace(SETTINGS, vae=vae)
+    plan_for = planner(DESCRIPTOR, settings, automatic, torch.device("cpu"), torch.float32)
+    jobs = plan_jobs([tmp_path / "in"], tmp_path / "out").jobs
     failures: list[str] = []
-    assert (
-        upscale_jobs(Toy(), plan_jobs([tmp_path / "in"], tmp_path / "out").jobs, plan_for, report=failures.append) == 0
-    )
+    assert upscale_jobs(UntilItFits(Toy(), plan_for), jobs, report=failures.append) == 0
     assert failures == []
     assert planned == {"plan_tiles": plans, "plan_stripes": plans}

@@ -1,7 +1,9 @@
 """Batches through ICMSR_Upscale with the embedded model: report.json, judged by test_comfy_memory.py."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy_process
 
@@ -124,15 +126,129 @@ def automatic_tile_batch() -> None:
         one = model.memory_required([1, model.model.latent_format.latent_channels, 16, 16])
         backbone = backbone_module.ComfyBackbone(model, vae)
         settings = upscale_module.UpscaleSettings(scale=2.0, tile=64, overlap=32)
-        plan = upscale_module.plan_upscale(backbone.descriptor, 64, 80, settings).tiles
+        plan = part("icmsr_core.upscale.plan").plan_upscale(backbone.descriptor, 64, 80, settings).tiles
         model.load_device = torch.device("cuda")
         for tiles in (0.5, 3.5, 6.5, 100):
-            backbone_module._room = lambda _device, tiles=tiles: weights + tiles * one
+            backbone_module._room = lambda *_, tiles=tiles: weights + tiles * one
             chosen.append(backbone.tiles_together(plan))
     finally:
         model.load_device, backbone_module._room = device, room
         upscale_module.run_plan = run
     report["tile batch, card"] = {"tiles": len(plan), "chosen": chosen}
+
+
+TEXTS = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 5 GiB). Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 17179869184 bytes."),
+    "numpy": MemoryError("Unable to allocate 2.00 GiB for an array"),
+    "other": RuntimeError("CUDA error: an illegal memory access was encountered"),
+}
+
+
+def lacks_of_each_kind() -> None:
+    """Errors of each platform with all plans but one: what is tried, and what comes of it."""
+    picture, run = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(4)), upscale_module.run_plan
+    found = report["lacks"] = {}
+    for name, error in TEXTS.items():
+        for vae, fits in (("auto", "bounded"), ("auto", "never"), ("exact", "never")):
+            tried = []
+
+            def planted(backbone, picture, plan, *, tried=tried, fits=fits, error=error, **others):
+                tried.append([plan.settings.tile, plan.settings.vae])
+                if plan.settings.vae != fits:
+                    raise error
+                return run(backbone, picture, plan, **others)
+
+            upscale_module.run_plan = planted
+            try:
+                said = refused(picture, tile=256, overlap=32, vae_mode=vae)
+            finally:
+                upscale_module.run_plan = run
+            found[f"{name}, {vae}, {fits}"] = {"tried": tried, "said": said}
+
+
+class Lines(logging.Handler):
+    """The texts that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def planted_budgets() -> None:
+    """1024 x 1024 pixels with so much memory free: the VAE mode, and what is said of it."""
+    backbone_module, run = part("nodes.native.backbone"), upscale_module.run_plan
+    room, picture, found = backbone_module._room, torch.zeros(1, 256, 256, 3), []
+    lines = Lines()
+    upscale_module.log.addHandler(lines)
+
+    def noted(backbone, picture, plan, **others):
+        found.append([plan.settings.vae, plan.exact, *lines.texts])
+        return torch.zeros(1, 3, *plan.target)
+
+    upscale_module.run_plan = noted
+    try:
+        for free, mode in ((1e12, "auto"), (450e6, "auto"), (450e6, "exact"), (450e6, "bounded")):
+            backbone_module._room = lambda *_, free=free: free
+            lines.texts.clear()
+            upscaled(picture, scale=4.0, tile=512, vae_mode=mode)
+    finally:
+        upscale_module.run_plan, backbone_module._room = run, room
+        upscale_module.log.removeHandler(lines)
+    report["budgets"] = found
+
+
+def what_core_gives_back() -> None:
+    """Free memory on a card: what core unloads and what its dynamic loading returns count; maps are asked for."""
+    backbone_module, management = part("nodes.native.backbone"), upscale_module.comfy.model_management
+    card, found = torch.device("cuda"), {}
+    reserve = management.extra_reserved_memory()
+    dynamic = SimpleNamespace(get_free_memory=lambda _device: 5e9 + reserve)
+    kept = {name: getattr(management, name) for name in ("get_free_memory", "loaded_models", "load_models_gpu")}
+    own, device, room = backbone_module.free_memory, vae.device, backbone_module._room
+    calls = []
+
+    def loaded(size, device=card, dynamic=False, clone=False):
+        return SimpleNamespace(
+            load_device=device,
+            is_dynamic=lambda: dynamic,
+            is_clone=lambda _other: clone,
+            loaded_size=lambda: size,
+        )
+
+    try:
+        found["dynamic"] = backbone_module._room(dynamic, card)
+        management.get_free_memory = lambda _device: 4e9 + reserve
+        found["older core"] = backbone_module._room(SimpleNamespace(), card)
+        backbone_module.free_memory = lambda _device: 3e9
+        found["cpu"] = backbone_module._room(SimpleNamespace(), torch.device("cpu"))
+        found["mps"] = backbone_module._room(SimpleNamespace(), torch.device("mps")) + reserve
+        others = [loaded(1000), loaded(1, clone=True), loaded(10, dynamic=True), loaded(100, torch.device("cpu")), None]
+        management.loaded_models = lambda: others
+        vae.device, backbone_module._room = card, lambda *_: 2e9
+        backbone, missing = (
+            backbone_module.ComfyBackbone(model, vae),
+            vae.patcher.model_size() - vae.patcher.loaded_size(),
+        )
+        memory = backbone.memory()
+        found["unloaded"] = memory.free - 2e9 + missing
+        found["kind"] = [memory.kind, memory.itemsize, memory.main is not None]
+        management.load_models_gpu = lambda models, **named: calls.append(named)
+        for maps in (1e9, 9e9):
+            backbone.make_room_for(backbone_module.Need(1e8, maps, 0))
+            backbone._active = None
+            backbone._load(vae.patcher, 10.0)
+        found["asked"] = calls
+    finally:
+        for name, function in kept.items():
+            setattr(management, name, function)
+        backbone_module.free_memory, vae.device, backbone_module._room = own, device, room
+    report["given back"] = found
 
 
 def refused(pictures: torch.Tensor, **settings) -> str:
@@ -166,6 +282,9 @@ with torch.inference_mode():
     batch_and_one_by_one()
     out_of_memory()
     automatic_tile_batch()
+    lacks_of_each_kind()
+    planted_budgets()
+    what_core_gives_back()
     broken = torch.rand(1, 16, 16, 3).repeat(4, 1, 1, 1)
     broken[2, 5, 5, 1] = float("nan")
     report["nan"] = refused(broken)
