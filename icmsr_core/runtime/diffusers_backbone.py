@@ -27,6 +27,7 @@ from .ingredients import resolve
 from .latents import decode_latent, encode_picture
 from .precision import PRECISIONS, GuardedPart, dtype_name
 from .recipe import Recipe
+from .sliced_attention import slice_attention
 
 
 class DiffusersBackbone:
@@ -50,6 +51,7 @@ class DiffusersBackbone:
         convert: Any = torch.nn.Module.to
         for network in (unet, vae):
             convert(network, device, dtype).eval().requires_grad_(False)
+            slice_attention(network, device, dtype)
         outer = (None, None) if isinstance(vae, AutoencoderTiny) else (vae.quant_conv, vae.post_quant_conv)
         self._parts = {
             "encoder": GuardedPart("the VAE's encoder", (vae.encoder, outer[0]), dtype),
