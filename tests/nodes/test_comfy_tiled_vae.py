@@ -55,6 +55,16 @@ def test_cores_own_layout_with_attention(outcome, kind: str, what: str) -> None:
     assert_near(outcome.results[f"{kind} exact {what}"], outcome.results[f"{kind} {what}"], 2e-5)
 
 
+def test_core_s_own_attention_runs_where_core_chose_one(outcome) -> None:
+    """Over all cells at once, in both modes: a window of bounded mode holds all of this picture."""
+    results = outcome.results
+    assert_near(results["own exact picture"], results["no quant picture"], 2e-5)
+    assert results["cells of own attention"].tolist() == 2 * [list(results["latent"].shape[2:])]
+    nvidia, amd = results["kinds of attention"].tolist()[::2], results["kinds of attention"].tolist()[1::2]
+    assert nvidia == [[True, False], [True, False], [True, True]], "torch's, split, xformers"
+    assert amd == [[False, False], [False, False], [False, True]]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(("name", "exact"), [("exact", True), ("bounded", False)])
 def test_both_modes_agree_with_diffusers(outcome, name: str, exact: bool) -> None:

@@ -43,6 +43,19 @@ class StandIn:
             self._backbone._vae.first_stage_model = own
 
 
+def kinds_of_attention(block) -> list[list[bool]]:
+    """For each function of core, on NVIDIA and on AMD: whether torch's fused kernels are used, and whether it is."""
+    core, management, found = comfy.ldm.modules.diffusionmodules.model, comfy.model_management, []
+    kept = block.optimized_attention, management.is_amd
+    for chosen in (core.pytorch_attention, core.normal_attention, core.xformers_attention):
+        for amd in (False, True):
+            block.optimized_attention, management.is_amd = chosen, lambda amd=amd: amd
+            attention = part("nodes.native.vae_steps")._attention(block, torch.device("cpu"))[0].main[1]
+            found.append([attention.fused, attention.own is chosen])
+    block.optimized_attention, management.is_amd = kept
+    return found
+
+
 with torch.inference_mode():
     model, vae = apply_node.execute(*comfy_process.load_base(part, job / "base"), "generator.safetensors").result
     image = inputs["image"]
@@ -89,5 +102,20 @@ with torch.inference_mode():
             results[f"{name} picture"] = network.decoder(raw) / 2 + 0.5
             results[f"{name} exact latent"] = tiled_vae.encode_tiled(stand_in, image, stripes)
             results[f"{name} exact picture"] = tiled(stand_in, latent)
+
+        # As with xformers: an attention of core's that is neither of the two that torch's kernels and slices replace.
+        block, calls = network.decoder.mid.attn_1, []
+        own = block.optimized_attention
+
+        def noted(query, key, value):
+            calls.append(list(query.shape[2:]))
+            return own(query, key, value)
+
+        block.optimized_attention = noted
+        results["own exact picture"] = tiled(stand_in, latent)
+        results["own bounded picture"] = tiled(stand_in, latent, exact=False)
+        block.optimized_attention = own
+        results["cells of own attention"] = torch.tensor(calls)
+        results["kinds of attention"] = torch.tensor(kinds_of_attention(block))
 
 save_file({key: value.contiguous() for key, value in results.items()}, job / "results.safetensors")
