@@ -33,7 +33,7 @@ from .loop_config import LoopConfig
 from .means import Means
 from .plots import plot_run
 from .processes import Processes
-from .state import RunState, fingerprint
+from .state import RunState, fingerprint, listing
 
 log = logging.getLogger(__name__)
 GRID_SAMPLES = 6
@@ -133,7 +133,7 @@ def start_run(
 ) -> Run:
     """The run in `folder`: at its newest checkpoint, or at the beginning.
 
-    Raises `IcmsrError` when the checkpoint belongs to other settings.
+    Raises `IcmsrError` when the checkpoint belongs to other settings or other photographs.
     """
     plain, step = plain_settings(settings), config.batch * config.accumulate * processes.count
     if config.images < step:
@@ -141,6 +141,7 @@ def start_run(
     model = processes.wrapped(task)
     mark = fingerprint({**compared_settings(settings), "effective batch": step})
     state = RunState(task.players(), config, step, mark)
+    state.photographs = listing(samples.photographs)
     folder.mkdir(parents=True, exist_ok=True)
     newest = processes.from_main(newest_checkpoint(folder) if processes.main else None)
     if newest is not None:

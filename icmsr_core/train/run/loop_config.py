@@ -56,6 +56,9 @@ class LoopConfig:
     patience: int = field(default=50, metadata=FREE)
     """Skipped optimiser steps (their gradient was not finite) in a row that stop the run."""
 
+    changed_photographs: bool = field(default=False, metadata=FREE)
+    """Resume although photographs were added, removed or replaced: samples then differ from those of one whole run."""
+
     def __post_init__(self) -> None:
         for name in ("images", "batch", "accumulate", "save_every", "keep", "log_every", "average_images", "patience"):
             if getattr(self, name) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class RunState:
     def __init__(self, players: Sequence[Player], config: LoopConfig, step: int, mark: str) -> None:
         """`step` is the effective batch in images; `mark` (a `fingerprint`) is what `load` compares."""
         self.players, self.config, self.step, self.mark = players, config, step, mark
+        self.photographs = ""
+        """What the samples are drawn from (`listing`); a resume compares it."""
         self.position = Position()
         self.averages = self._copies()
         self.optimizers = {
@@ -115,14 +118,19 @@ class RunState:
                     tensors[f"average/{player.name}/{name}"] = self.averages[player.name][name]
                 for key, value in self.optimizers[player.name].state.get(parameter, {}).items():
                     tensors[f"{key}/{player.name}/{name}"] = torch.as_tensor(value)
-        meta = {"format": STATE_FORMAT, "position": json.dumps(vars(self.position)), "fingerprint": self.mark}
+        meta = {
+            "format": STATE_FORMAT,
+            "position": json.dumps(vars(self.position)),
+            "fingerprint": self.mark,
+            "photographs": self.photographs,
+        }
         write_tensors(path, {key: value.cpu() for key, value in tensors.items()}, meta)
 
     def load(self, path: Path) -> None:
         """Restores what `save` wrote.
 
         Raises `IcmsrError` when the file is damaged, and when it was written under other settings that shape the
-        weights: going on would mix two runs.
+        weights, or with other photographs: going on would mix two runs.
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != STATE_FORMAT:
@@ -132,6 +140,12 @@ class RunState:
                 f"{path.parents[2]}: this run was started with another configuration "
                 f"({_differences(metadata['fingerprint'], self.mark)}): choose another run folder, or put those values "
                 "back"
+            )
+        before = metadata.get("photographs", "")  # older runs have none
+        if before and before != self.photographs and not self.config.changed_photographs:
+            raise IcmsrError(
+                f"{path.parents[2]}: photographs were added, removed or replaced since this run began, so its samples "
+                "would change: put them back, or set changed_photographs of the loop to true to go on with them"
             )
         try:
             for player in self.players:
@@ -170,6 +184,14 @@ class RunState:
         for player in self.players:
             for name, value in weights.get(player.name, {}).items():
                 player.parameters[name].copy_(value)
+
+
+def listing(photographs: Sequence[Path]) -> str:
+    """A short text that changes with the names, sizes and order of `photographs`, and not with where they are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in photographs:
+        digest.update(f"{path.name}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(values: Mapping[str, object]) -> str:

@@ -26,6 +26,7 @@ from icmsr_core.train.run.loop import train
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.processes import Processes
 from icmsr_core.train.tasks.task import Batch, Player, Task
+from tests.support.pictures import write_random_picture
 
 
 class Points(Task):
@@ -177,6 +178,40 @@ def test_a_checkpoint_of_which_a_part_is_left_never_looks_whole(tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000008.partial", "000000016"]
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "000000016"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000016"]
+
+
+def on_photographs(task: Points, run_folder: Path, photographs: Path, **options: object) -> list[Path]:
+    """As `run`, on the photographs of a folder."""
+    config = LoopConfig(images=8, batch=2, precision="fp32", workers=0, save_every=4, tensorboard=False, **options)
+    pairs = TrainingPairs(DataConfig(folders=(str(photographs),), synthetic=0.5, crop=32), 0)
+    settings = {"loop": config}
+    return train(task, pairs, config, run_folder, settings, Processes(Accelerator(cpu=True), torch.device("cpu")))
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
+def test_photographs_that_changed_since_a_run_began_are_not_taken_silently(tmp_path, change):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for name in ("a.png", "b.png"):
+        write_random_picture(photographs / name, 40, 40)
+    on_photographs(Points(), tmp_path / "run", photographs)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "000000008")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(photographs, moved)
+    on_photographs(Points(), tmp_path / "run", moved)  # the same ones at another place
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "000000008")
+    if change == "added":
+        write_random_picture(moved / "c.png", 40, 40)
+    elif change == "removed":
+        (moved / "b.png").unlink()
+    elif change == "replaced":
+        write_random_picture(moved / "b.png", 41, 40)
+    else:
+        (moved / "b.png").rename(moved / "c.png")
+    with pytest.raises(IcmsrError, match="photographs were added, removed or replaced since this run began"):
+        on_photographs(Points(), tmp_path / "run", moved)
+    on_photographs(Points(), tmp_path / "run", moved, changed_photographs=True)
+    assert (tmp_path / "run" / "checkpoints" / "000000008").is_dir()
 
 
 def cut_state(folder: Path) -> None:
