@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..icmsr_core.pictures.channels import as_rgb
 from .category import CATEGORY
-from .native.sockets import check_finite, check_image, to_image, to_pictures
+from .native.sockets import check_image, check_values, to_image, to_pictures
 
 
 class ExtractCondition(io.ComfyNode):
@@ -68,7 +68,7 @@ class ExtractCondition(io.ComfyNode):
         from ..icmsr_core.conditions import canny_edges, colormap  # imports OpenCV, so only when it is needed
 
         check_image("image", image)
-        check_finite("image", image)
+        check_values("image", image)
         pictures = to_pictures(image)
         edges = canny_edges(pictures, low_threshold, high_threshold)
         colours = colormap(pictures)

@@ -22,7 +22,7 @@ from .native.backbone import ComfyBackbone
 from .native.condition import Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
 from .native.description import ModelDescription, describe
-from .native.sockets import check_finite, check_image, to_image, to_pictures
+from .native.sockets import check_image, check_values, to_image, to_pictures
 
 if TYPE_CHECKING:
     from ..icmsr_core.pictures.files import FloatArray
@@ -122,7 +122,7 @@ class InspectManifold(io.ComfyNode):
         conditioning: Conditioning | None = None,
     ) -> io.NodeOutput:
         check_image("image", image)
-        check_finite("image", image)
+        check_values("image", image)
         levels = NoiseLevels(parse_timesteps(timesteps), seed)
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
         description = describe(model)

@@ -21,7 +21,7 @@ from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
-from .native.sockets import check_finite, check_image, to_image, visible_picture
+from .native.sockets import check_image, check_values, to_image, visible_picture
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class _Batch:
         count = self._image.shape[0]
         height, width = self._plan.target
         result = _empty_image(count, height, width, 4 if self._image.shape[-1] == 4 else 3)
-        check_finite("image", self._image)
+        check_values("image", self._image)
         for index in range(count):
             result[index] = self._upscale_until_it_fits(index)
             self._done += self._plan.steps

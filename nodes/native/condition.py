@@ -15,7 +15,7 @@ from ...icmsr_core.upscale.sizes import pad_to_multiple
 from ...icmsr_core.upscale.tiling import Box
 from .adapters import HintNetwork, wrong_channels
 from .backbone import ComfyBackbone
-from .sockets import check_finite, check_image
+from .sockets import check_image, check_values
 
 
 def condition_inputs(remark: str = "") -> list[io.Input]:
@@ -66,7 +66,7 @@ class Condition:
         if hint is None:
             return None
         check_image("hint", hint)
-        check_finite("hint", hint)
+        check_values("hint", hint)
         if not isinstance(control_net, comfy.controlnet.T2IAdapter) or not _levels(control_net):
             raise IcmsrError(
                 f"control_net must be a T2I-Adapter, got a {type(control_net).__name__}: take it from ICM-SR Load "

@@ -17,7 +17,7 @@ ALPHA = 3
 def check_image(name: str, image: object) -> None:
     """Raises `IcmsrError`, which says the input's `name`, unless `image` is an IMAGE.
 
-    That is a float tensor [pictures, height, width, 1, 3 or 4 channels], not empty. `check_finite` looks at its values.
+    That is a float tensor [pictures, height, width, 1, 3 or 4 channels], not empty. `check_values` looks at its values.
     """
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
@@ -34,7 +34,7 @@ def check_image(name: str, image: object) -> None:
         )
 
 
-def check_finite(name: str, image: Tensor) -> None:
+def check_values(name: str, image: Tensor) -> None:
     """Raises `IcmsrError`, which says the input's `name`, for NaN or infinite values in any picture of an IMAGE."""
     for index in range(image.shape[0]):
         if not bool(image[index].isfinite().all()):

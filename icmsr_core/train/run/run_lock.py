@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         ) from None
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n", encoding="utf-8")
+        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {since},\n", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
