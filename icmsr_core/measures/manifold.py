@@ -75,8 +75,11 @@ def clean_estimates(
 
 
 def latent_error(estimate: Tensor, latent: Tensor) -> Tensor:
-    """Mean squared error [N], float64, of each sample of `estimate` [N, C, h, w] against `latent` [N, C, h, w]."""
-    return (estimate.double() - latent.double()).square().flatten(1).mean(1)
+    """Mean squared error of each sample of `estimate` [N, C, h, w] against `latent` [N, C, h, w].
+
+    Float64 [N] on the CPU, for MPS has no such type.
+    """
+    return (estimate.cpu().double() - latent.cpu().double()).square().flatten(1).mean(1)
 
 
 def decoded_pictures(backbone: Backbone, latent: Tensor) -> list[FloatArray]:
