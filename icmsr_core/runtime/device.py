@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..errors import IcmsrError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; ``auto`` is CUDA where there is one, else the CPU.
+    """The device called `name`; ``auto`` is the machine's accelerator (CUDA, ROCm, MPS, XPU, ...), else the CPU.
 
     Raises `IcmsrError` for a device that cannot be used here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _accelerator() or "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -21,3 +23,25 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise IcmsrError(f"device {name} cannot be used here ({reason}): try auto or cpu") from error
     return device
+
+
+def _accelerator() -> str | None:
+    """Name of the accelerator that torch finds here."""
+    if hasattr(torch, "accelerator"):  # torch 2.6
+        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return next((name for name, available in found.items() if available), None)
+
+
+@cache
+def pins_memory(device: torch.device) -> bool:
+    """Whether `device` copies from page-locked main memory by itself, while the program goes on: CUDA, ROCm, XPU.
+
+    The CPU and MPS do not: their memory is the program's own.
+    """
+    if device.type in ("cpu", "mps", "meta"):
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except RuntimeError:
+        return False

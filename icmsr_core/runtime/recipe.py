@@ -39,7 +39,7 @@ class Recipe:
     """A tiny VAE in place of the base's (`read_tiny_vae`), for a preview: what the generator changes in the VAE is
     lost."""
     device: str = "cpu"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps, ..."""
+    """auto (the accelerator where there is one), cpu, cuda, cuda:1, mps, ..."""
     dtype: str = "fp32"
     """One of `DTYPES`."""
     compile_unet: bool = False
