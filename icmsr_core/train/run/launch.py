@@ -16,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from ...console import escape_unprintable
 from ...errors import IcmsrError
+from ...runtime.precision import computes_bf16
 from ..data.pairs import TrainingPairs
 from ..data.samples import Samples
 from ..tasks.task import Task
@@ -72,12 +73,23 @@ def run_training(kind: type[Any], prepare: Callable[[Any], Training]) -> None:
         if processes.main:
             sys.stdout.write(plan(config, training.plan(), training.pairs, processes.count) + "\n")
         return
+    for planned in training.plan():
+        check_precision(planned.loop.precision, processes.device)
     torch.manual_seed(training.seed)
     with run_lock(Path(config.run)) if processes.main else nullcontext():
         for stage in training.stages(processes):
             written = train(stage.task, stage.samples, stage.loop, stage.folder, config, processes, stage.keep_average)
             for path in written:
                 logging.info("wrote %s", path)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises `IcmsrError` for bf16 on a device that would convert every operand to compute in it; a CPU may."""
+    if precision == "bf16" and device.type != "cpu" and not computes_bf16(device):
+        raise IcmsrError(
+            f"precision must be fp32 on {device}, which has no instructions for bfloat16, got bf16: set precision to "
+            "fp32 wherever the configuration has it (and base_dtype to fp32)"
+        )
 
 
 def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Config:
