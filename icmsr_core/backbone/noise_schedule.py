@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -51,17 +51,25 @@ class NoiseSchedule:
         return t
 
     def a_s(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``a_t`` and ``s_t`` in the dtype and on the device of `like`, shaped to broadcast over [N, C, H, W].
+        """``a_t`` and ``s_t`` in the dtype of `like`, to be multiplied with a tensor [N, C, H, W] on its device.
 
-        `t` is one timestep or a tensor [N] of them.
+        `t` is one timestep, which gives CPU scalars, or a tensor [N] of them, which gives [N, 1, 1, 1]. Nothing waits
+        for the device. Raises `IcmsrError` for timesteps that the schedule lacks; those on a device are not looked at.
         """
-        index = torch.as_tensor(t, device="cpu").long().reshape(-1)
+        if isinstance(t, Tensor) and t.device.type != "cpu":
+            shape = (-1, *([1] * (like.ndim - 1)))
+            a, s = (root.index_select(0, t).reshape(shape) for root in _roots_on(self, t.device, like.dtype))
+            return a, s
+        index = torch.as_tensor(t).long().reshape(-1)
         try:
             # Unlike [], index_select refuses negative numbers. And it needs no values, so the dry run can estimate the
             # memory of a step on tensors without data.
-            cumprod = self.alphas_cumprod.index_select(0, index).reshape(-1, *([1] * (like.ndim - 1)))
+            cumprod = self.alphas_cumprod.index_select(0, index)
         except (IndexError, RuntimeError) as error:
             raise IcmsrError(f"timesteps must be between 0 and {self.steps - 1}, got {index.tolist()}") from error
+        if not isinstance(t, Tensor):
+            return cumprod[0].sqrt().to(like.dtype), (1 - cumprod[0]).sqrt().to(like.dtype)
+        cumprod = cumprod.reshape(-1, *([1] * (like.ndim - 1)))
         return cumprod.sqrt().to(like), (1 - cumprod).sqrt().to(like)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
@@ -103,3 +111,10 @@ class NoiseSchedule:
             a, s = self.a_s(t, z)
             return a * output + s * z
         return self.eps_from_x0(z, self.x0_from_output(prediction, z, output, t), t)
+
+
+@lru_cache(maxsize=8)
+def _roots_on(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``a_t`` and ``s_t`` of all timesteps, [T] each, on `device`. Rounded on the CPU: a device may lack float64."""
+    cumprod = schedule.alphas_cumprod
+    return cumprod.sqrt().to(dtype).to(device), (1 - cumprod).sqrt().to(dtype).to(device)

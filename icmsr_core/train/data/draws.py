@@ -17,13 +17,13 @@ from ...errors import IcmsrError
 
 
 def sample_generators(seed: int, index: Tensor, purpose: str) -> list[torch.Generator]:
-    """A random generator on the CPU for each sample number in `index` [N]."""
+    """A random generator on the CPU for each sample number in `index` [N], which is on the CPU, too."""
 
     def one(number: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
-    return [one(int(number)) for number in index.cpu()]
+    return [one(int(number)) for number in index]
 
 
 def draw_noise(seed: int, index: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
@@ -38,11 +38,11 @@ def draw_uniform(seed: int, index: Tensor, purpose: str) -> Tensor:
 
 
 def draw_noising(
-    seed: int, index: Tensor, purpose: str, shape: Sequence[int], steps: int, law: TimestepConfig, device: torch.device
+    seed: int, index: Tensor, purpose: str, shape: Sequence[int], steps: int, law: TimestepConfig
 ) -> dict[str, Tensor]:
-    """What a diffusion loss draws: timesteps ``t`` [N] below `steps`, and noise ``eps`` [N, *shape], on `device`."""
+    """What a diffusion loss draws: timesteps ``t`` [N] below `steps`, and noise ``eps`` [N, *shape], on the CPU."""
     t = timesteps(draw_uniform(seed, index, f"{purpose}/t"), steps, law)
-    return {"t": t.to(device), "eps": draw_noise(seed, index, f"{purpose}/eps", shape).to(device)}
+    return {"t": t, "eps": draw_noise(seed, index, f"{purpose}/eps", shape)}
 
 
 TIMESTEP_LAWS = ("uniform", "cubic")

@@ -41,18 +41,19 @@ class Resumable(Sampler[int]):
 
 
 def make_loader(
-    pairs: Samples, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
+    samples: Samples, numbers: Resumable, workers: int, pin_memory: bool = False
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of samples `start` to `stop`, for process `rank` of `processes`; the same for any number of workers.
+    """Batches of `samples`: those that `numbers` names, the same for any number of workers.
 
-    `batch` is that of one process. All processes together see, step by step and in their order, the samples that one
-    process with the batch ``batch * processes`` sees. Raises IcmsrError as `Resumable` does.
+    All processes together see, step by step and in their order, the samples that one process with the batch
+    ``batch * processes`` sees. `pin_memory` puts the batches into page-locked memory (see `pins_memory`).
     """
     return DataLoader(
-        pairs,
-        batch_size=batch,
-        sampler=Resumable(start, stop, batch, rank, processes),
+        samples,
+        batch_size=numbers.batch,
+        sampler=numbers,
         num_workers=workers,
+        pin_memory=pin_memory,
         drop_last=True,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,

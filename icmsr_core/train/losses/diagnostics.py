@@ -14,6 +14,8 @@ from .icm import at_least_float32
 
 BINS = 5
 """Equal bins of the timestep in which diagnostics are logged: at high t every error is small, at low t none can be."""
+AT_ONCE = 256
+"""Steps whose values are copied from the device together."""
 
 
 def diagnostics(teacher: Tensor, auxiliary: Tensor, eps: Tensor) -> dict[str, Tensor]:
@@ -62,17 +64,29 @@ class BinnedMeans:
     steps: int
     """T of the schedule."""
     sums: dict[str, Tensor] = field(default_factory=dict)
+    _waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """Timesteps and values that were added and may still be on a device."""
 
     def add(self, values: Mapping[str, Tensor], t: Tensor) -> None:
-        """Adds `values` (each [N]) seen at timesteps `t` [N]."""
-        bins = (t.cpu() * BINS // self.steps).clamp(0, BINS - 1)
+        """Adds `values` (each [N]) seen at timesteps `t` [N]. Waits for the device in every `AT_ONCE`-th call only."""
         for name, value in values.items():
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append((t, value.detach()))
+            if len(waiting) == AT_ONCE:
+                self._settle()
+
+    def _settle(self) -> None:
+        for name, waiting in self._waiting.items():
             table = self.sums.setdefault(name, torch.zeros(2, BINS, dtype=torch.float64))
-            table[0].index_add_(0, bins, value.detach().cpu().double())
+            t, values = (torch.cat(part).cpu() for part in zip(*waiting))
+            bins = (t * BINS // self.steps).clamp(0, BINS - 1)
+            table[0].index_add_(0, bins, values.double())
             table[1].index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
+        self._waiting.clear()
 
     def take(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Means as ``NAME/0.2-0.4`` since the last call, over all processes, without empty bins."""
+        self._settle()
         found = {}
         if accelerator is not None and accelerator.num_processes > 1:
             for name in sorted(self.sums):

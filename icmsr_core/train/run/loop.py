@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
-from ..data.loader import make_loader
+from ...runtime.device import pins_memory
+from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
@@ -34,6 +35,7 @@ from .means import Means
 from .plots import plot_run
 from .processes import Processes
 from .state import RunState, fingerprint, listing
+from .transfer import Transfer
 
 log = logging.getLogger(__name__)
 GRID_SAMPLES = 6
@@ -94,9 +96,8 @@ def train(
     """
     run = start_run(task, samples, config, folder, settings, processes)
     position, step = run.state.position, run.state.step
-    loader = iter(
-        make_loader(samples, config.batch, position.images, run.end, config.workers, processes.rank, processes.count)
-    )
+    numbers = Resumable(position.images, run.end, config.batch, processes.rank, processes.count)
+    loader = iter(make_loader(samples, numbers, config.workers, pins_memory(processes.device)))
     bar = tqdm(total=run.end, initial=position.images, unit="image", smoothing=0.05, disable=not processes.main)
     with stop_signals() as stopped, bar:
         while position.images < run.end:
@@ -180,11 +181,12 @@ def take_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """
     for batch in batches:
         run.tally.add(batch)
-    batches = [{name: value.to(run.processes.device) for name, value in batch.items()} for batch in batches]
+    transfers = [Transfer(run.processes.device) for _ in batches]
     for player in run.state.players:
         for turn in range(player.rounds):
-            for number, batch in enumerate(batches):
-                batches[number] = {**batch, **backward(run, player, batch, turn, number == len(batches) - 1)}
+            for number, (batch, transfer) in enumerate(zip(batches, transfers)):
+                prepared = transfer(run.task.prepare(player.name, batch, run.state.position.images, turn))
+                batches[number] = {**batch, **backward(run, player, prepared, number == len(batches) - 1)}
             norm = run.state.descend(player)
             if norm is not None:
                 run.means.add({f"health/gradient/{player.name}": norm})
@@ -192,12 +194,12 @@ def take_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     return {f"lr/{player.name}": run.state.rate(player) for player in run.state.players}
 
 
-def backward(run: Run, player: Player, batch: Batch, turn: int, last: bool) -> Batch:
-    """Adds the gradient of `batch` to those of `player`; returns what the batch brings to the next player.
+def backward(run: Run, player: Player, prepared: Batch, last: bool) -> Batch:
+    """Adds the gradient of a batch, as `Task.prepare` makes it, to those of `player`.
 
+    Returns what the batch brings to the next player.
     `last` marks the last of the accumulated passes: under DDP, gradients are exchanged in that one only.
     """
-    prepared = run.task.prepare(player.name, batch, run.state.position.images, turn)
     with exchanged(run.model, last):
         with autocast(run.processes.device, run.config.precision):
             losses, brings = run.model(player.name, prepared)

@@ -27,7 +27,7 @@ class Means:
 
     def take(self, processes: Processes) -> dict[str, float]:
         """The means since the last call, by name; NaN where no value was finite."""
-        found = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
+        found = processes.mean({name: self._sums[name] / self._counts[name] for name in sorted(self._sums)})
         self._sums.clear()
         self._counts.clear()
-        return {name: float(value) for name, value in processes.mean(found).items()}
+        return dict(zip(found, torch.stack(list(found.values())).tolist())) if found else {}

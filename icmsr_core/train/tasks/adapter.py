@@ -91,12 +91,11 @@ class AdapterTask(Task):
 
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """See `Task`."""
-        shape, device = latent_shape(self.vae, batch["sharp"]), batch["sharp"].device
-        law, index = self.config.timesteps, batch["index"]
+        shape, index = latent_shape(self.vae, batch["sharp"]), batch["index"]
         return {
             **batch,
-            **draw_noising(self.seed, index, "adapter", shape, self.schedule.steps, law, device),
-            "keep": (draw_uniform(self.seed, index, "adapter/dropout") >= self.config.dropout).to(device),
+            **draw_noising(self.seed, index, "adapter", shape, self.schedule.steps, self.config.timesteps),
+            "keep": draw_uniform(self.seed, index, "adapter/dropout") >= self.config.dropout,
             "maps": self.config.maps(bytes_to_unit(batch["sharp"])),
         }
 

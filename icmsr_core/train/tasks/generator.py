@@ -100,7 +100,7 @@ class GeneratorTask(Task):
 
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """See `Task`. Adds ``t`` [N], ``eps`` [N, C, h, w], the condition's ``maps`` and the weights of the losses."""
-        device, config = batch["index"].device, self.config
+        config = self.config
         added: Batch = {}
         if player == "generator":
             added = {f"weight/{name}": torch.tensor(value) for name, value in config.losses.at(images).items()}
@@ -109,9 +109,9 @@ class GeneratorTask(Task):
             law = config.timesteps if player == "generator" else all_timesteps()
             known = batch.get("low_latent")
             shape = tuple(known.shape[1:]) if known is not None else latent_shape(self.networks.vae, batch["sharp"])
-            added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law, device)
+            added |= draw_noising(self.seed, batch["index"], purpose, shape, self.schedule.steps, law)
             if self.captions is not None:
-                added["text"] = self.captions[batch["caption"].cpu()].to(device)
+                added["text"] = self.captions[batch["caption"]]
             if self.features is not None and "maps" not in batch:
                 added["maps"] = self.condition.maps(picture_of(batch, self.condition.source))
         return {**batch, **added}

@@ -51,12 +51,10 @@ class PriorTask(Task):
 
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """See `Task`."""
-        latent, device = batch.get("latent"), batch["index"].device
+        latent = batch.get("latent")
         shape = latent_shape(self.vae, batch["sharp"]) if latent is None else tuple(latent.shape[1:])
-        return {
-            **batch,
-            **draw_noising(self.seed, batch["index"], "prior", shape, self.schedule.steps, all_timesteps(), device),
-        }
+        noising = draw_noising(self.seed, batch["index"], "prior", shape, self.schedule.steps, all_timesteps())
+        return {**batch, **noising}
 
     def forward(self, player: str, batch: Batch) -> tuple[dict[str, Tensor], Batch]:
         """See `Task`."""
@@ -70,7 +68,7 @@ class PriorTask(Task):
     def grid(self, batch: Batch) -> Tensor:
         """Truth, then the clean estimate from three noise levels, row by row."""
         latent = self._latent(batch)
-        eps = torch.randn(latent.shape, generator=torch.Generator(latent.device).manual_seed(0), device=latent.device)
+        eps = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent.device)
         rows = [decode_latent(self.vae, latent)]
         for level in (0.1, 0.3, 0.6):
             t = torch.full((latent.shape[0],), int(level * self.schedule.steps), device=latent.device)

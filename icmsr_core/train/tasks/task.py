@@ -52,6 +52,7 @@ class Task(nn.Module, ABC):
     def prepare(self, player: str, batch: Batch, images: int, turn: int) -> Batch:
         """`batch` with everything that `forward` needs and cannot compute: random numbers, OpenCV, the warm-up.
 
+        All of it is on the CPU, so that nothing waits for a device; only what an earlier player brought may be on one.
         `images` is the run's position; `turn` counts the player's optimiser steps within a step of the loop.
         """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from icmsr_core.errors import IcmsrError
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.latent_pairs import LatentPairs, LatentPairsConfig
-from icmsr_core.train.data.loader import make_loader
+from icmsr_core.train.data.loader import Resumable, make_loader
 from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.data.samples import last_samples
 from icmsr_core.train.data.synthetic import synthetic_picture
@@ -74,7 +74,7 @@ def test_blank_samples_have_the_shapes_of_real_ones(samples):
 
 
 def test_a_sample_is_the_same_in_any_worker(samples):
-    here, there = (list(make_loader(samples, 2, 4, 16, workers=workers)) for workers in (0, 2))
+    here, there = (list(make_loader(samples, Resumable(4, 16, 2), workers)) for workers in (0, 2))
     assert len(here) == len(there) == 6
     assert all(torch.equal(one[name], other[name]) for one, other in zip(here, there) for name in one)
     assert torch.equal(pickle.loads(pickle.dumps(samples))[9]["truth_latent"], samples[9]["truth_latent"])

@@ -22,7 +22,7 @@ from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.runtime.latents import encode_picture
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.latents import CachedLatents, LatentCacheConfig
-from icmsr_core.train.data.loader import make_loader
+from icmsr_core.train.data.loader import Resumable, make_loader
 from icmsr_core.train.data.sources import falls_into_hold_out
 from icmsr_core.train.data.synthetic import synthetic_picture
 from icmsr_core.train.networks.bases import NetworkConfig, make_vae
@@ -115,8 +115,8 @@ def test_a_sample_is_a_crop_of_one_whole_latent(samples):
 
 
 def test_a_sample_is_the_same_whatever_worker_draws_it(samples):
-    here = list(make_loader(samples, 2, 4, 16, workers=0))
-    there = list(make_loader(samples, 2, 4, 16, workers=2))
+    here = list(make_loader(samples, Resumable(4, 16, 2), workers=0))
+    there = list(make_loader(samples, Resumable(4, 16, 2), workers=2))
     assert len(here) == len(there) == 6
     for one, other in zip(here, there):
         assert one.keys() == other.keys()

@@ -19,7 +19,7 @@ from tests.support.training_pairs import awkward, photographs, plain
 
 
 def batches(pairs: TrainingPairs, start: int = 0, workers: int = 0, **more: int) -> list[dict[str, torch.Tensor]]:
-    return list(make_loader(pairs, more.pop("batch", 3), start, 12, workers, **more))
+    return list(make_loader(pairs, Resumable(start, 12, more.pop("batch", 3), **more), workers))
 
 
 def assert_same_batches(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> None:

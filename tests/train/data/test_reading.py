@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.train.data.loader import make_loader
+from icmsr_core.train.data.loader import Resumable, make_loader
 from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.data.samples import Tally
 from icmsr_core.train.data.sources import PictureCache, read_photograph
@@ -26,7 +26,7 @@ def test_what_cannot_be_read_is_counted_and_named_in_the_main_process(tmp_path, 
         tally = Tally(pairs)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            for batch in make_loader(pairs, 4, 0, 60, workers):
+            for batch in make_loader(pairs, Resumable(0, 60, 4), workers):
                 tally.add(batch)
                 good = batch["sharp"].float().std(dim=(1, 2, 3))
                 assert float(good.min()) > 20  # neither the grey rest of a cut file nor a blank
