@@ -114,6 +114,7 @@ class NoiseSchedule:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # made while a sample is drawn, they serve training, too
 def _roots_on(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``a_t`` and ``s_t`` of all timesteps, [T] each, on `device`. Rounded on the CPU: a device may lack float64."""
     cumprod = schedule.alphas_cumprod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,13 @@ def with_low_frequencies(result: Tensor, reference: Tensor, levels: int = 5) -> 
         for level in range(levels):
             step = 2**level
             for shape, padding in (((3, 1), (0, 0, step, step)), ((1, 3), (step, step, 0, 0))):
-                kernel = low.new_tensor([0.25, 0.5, 0.25]).view(1, 1, *shape).expand(channels, -1, -1, -1)
+                kernel = _taps(low.device).view(1, 1, *shape).expand(channels, -1, -1, -1)
                 low = F.conv2d(F.pad(low, padding, mode="replicate"), kernel, dilation=step, groups=channels)
     return result + low
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # or no gradient could pass it once it was made for a sample grid
+def _taps(device: torch.device) -> Tensor:
+    """The blur's kernel along one axis, float32 [3]."""
+    return torch.tensor([0.25, 0.5, 0.25], device=device)

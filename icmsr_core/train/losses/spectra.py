@@ -29,35 +29,37 @@ def local_spectrum(result: Tensor, truth: Tensor, window: int = 8, floor: float 
     place. Sides of at least ``2 * window``.
     """
     first, second = (_amplitudes(picture, window) for picture in (result, truth))
-    weights = _octave_weights(window).to(first)
+    weights = _octave_weights(window, first.device)
     return (((first + floor) / (second + floor)).log().square().mean(dim=(0, 2, 3)) * weights).sum()
 
 
 def _amplitudes(picture: Tensor, window: int) -> Tensor:
     luma = picture.float().mean(dim=1, keepdim=True)
     with torch.autocast(luma.device.type, enabled=False):
-        coefficients = F.conv2d(luma, _dct_filters(window).to(luma), stride=window // 2)
+        coefficients = F.conv2d(luma, _dct_filters(window, luma.device), stride=window // 2)
         # Divided by the window: a coefficient then has the unit of the pixels.
         energy = F.avg_pool2d((coefficients / window).square(), 3, stride=1)
     return (energy + 1e-8).sqrt()
 
 
 @lru_cache(maxsize=4)
-def _dct_filters(window: int) -> Tensor:
+@torch.inference_mode(False)
+def _dct_filters(window: int, device: torch.device) -> Tensor:
     """The orthonormal 2-D DCT-II without its constant, as filters [window^2 - 1, 1, window, window]."""
     place = torch.arange(window, dtype=torch.float64)
     basis = torch.cos(math.pi * (place[None] + 0.5) * place[:, None] / window) * math.sqrt(2 / window)
     basis[0] /= math.sqrt(2)
     filters = torch.einsum("ux,vy->uvxy", basis, basis).reshape(-1, 1, window, window)
-    return filters[1:].float()
+    return filters[1:].float().to(device)
 
 
 @lru_cache(maxsize=4)
-def _octave_weights(window: int) -> Tensor:
+@torch.inference_mode(False)
+def _octave_weights(window: int, device: torch.device) -> Tensor:
     """1 / (u^2 + v^2) for the coefficients of `_dct_filters`, with a sum of one."""
     square = torch.arange(window, dtype=torch.float64).square()
     weights = 1 / (square[:, None] + square[None]).flatten()[1:]
-    return (weights / weights.sum()).float()
+    return (weights / weights.sum()).float().to(device)
 
 
 def _magnitude(image: Tensor) -> Tensor:
