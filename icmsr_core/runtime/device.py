@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from ..errors import IcmsrError
@@ -31,17 +29,3 @@ def _accelerator() -> str | None:
         return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, available in found.items() if available), None)
-
-
-@cache
-def pins_memory(device: torch.device) -> bool:
-    """Whether `device` copies from page-locked main memory by itself, while the program goes on: CUDA, ROCm, XPU.
-
-    The CPU and MPS do not: their memory is the program's own.
-    """
-    if device.type in ("cpu", "mps", "meta"):
-        return False
-    try:
-        return torch.empty(1).pin_memory().is_pinned()
-    except RuntimeError:
-        return False

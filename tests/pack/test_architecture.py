@@ -11,7 +11,13 @@ import pytest
 from tests.support.places import ROOT
 
 FLOORS = (
-    ("icmsr_core.console", "icmsr_core.errors", "icmsr_core.steps", "icmsr_core.whole_file"),
+    (
+        "icmsr_core.console",
+        "icmsr_core.errors",
+        "icmsr_core.steps",
+        "icmsr_core.transfer",
+        "icmsr_core.whole_file",
+    ),
     ("icmsr_core.backbone", "icmsr_core.conditions", "icmsr_core.pictures"),
     ("icmsr_core.tiled_vae", "icmsr_core.weights"),
     ("icmsr_core.upscale", "icmsr_core.measures"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from icmsr_core.errors import IcmsrError
-from icmsr_core.runtime.device import pick_device, pins_memory
+from icmsr_core.runtime.device import pick_device
 
 
 def machine_with(monkeypatch: pytest.MonkeyPatch, accelerator: str | None) -> None:
@@ -43,8 +43,3 @@ def test_auto_finds_cuda_and_mps_in_a_torch_that_does_not_know_accelerators(monk
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(IcmsrError, match="device cuda:7 cannot be used here"):
         pick_device("cuda:7")
-
-
-@pytest.mark.parametrize("name", ["cpu", "mps", "meta"])
-def test_memory_is_not_pinned_for_devices_without_a_memory_of_their_own(name):
-    assert pins_memory(torch.device(name)) is False

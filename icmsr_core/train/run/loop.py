@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
-from ...runtime.device import pins_memory
+from ...transfer import pins_memory
 from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
 from ..settings import compared_settings, plain_settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.device import pins_memory
+from ...transfer import to_device
 from ..tasks.task import Batch
 
 
@@ -13,7 +13,7 @@ class Transfer:
     """Copies what belongs to one batch to a device, every tensor once however often it is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pins = device, pins_memory(device)
+        self._device = device
         self._copied: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batch: Batch) -> Batch:
@@ -25,7 +25,6 @@ class Transfer:
             return value
         source, copy = self._copied.get(name, (None, value))
         if source is not value:
-            # Only from page-locked memory can the device copy by itself, while the program goes on.
-            copy = (value.pin_memory() if self._pins else value).to(self._device, non_blocking=self._pins)
+            copy = to_device(value, self._device)
             self._copied[name] = value, copy
         return copy
