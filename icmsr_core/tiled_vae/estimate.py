@@ -25,9 +25,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..backbone.vae_steps import Attention, Pointwise, Sample, VaeHalf
+from ..transfer import to_device
 from .held_map import HeldMap
 from .modes import Estimate, ExactStream, Statistics, combine
-from .stream import Flow
+from .stream import STRIPE_BYTES, Flow
+from .striped_layers import even_parts
 
 FIELD, FIELD_MARGIN = 4, 4
 """Side of a field in latent cells, and the margin that its window shows on each side: in cells where the encoder
@@ -42,6 +44,9 @@ RIDGE = 0.1
 LAGS = (1, 4)
 """Distances, in samples, of the differences that are features. Each channel has its own: with one feature for all
 channels a VAE of factor 8 and 12 channels was 47 dB from exact on a mosaic of 2048 px, with one for each 57."""
+TOGETHER_BYTES = 64 * 2**20
+"""Most bytes of the fields that are measured together on an accelerator, where each call costs time of its own. On a
+CPU that is `STRIPE_BYTES`, for its cache."""
 CROSSED = 4
 """Largest number of channels with which products of two channels are features: their number grows with its square."""
 
@@ -105,13 +110,29 @@ class Frame(NamedTuple):
         return top, left
 
     def cut(self, windows: HeldMap, margin: int) -> Iterator[Tensor]:
-        """Each of `windows` [N, C, h, w] narrowed to a smaller `margin`: [1, C, h', w']."""
+        """`windows` [N, C, h, w] narrowed to a smaller `margin`, some of them at a time: [n, C, h', w'] each."""
         to = self._replace(margin=margin)
-        rows, columns = to.window
-        for index, corner in enumerate(self.fields.corners):
-            (top, left), (new_top, new_left) = self.start(corner), to.start(corner)
-            part = windows.joined(index)[:, :, new_top - top :, new_left - left :]
-            yield part[:, :, :rows, :columns]
+        starts = torch.tensor([[*self.start(corner), *to.start(corner)] for corner in self.fields.corners])
+        starts = starts[:, 2:] - starts[:, :2]
+        for begin, end in _portions(len(starts), windows.nbytes // len(starts), windows.device):
+            yield _crops(windows.joined(slice(begin, end)), starts[begin:end], to.window)
+
+
+def _crops(maps: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of each of `maps` [N, C, h, w] the part that begins at its row of `starts` [N, 2]: [N, C, *size], channels last.
+
+    `starts` are the top and the left, on the CPU.
+    """
+    entries = torch.arange(len(starts))[:, None]
+    down, right = (starts[:, axis, None] + torch.arange(size[axis]) for axis in (0, 1))
+    places = to_device(torch.cat([entries, down, right], 1), maps.device)  # in one copy
+    entries, down, right = places.split((1, *size), 1)
+    return rearrange(maps[entries[..., None], :, down[..., None], right[:, None]], "n h w c -> n c h w")
+
+
+def _portions(number: int, size: int, device: torch.device) -> list[tuple[int, int]]:
+    """`number` tensors of `size` bytes each in portions that run together on `device`: (begin, end) of each."""
+    return even_parts(number, max(1, STRIPE_BYTES.get(device.type, TOGETHER_BYTES) // size))
 
 
 class _SampledStream(ExactStream):
@@ -153,7 +174,7 @@ class _SampledStream(ExactStream):
         shares = (self._frame.fields.weights / places).float().repeat_interleave(places)
         total = self._frame.cells[0] * self._frame.cells[1] * self._frame.scale**2
         sample = self.samples[step] = Sample(
-            rearrange(fields, "n c h w -> 1 c (n h w)"), shares.to(fields.device), total
+            rearrange(fields, "n c h w -> 1 c (n h w)"), to_device(shares, fields.device), total
         )
         row = rearrange(windows, "n c h w -> 1 c (n h) w")
         found = step.run(row, None, sample)
@@ -173,15 +194,16 @@ def draw_fields(source: Tensor, unit: int, factor: int) -> Fields:
     rows, columns = min(FIELD, height), min(FIELD, width)
     tops, lefts = _starts(height, rows), _starts(width, columns)
     count, _ = drawn_windows(height, width, factor)
+    features = _features_of(
+        source, [top * unit for top in tops], [left * unit for left in lefts], (rows * unit, columns * unit)
+    )
     # Rows in turn from left to right and from right to left, so that neighbours in this order are neighbours in the
     # picture.
-    corners, features = [], []
-    for index, top in enumerate(tops):
-        order = lefts if index % 2 == 0 else lefts[::-1]
-        corners += [(top, left) for left in order]
-        band = source[:, :, top * unit : (top + rows) * unit]
-        features.append(_features(torch.cat([band[..., left * unit : (left + columns) * unit] for left in order])))
-    every = torch.cat(features)
+    numbers = torch.arange(len(features)).unflatten(0, (len(tops), len(lefts)))
+    numbers[1::2] = numbers[1::2].flip(1)
+    order = numbers.flatten()
+    corners = [(tops[number // len(lefts)], lefts[number % len(lefts)]) for number in order.tolist()]
+    every = features[order]
     # The distance of each feature from its mean, in standard deviations; 0 where it is the same everywhere.
     off = (every - every.mean(0)) / every.std(0, correction=0).clamp_min(1e-6)
     chosen, chances = draw(1 + off.square().mean(1), count)
@@ -194,6 +216,20 @@ def _starts(length: int, size: int) -> list[int]:
     """Where fields of `size` begin that cover [0, length) evenly; the last one ends at `length`."""
     count = -(-length // size)
     return [index * (length - size) // max(1, count - 1) for index in range(count)]
+
+
+def _features_of(source: Tensor, tops: list[int], lefts: list[int], size: tuple[int, int]) -> Tensor:
+    """`_features` of the fields of `size` that begin at `tops` and `lefts` in `source` [1, C, H, W], row by row."""
+    down, right = (
+        to_device(torch.tensor(starts)[:, None] + torch.arange(length), source.device)
+        for starts, length in zip((tops, lefts), size)
+    )
+    found = []
+    for begin, end in _portions(len(tops), source[:, :, : size[0]].nbytes, source.device):
+        band = source[0].index_select(1, down[begin:end].flatten()).index_select(2, right.flatten())
+        fields = rearrange(band, "c (top h) (left w) -> (top left) c h w", h=size[0], w=size[1])
+        found.append(_features(fields.contiguous()))
+    return torch.cat(found)
 
 
 def _features(fields: Tensor) -> Tensor:

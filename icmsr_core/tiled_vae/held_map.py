@@ -23,6 +23,8 @@ class HeldMap:
 
     def __init__(self, axis: int) -> None:
         """`axis` is 2 for stripes of rows, 3 for stripes of columns."""
+        self.moments: list[Tensor] = []
+        """Mean and variance of every channel, [2, N, C] for each stripe, if they were measured on the way here."""
         self._axis = axis
         self._stripes: deque[Tensor] = deque()
         self._block: Tensor | None = None
@@ -77,10 +79,20 @@ class HeldMap:
             count -= size
             yield self._stripes.popleft()
 
-    def joined(self, index: int | None = None) -> Tensor:
-        """The whole map, or entry `index` of its batch, copied into one tensor."""
-        batch = slice(None) if index is None else slice(index, index + 1)
-        return torch.cat([stripe[batch] for stripe in self._stripes], self._axis)
+    @property
+    def device(self) -> torch.device:
+        """Where the stripes are."""
+        return self._stripes[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the map."""
+        return sum(stripe.nbytes for stripe in self._stripes)
+
+    def joined(self, entries: slice = slice(None)) -> Tensor:
+        """The whole map, or these entries of its batch, in one tensor."""
+        parts = [stripe[entries] for stripe in self._stripes]
+        return torch.cat(parts, self._axis) if len(parts) > 1 else parts[0]
 
 
 def _new_block(size: int) -> Tensor:

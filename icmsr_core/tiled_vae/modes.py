@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backbone.vae_steps import Attention, Norm, Residual, Sample, Step, TensorMap, VaeHalf
 from ..steps import Portion, Steps
+from ..transfer import to_device
 from .held_map import HeldMap
 from .stream import Flow, Stream
 
@@ -58,6 +59,8 @@ class ExactStream(Stream):
         held, position, place = HeldMap(self.axis), 0, None
         for chunk in flow.chunks:
             place = place or self._place(flow, chunk)
+            if place != chunk.device:  # measured now, so that it need not come back for that
+                held.moments.append(torch.stack(moments(chunk.shape[1], chunk)))
             held.keep(chunk.to(place), flow.length)
             position += chunk.shape[self.axis]
             del chunk
@@ -80,15 +83,25 @@ class ExactStream(Stream):
     def measure(self, groups: int, held: HeldMap) -> Statistics:
         """The statistics of the map `held` [1, C, H, W] for a norm with `groups` groups of channels."""
         sizes = torch.tensor([float(chunk.shape[self.axis]) for chunk in held.read()], dtype=torch.float64)
+        if held.moments:
+            channels = combine(sizes / sizes.sum(), *torch.cat(held.moments, 1).cpu().double())
+            means, variances = (value.unflatten(0, (groups, -1)).T for value in channels)
+            each = means.shape[0]
+            return combine(means.new_full((each,), 1 / each), means, variances)
         return combine(sizes / sizes.sum(), *self.moments_of(groups, held.read(), len(sizes)))
 
     def moments_of(self, groups: int, maps: Iterable[Tensor], number: int) -> tuple[Tensor, Tensor]:
-        """`moments` of `number` maps [1, C, h, w] on any device: float64 [number, groups] each, on the CPU."""
+        """`moments` of `number` maps, as parts [n, C, h, w] on any device: float64 [number, groups] each, on the CPU.
+
+        Waits for the device once.
+        """
         # One tensor for all of them. A small tensor kept from every stripe would split the free memory in glibc's heap
         # so that no next stripe fits into the gaps: more than half of a map's memory would be lost.
         found = torch.empty(2, number, groups, device=self.half.device)
-        for index, part in enumerate(self._moved(maps)):
-            found[:, index : index + 1] = torch.stack(moments(groups, part))
+        position = 0
+        for part in self._moved(maps):
+            found[:, position : position + part.shape[0]] = torch.stack(moments(groups, part))
+            position += part.shape[0]
             del part
         means, variances = found.cpu().double()
         return means, variances
@@ -121,14 +134,17 @@ class BoundedStream(Stream):
 
 def moments(groups: int, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each map and group of the channels of `maps` [N, C, h, w]: float32 [N, groups]."""
-    # Not by torch's GroupNorm. On a CPU in channels_last it computes the variance as mean square minus squared mean,
-    # which is 7% off where the mean is a hundred deviations, as in flat pictures. This takes no longer.
     maps = maps.float()
-    means = maps.mean((2, 3), keepdim=True)
-    variances = (maps - means).square_().mean((2, 3)).unflatten(1, (groups, -1))
-    means = means.flatten(1).unflatten(1, (groups, -1))
-    mean = means.mean(2)
-    return mean, variances.mean(2) + (means - mean[..., None]).square().mean(2)
+    if maps.device.type == "cpu":
+        # Not by torch's GroupNorm. On a CPU in channels_last it computes the variance as mean square minus squared
+        # mean, which is 7% off where the mean is a hundred deviations, as in flat pictures. This takes no longer.
+        means = maps.mean((2, 3), keepdim=True)
+        variances = (maps - means).square_().mean((2, 3)).unflatten(1, (groups, -1))
+        means = means.flatten(1).unflatten(1, (groups, -1))
+        mean = means.mean(2)
+        return mean, variances.mean(2) + (means - mean[..., None]).square().mean(2)
+    variance, mean = torch.var_mean(maps.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)  # in one kernel
+    return mean, variance
 
 
 def combine(weights: Tensor, means: Tensor, variances: Tensor) -> Statistics:
@@ -140,14 +156,16 @@ def combine(weights: Tensor, means: Tensor, variances: Tensor) -> Statistics:
 
 def normaliser(step: Norm, known: Statistics) -> TensorMap:
     """The GroupNorm `step` of a map with statistics `known`, for its stripes: computes in float32, keeps their type."""
-    weight, bias = (value.detach().cpu().double() for value in step.affine())
-    each = weight.shape[0] // step.groups
-    scale = weight / (known.variance + step.eps).sqrt().repeat_interleave(each)
-    shift = bias - known.mean.repeat_interleave(each) * scale
-    scale, shift = (value.float()[None, :, None, None] for value in (scale, shift))
+    weight, bias = (value.detach().unflatten(0, (step.groups, -1)) for value in step.affine())
+    work = torch.float64 if weight.device.type == "cpu" else torch.float32  # MPS has no other
+    given = torch.stack([known.mean, (known.variance + step.eps).sqrt()])
+    mean, deviation = to_device(given.to(work), weight.device)[..., None]
+    scale = weight.to(work) / deviation
+    shift = bias.to(work) - mean * scale
+    scale, shift = (value.float().view(1, -1, 1, 1) for value in (scale, shift))
 
     def run(chunk: Tensor) -> Tensor:
-        return torch.addcmul(shift.to(chunk.device), chunk.float(), scale.to(chunk.device)).to(chunk.dtype)
+        return torch.addcmul(shift, chunk.float(), scale).to(chunk.dtype)
 
     return run
 

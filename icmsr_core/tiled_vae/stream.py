@@ -91,8 +91,8 @@ class Stream(ABC):
         limit = STRIPE_BYTES.get(self.half.device.type)
 
         def rows(chunk: Tensor) -> int:
-            if limit is None:
-                return flow.nominal
+            if limit is None:  # a little more, or the last one would be cut for the rows that convolutions kept
+                return flow.nominal + max(2, flow.nominal // 4)
             row = chunk.numel() // chunk.shape[self.axis] * chunk.element_size()
             return int(min(flow.nominal, max(FEWEST_ROWS, limit / max(1.0, growth) // row)))
 

@@ -44,14 +44,14 @@ class StripedConvolution:
     def feed(self, stripe: Tensor) -> Tensor | None:
         """The rows of the result that `stripe` completes, None if it completes none."""
         axis = self._axis
-        zeros = torch.zeros_like(stripe.narrow(axis, 0, 1))  # in the stripe's memory layout
+        edge = stripe.narrow(axis, 0, 1)
         if self._padded and self._missing == self._length:
-            self._kept.append(zeros)
+            self._kept.append(torch.zeros_like(edge))  # in the stripe's memory layout
         self._missing -= stripe.shape[axis]
-        parts = [*self._kept, stripe, *([] if self._missing else [zeros])]
+        parts = [*self._kept, stripe, *([] if self._missing else [torch.zeros_like(edge)])]
         self._kept.clear()
         rows = torch.cat(parts, axis)
-        del stripe, parts
+        del stripe, parts, edge
         complete = (rows.shape[axis] - 3) // self._stride + 1 if rows.shape[axis] >= 3 else 0
         if self._missing:
             begin = complete * self._stride

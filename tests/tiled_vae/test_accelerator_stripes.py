@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from icmsr_core import transfer
 from icmsr_core.backbone.vae_steps import VaeHalf
 from icmsr_core.runtime.diffusers_vae_steps import decoder_steps, encoder_steps
 from icmsr_core.tiled_vae.modes import ExactStream
@@ -43,10 +44,13 @@ def nano_vae(mode: FakeTensorMode, device: torch.device) -> AutoencoderKL:
     return vae.eval()
 
 
-@pytest.mark.parametrize(("part", "convolutions"), [("decoder", 108), ("encoder", 79)])
-def test_stripes_on_an_accelerator_are_as_high_as_the_tiles_area_allows(part: str, convolutions: int) -> None:
+@pytest.mark.parametrize(("part", "convolutions"), [("decoder", 88), ("encoder", 64)])
+def test_stripes_on_an_accelerator_are_as_high_as_the_tiles_area_allows(
+    part: str, convolutions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1024 px in tiles of 512. In stripes of four rows nano's decoder would run 2,934 convolutions."""
     mode, device = FakeTensorMode(), torch.device("cuda")
+    monkeypatch.setattr(transfer, "pins_memory", lambda device: False)  # there is no data to be pinned
     assert device.type not in STRIPE_BYTES
     vae = nano_vae(mode, device)
     cells = SIDE // FACTOR
@@ -63,7 +67,8 @@ def test_stripes_on_an_accelerator_are_as_high_as_the_tiles_area_allows(part: st
     assert sum(chunk.shape[2] for chunk in chunks) == (SIDE if part == "decoder" else cells)
     assert chunks[0].device.type == device.type
     assert len(seen.heights) == convolutions
-    # Up to two rows are held back from the stripe before; one is padding at the picture's edge.
-    assert max(seen.heights) <= stripes.cells * FACTOR + 3
+    # Up to two rows are held back from the stripe before; one is padding at the picture's edge; the last stripe has
+    # what all layers held back, up to a quarter of a stripe.
+    assert max(seen.heights) <= 1.25 * stripes.cells * FACTOR + 3
     layers = [module for module in getattr(vae, part).modules() if isinstance(module, torch.nn.Conv2d)]
     assert convolutions < 1.5 * stripes.number * len(layers)
