@@ -4,6 +4,7 @@ A generator runs a UNet2DConditionModel at one timestep with one context, for ev
 
 - the projection of the time embedding in each residual block is a constant vector: it is added to the bias of the
   convolution before it, which saves the projection and a pass over the map;
+- so are the sines and cosines that it is made of, and no number has to be copied to the device for each call;
 - keys and values of every attention to the context are constants, the same for all pictures of a batch;
 - with a context of ONE token the softmax is 1 for any query, so the result of the attention is the constant
   to_out(to_v(context)): the query, the attention, the norm before it and the projection after it are skipped, exactly.
@@ -98,6 +99,9 @@ class FixedStep:
         self._timestep, self._context = timestep, context
         self._values = context.clone()  # the caller may write into its own
         self._plain = compiled(unet.forward)
+        self._embed: Any = unet.get_time_embed
+        self._embedded: Tensor | None = None
+        """The timestep's sines and cosines [1, D]."""
         self._layers = list(_layers(unet))
         self._seen: list[tuple[int, int]] = []
         self._running = False
@@ -105,13 +109,19 @@ class FixedStep:
     def install(self) -> None:
         """Replaces ``forward`` of the UNet and of the layers with constants."""
         self._unet.forward = self.forward
+        self._unet.get_time_embed = self.embedded
         for layer in self._layers:
             layer.install(lambda: self._running)
 
     def remove(self) -> None:
         """Restores every ``forward``."""
+        self._unet.__dict__.pop("get_time_embed", None)
         for module in (self._unet, *(layer.module for layer in self._layers)):
             module.__dict__.pop("forward", None)
+
+    def embedded(self, sample: Tensor, timestep: Any) -> Any:
+        """The UNet's ``get_time_embed``, which would copy the number to the device, and wait, at each call."""
+        return self._embedded if self._running else self._embed(sample=sample, timestep=timestep)
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *more: Any, **options: Any) -> Any:
         """The UNet's ``forward``."""
@@ -145,7 +155,8 @@ class FixedStep:
         if seen == self._seen:
             return
         unet, context = self._unet, given[:1]
-        embedding = unet.time_embedding(unet.get_time_embed(sample=context, timestep=self._timestep), None)
+        self._embedded = self._embed(sample=context, timestep=self._timestep)
+        embedding = unet.time_embedding(self._embedded, None)
         if unet.time_embed_act is not None:
             embedding = unet.time_embed_act(embedding)
         for layer in self._layers:

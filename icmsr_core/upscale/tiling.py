@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import IcmsrError
 from ..steps import Steps
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,6 @@ class Box:
             slice(self.columns.start * scale, self.columns.stop * scale),
         )
 
-    def window(self) -> Tensor:
-        """Blending weights [rows, columns], float32, each in [0, 1]; those of all tiles sum to 1 at every cell."""
-        return self.rows.window()[:, None] * self.columns.window()[None, :]
-
 
 @dataclass(frozen=True)
 class TilePlan:
@@ -120,6 +117,20 @@ class TilePlan:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def windows(self, device: torch.device) -> Callable[[Box], Tensor]:
+        """Returns the function from a box to its blending weights [rows, columns]: float32, on `device`, in [0, 1].
+
+        Those of all tiles sum to 1 at every cell. Only their profiles along the axes are copied to the device, here.
+        """
+        rows = _profiles({box.rows for box in self.boxes}, device)
+        columns = _profiles({box.columns for box in self.boxes}, device)
+        return lambda box: rows[box.rows][:, None] * columns[box.columns][None, :]
+
+
+def _profiles(spans: set[Span], device: torch.device) -> dict[Span, Tensor]:
+    """The windows of `spans`, which are all of one length, on `device`."""
+    return dict(zip(spans, to_device(torch.stack([span.window() for span in spans]), device)))
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> TilePlan:
@@ -147,15 +158,16 @@ def run_tiles(
     if source.shape[0] != 1 or source.shape[-2:] != (plan.height, plan.width):
         raise IcmsrError(f"the plan is for 1 picture of {plan.height} x {plan.width} cells, got {tuple(source.shape)}")
     steps = steps or Steps()
-    result: Tensor | None = None
+    result, window = None, None
     for start in range(0, len(plan), batch):
         boxes = plan.boxes[start : start + batch]
         outputs = function(torch.cat([source[(..., *box.slices())] for box in boxes]), boxes).float()
-        if result is None:
+        if result is None or window is None:
             shape = (1, outputs.shape[1], plan.height, plan.width)
             result = torch.zeros(shape, dtype=torch.float32, device=outputs.device)
+            window = plan.windows(outputs.device)
         for output, box in zip(outputs, boxes):
-            result[(0, ..., *box.slices())].addcmul_(output, box.window().to(output.device))
+            result[(0, ..., *box.slices())].addcmul_(output, window(box))
         steps.advance(len(boxes))
     assert result is not None  # a plan has at least one box
     return result
