@@ -111,14 +111,17 @@ def _stripes(height: int, rows: int) -> Iterator[tuple[int, int]]:
 
 def _moments(plane: Tensor) -> tuple[float, float]:
     """Mean and variance of `plane` [H, W]."""
+    stripes = list(_stripes(plane.shape[0], STRIPE_ROWS))
+    found = torch.empty(len(stripes), 2, dtype=_work_dtype(plane), device=plane.device)
+    for index, (first, last) in enumerate(stripes):
+        part = plane[first:last].to(found.dtype).contiguous()
+        found[index] = torch.stack(torch.var_mean(part, correction=0))
     count, mean, squares = 0, 0.0, 0.0
-    for first, last in _stripes(plane.shape[0], STRIPE_ROWS):
-        part = plane[first:last].to(_work_dtype(plane)).contiguous()
-        variance, middle = (float(value) for value in torch.var_mean(part, correction=0))
-        shift, before = middle - mean, count
-        count += part.numel()
-        squares += part.numel() * (variance + shift * shift * before / count)
-        mean += shift * part.numel() / count
+    for (first, last), (variance, middle) in zip(stripes, found.tolist()):  # one copy from the device
+        size, shift, before = (last - first) * plane.shape[1], middle - mean, count
+        count += size
+        squares += size * (variance + shift * shift * before / count)
+        mean += shift * size / count
     return mean, squares / count
 
 

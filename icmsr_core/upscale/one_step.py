@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from ..backbone.protocol import Backbone
+from ..backbone.vae_steps import UnknownLayer
 from ..errors import IcmsrError
 from ..steps import Steps
 from ..tiled_vae.tiled import decode_tiled, encode_tiled
+from ..transfer import to_device
 from .color import apply_color_fix
 from .plan import UpscalePlan, plan_upscale
 from .settings import UpscaleSettings
 from .sizes import pad_to_multiple, resize
 from .tiling import Box, run_tiles
+
+ROOM_PER_PIXEL = 2 * 2 * 12
+"""Bytes per pixel of the result that must be free for it and the enlarged picture to be kept with the VAE: twice what
+the two take, for the VAE needs room, too."""
 
 
 class TileFeatures(Protocol):
@@ -87,7 +93,9 @@ def _upscale_one(
     """Writes the result of one picture [1, 3, H, W] into `out` [1, 3, H', W']."""
     descriptor = backbone.descriptor
     height, width = plan.target
-    padded = pad_to_multiple(resize(image, height, width), descriptor.multiple_of)
+    place = _picture_device(backbone, plan, image.device)
+    result = out if place == out.device else torch.empty_like(out, device=place)
+    padded = pad_to_multiple(resize(to_device(image, place), height, width), descriptor.multiple_of)
     latent = encode_tiled(backbone, padded, plan.stripes, exact=plan.exact, steps=steps)
 
     def clean(tiles: Tensor, boxes: tuple[Box, ...]) -> Tensor:
@@ -96,5 +104,21 @@ def _upscale_one(
         return descriptor.schedule.x0_from_output(descriptor.prediction, tiles, output, descriptor.timestep)
 
     latent = run_tiles(latent, plan.tiles, clean, batch=plan.settings.batch, steps=steps)
-    decode_tiled(backbone, latent, out, plan.stripes, exact=plan.exact, steps=steps)
-    apply_color_fix(plan.settings.color_fix, out, padded[:, :, :height, :width], out=out).clamp_(0, 1)
+    decode_tiled(backbone, latent, result, plan.stripes, exact=plan.exact, steps=steps)
+    apply_color_fix(plan.settings.color_fix, result, padded[:, :, :height, :width], out=result).clamp_(0, 1)
+    if result is not out:
+        out.copy_(result)
+
+
+def _picture_device(backbone: Backbone, plan: UpscalePlan, given: torch.device) -> torch.device:
+    """Where the enlarged picture and the result are kept and worked on: with the VAE if they fit there, else `given`.
+
+    So they cross the bus once, as a whole, and no processor of the main memory resizes or blurs them.
+    """
+    factor, across = backbone.descriptor.latent_factor, plan.padded[3 - plan.stripes.axis]
+    try:
+        half = backbone.vae_half("encoder", plan.stripes.cells * factor * across)
+    except UnknownLayer:
+        return given
+    fits = ROOM_PER_PIXEL * plan.padded[0] * plan.padded[1] <= half.room()
+    return half.device if half.device.type != "cpu" and fits else given

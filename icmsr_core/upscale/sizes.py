@@ -16,7 +16,11 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     image = image.float()
     if image.shape[-2:] == (height, width):
         return image.clamp(0, 1)
-    return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
+    try:
+        enlarged = F.interpolate(image, (height, width), mode="bicubic", antialias=True)
+    except NotImplementedError:  # MPS has it in newer versions of torch only
+        enlarged = F.interpolate(image.cpu(), (height, width), mode="bicubic", antialias=True).to(image.device)
+    return enlarged.clamp_(0, 1)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

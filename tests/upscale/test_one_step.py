@@ -195,7 +195,7 @@ def test_tiled_equals_untiled_for_a_local_network(batch: int) -> None:
             assert shape[-2] == (208 if name == "encode" else 26)
             assert shape[-2] * shape[-1] <= (128**2 if name == "encode" else 16**2)
     assert max(shape[0] for _, shape in tiled_toy.seen) == batch
-    assert tiled_toy.pixels == [208 * 72] * 2
+    assert set(tiled_toy.pixels) == {208 * 72}
     assert set(whole_toy.pixels) == {208 * 288}  # a single stripe
 
 
