@@ -63,6 +63,18 @@ SYNCHRONISING = {
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 ONE_KERNEL = {aten.convolution.default, aten.convolution_backward.default}
 """In torch's table they are made of other operations, but these are kernels of the device's library."""
+HEAVY = {
+    aten.convolution.default,
+    aten.native_group_norm.default,
+    aten.var_mean.correction,
+    aten.addcmul.default,
+    aten.silu.default,
+    aten.add.Tensor,
+    aten.cat.default,
+    aten.clone.default,
+    aten.upsample_nearest2d.default,
+}
+"""What takes the time on large maps. They all make new tensors."""
 GROUP_NORM = {aten.native_group_norm.default, aten.native_group_norm_backward.default}
 FUSED = 2
 """What `_fused_sdp_choice` answers for memory-efficient attention (SDPBackend)."""
@@ -136,9 +148,13 @@ class PretendTensor(torch.Tensor):
 class PretendDevice:
     """The device under the rules of one platform; `trace` and `memory` tell what it was asked for."""
 
-    def __init__(self, platform: Platform, budget: int | None = None) -> None:
-        """`budget` is the device's memory in bytes, None for any amount."""
+    def __init__(self, platform: Platform, budget: int | None = None, values: bool = True) -> None:
+        """`budget` is the device's memory in bytes, None for any amount.
+
+        Without `values`, attention and what is `HEAVY` give zeros: what is counted stays the same, in much less time.
+        """
         self.rules = Rules(platform)
+        self._values = values
         self.trace = Trace()
         self.memory = DeviceMemory(self.rules, budget)
         self._bus = Bus(self.trace)
@@ -207,7 +223,11 @@ class PretendDevice:
         raw_kwargs.pop("pin_memory", None)
         if _draws(func):
             raw_kwargs["generator"] = self._random
-        result = func(*raw_args, **raw_kwargs)
+        if func in HEAVY and not self._values:
+            shapes = func(*tree_map(_shape_of, raw_args), **tree_map(_shape_of, raw_kwargs))
+            result = tree_map(lambda shape: torch.zeros(shape.shape, dtype=shape.dtype), shapes)
+        else:
+            result = func(*raw_args, **raw_kwargs)
         known = {id(leaf.raw): leaf for leaf in on_device}
         # A view of a tensor that was made outside of inference mode is not one of inference mode's either.
         normal_view = bool(on_device) and _is_view(func) and not on_device[0].is_inference()
@@ -273,7 +293,11 @@ class PretendDevice:
                 self.refuse(error)
         self.trace.launch("scaled_dot_product_attention")
         raw_args, raw_options = tree_map(_raw, args), tree_map(_raw, options)
-        return self._placed(torch.nn.functional.scaled_dot_product_attention(*raw_args, **raw_options), {}, False)
+        if self._values:
+            found = torch.nn.functional.scaled_dot_product_attention(*raw_args, **raw_options)
+        else:
+            found = torch.zeros(*query.shape[:-1], args[2].shape[-1], dtype=query.dtype)
+        return self._placed(found, {}, False)
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A copy on the device, or between it and main memory."""
@@ -367,6 +391,11 @@ def _selects_by_mask(func: Any, args: Any) -> bool:
     return masked and (func is aten.index.Tensor or args[2].numel() > 1)
 
 
+def _shape_of(value: Any) -> Any:
+    """`value` without data, where it is a tensor."""
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def _raw(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
@@ -412,11 +441,11 @@ def _register() -> None:
 
 
 @contextmanager
-def pretend_device(platform: Platform, budget: int | None = None) -> Iterator[PretendDevice]:
-    """The device under the rules of `platform`, with `budget` bytes of memory, for the length of the block."""
+def pretend_device(platform: Platform, budget: int | None = None, values: bool = True) -> Iterator[PretendDevice]:
+    """The device under the rules of `platform`, for the length of the block; see `PretendDevice` for the rest."""
     global _CURRENT
     _register()
-    before, _CURRENT = _CURRENT, PretendDevice(platform, budget)
+    before, _CURRENT = _CURRENT, PretendDevice(platform, budget, values)
     try:
         # In the thread that asks, so that a backward pass is counted where it was asked for.
         with torch.autograd.set_multithreading_enabled(False):
