@@ -98,9 +98,14 @@ def _space(folder: Path, size: int) -> str:
 
 def check_finite(name: object, tensors: Mapping[str, Tensor], way_out: str = "") -> None:
     """Raises `IcmsrError` for NaN or infinite values; the message begins with `name` and ends with `way_out`."""
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
     if bad:
         raise IcmsrError(f"{name}: NaN or infinite values in {first_names(bad)}{way_out and f': {way_out}'}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    eight_bits = tensor.element_size() == 1  # torch has no isfinite for these types
+    return bool((tensor.float() if eight_bits else tensor).isfinite().all())
 
 
 def first_names(items: Iterable[str], most: int = 4) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from icmsr_core.cli.inspection import file_report
 from icmsr_core.errors import IcmsrError
@@ -225,3 +225,17 @@ def test_writing_replaces_the_old_file(tmp_path) -> None:
         assert load_file(path)["a"].unique().item() == value
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_in_eight_bits_is_read(tmp_path, generator: Generator) -> None:
+    save_generator(tmp_path / "a.safetensors", generator)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = file.metadata()
+    tensors = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(tmp_path / "a.safetensors").items()}
+    save_file(tensors, tmp_path / "b.safetensors", metadata=about)
+    read = load_generator(tmp_path / "b.safetensors")
+    assert {value.dtype for value in read.unet.tensors.values()} <= {torch.float8_e4m3fn}
+    tensors[next(iter(tensors))].view(torch.uint8).fill_(0x7F)  # not a number
+    save_file(tensors, tmp_path / "b.safetensors", metadata=about)
+    with pytest.raises(IcmsrError, match="NaN or infinite values"):
+        load_generator(tmp_path / "b.safetensors")
