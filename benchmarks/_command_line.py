@@ -76,11 +76,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def machine(device: torch.device) -> str:
     """The device and the versions, for the line above a table."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if device.type in ("cuda", "xpu"):
+        name = getattr(torch, device.type).get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {os.cpu_count()} cores"
-    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
+        name = f"{_cpu_name()}, {os.cpu_count()} cores{', MPS' if device.type == 'mps' else ''}"
+    versions = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}; {versions}; {time.strftime('%Y-%m-%d')}"
 
 
 def _cpu_name() -> str:

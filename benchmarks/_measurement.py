@@ -99,9 +99,14 @@ class Stopwatch:
 
     def now(self) -> float:
         """Seconds since some moment."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.process_time() / torch.get_num_threads() if self._clock == "cpu" else time.perf_counter()
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns when `device` has finished its work."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def use_threads(count: int) -> None:
@@ -112,7 +117,7 @@ def use_threads(count: int) -> None:
 
 def matmul_rate(dtype: torch.dtype, watch: Stopwatch) -> float:
     """Operations a second (2 per multiply-add) of a square matrix product on the watch's device: the best of five."""
-    side = 8192 if watch.device.type == "cuda" else 1024
+    side = 1024 if watch.device.type == "cpu" else 8192
     one = torch.randn(side, side, device=watch.device).to(dtype)
     best = float("inf")
     for _ in range(6):  # the first of them warms up
@@ -123,7 +128,10 @@ def matmul_rate(dtype: torch.dtype, watch: Stopwatch) -> float:
 
 
 class Peak:
-    """The most memory in use since `reset`: of the process, or of the card as torch allocates it. Bytes."""
+    """The most memory in use since `reset`: of the process, or of the device as torch allocates it. Bytes.
+
+    On MPS, which counts no peak: what torch's pool has taken from the system, as it gives nothing back by itself.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -131,8 +139,11 @@ class Peak:
     def reset(self) -> None:
         """Forgets what has been."""
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._device.type == "mps":
+            torch.mps.empty_cache()
+            return
+        if self._device.type != "cpu":
+            getattr(torch, self._device.type).reset_peak_memory_stats()
             return
         # Linux: the peak resident size begins anew. Elsewhere it counts from the start of the process, with loading.
         with suppress(OSError):
@@ -140,8 +151,10 @@ class Peak:
 
     def bytes(self) -> float:
         """The peak; NaN where the platform does not say."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._device.type == "mps":
+            return float(torch.mps.driver_allocated_memory())
+        if self._device.type != "cpu":
+            return float(getattr(torch, self._device.type).max_memory_allocated())
         try:
             lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("VmHWM"))

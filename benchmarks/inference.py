@@ -94,10 +94,12 @@ def _measure(
 def load_ours(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, torch.nn.Module]:
     """The backbone of `case` and its UNet."""
     from icmsr_core.runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from icmsr_core.runtime.precision import use_full_float32
     from icmsr_core.runtime.recipe import Recipe
     from icmsr_core.weights.embedded import embedded_generator
 
     silence_diffusers()
+    use_full_float32()
     if case.model == "nano":
         backbone = load_backbone(Recipe(generator=embedded_generator(), device=case.device, dtype=case.dtype))
     else:

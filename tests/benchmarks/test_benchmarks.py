@@ -76,6 +76,35 @@ def test_inference_counts_the_operations_of_a_tiny_vae(
     assert decode == pytest.approx(0.141e12 / 64, rel=0.05)
 
 
+def test_gpu_prints_steps_and_batches_with_their_ratios(load_benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rehearsal on a CPU that its help names, with fewer lines."""
+    options = ["--device", "cpu", "--width", str(NARROW), "--sizes", "128", "64", "--dtypes", "fp32", "--runs", "1"]
+    assert load_benchmark("gpu").main([*options, "--no-tests"]) == 0
+    steps, batches = capsys.readouterr().out.split("The UNet, tiles together:")
+    rows = table(steps)
+    assert [(row["model, precision"], row["px"]) for row in rows] == [
+        ("sd21 x 0.05, fp32", "64"),
+        ("sd21 x 0.05, fp32", "128"),
+        ("nano, fp32", "64"),
+        ("nano, fp32", "128"),
+    ]
+    for row in rows:
+        ours = float(row["TFLOP"]) / float(row["total s"])
+        assert float(row["rate, TFLOP/s"]) == pytest.approx(ours, rel=0.5)  # of rounded numbers
+    small, large = (float(row["total s"]) / int(row["px"]) ** 2 for row in rows[2:])
+    assert float(rows[3]["against the first"]) == pytest.approx(large / small, rel=0.05)
+    for row in table(batches):
+        one, eight = float(row["ms a tile, 1"]), float(row["ms a tile, 8"])
+        assert float(row["x faster, 8"]) == pytest.approx(one / eight, rel=0.05)
+
+
+def test_gpu_says_that_there_is_no_accelerator(load_benchmark, monkeypatch, capsys) -> None:
+    benchmark = load_benchmark("gpu")
+    monkeypatch.setattr(benchmark, "pick_device", lambda name: torch.device("cpu"))
+    assert benchmark.main([]) == 3
+    assert "no accelerator: torch finds no CUDA, ROCm, XPU or MPS device here" in capsys.readouterr().err
+
+
 def test_a_line_that_fails_does_not_end_the_run(
     load_benchmark, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
