@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import comfy.model_management
 import torch
@@ -66,6 +67,8 @@ class ComfyBackbone:
         self._layers: list[int] = list(config["num_res_blocks"])
         self._widths = [config["model_channels"] * factor for factor in config["channel_mult"]]
         self._active: Patcher | None = None
+        self._card = ExitStack()
+        """Until it is closed, the card of the network that was loaded last is torch's current one."""
         self._reserved, self._running = 0.0, False
         self._maps = 0.0
 
@@ -73,6 +76,7 @@ class ComfyBackbone:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._card.close()
         self._end_run()
 
     @property
@@ -220,6 +224,8 @@ class ComfyBackbone:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._active is patcher and memory <= self._reserved:
             return
+        self._card.close()
+        self._card.enter_context(_current_card(patcher.load_device))
         # Without the copies for other cards: samplers use them for the guidance, and there is none here.
         others = [other for other in patcher.get_nested_additional_models() if not other.is_multigpu_base_clone]
         maps = self._maps if patcher is self._vae.patcher else 0.0
@@ -302,3 +308,15 @@ def _room_once_loaded(patcher: Patcher, device: torch.device) -> float:
 
 def _known(free: float | None) -> float:
     return float("inf") if free is None else free
+
+
+def _current_card(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which `device`, where it is a card of several, is CUDA's current one, as core's VAE and samplers do.
+
+    Kernels that are not torch's own (core's for fp8) run on the current card, whatever they are given. Older versions
+    of core have no function for it.
+    """
+    if not hasattr(comfy.model_management, "cuda_device_context"):
+        return nullcontext()
+    context: AbstractContextManager[None] = comfy.model_management.cuda_device_context(device)
+    return context

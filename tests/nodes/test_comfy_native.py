@@ -246,6 +246,13 @@ def test_out_of_memory_goes_on_with_smaller_tiles(outcome):
     assert "always" in outcome.report["errors"]["always out of memory"]
 
 
+def test_the_card_of_each_network_is_the_current_one_until_the_next(outcome):
+    """Encoder, UNet, decoder: each is left before the next, and the last one at the end."""
+    cards = outcome.report["cards"]
+    assert len(cards) >= 6
+    assert cards == ["cpu", "left"] * (len(cards) // 2)
+
+
 def test_no_file_of_weights_stays_mapped(outcome):
     """Or nobody could replace it, or update the pack, while ComfyUI runs under Windows."""
     assert [name for name in outcome.report["mapped"] if not name.endswith("/inputs.safetensors")] == []

@@ -5,6 +5,7 @@ What comes out is judged by test_comfy_native.py, which computes the same with d
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,20 @@ with torch.inference_mode():
         results["unet"] = backbone.predict_noise(latent, backbone.descriptor.timestep)
         results["decode"] = backbone.decode(latent)
     results["upscale"] = upscaled(model_a, vae_a)
+
+    # The card of each network is CUDA's current one while it runs.
+    own_context, report["cards"] = comfy.model_management.cuda_device_context, []
+
+    @contextmanager
+    def noted(device):
+        report["cards"].append(device.type)
+        with own_context(device):
+            yield
+        report["cards"].append("left")
+
+    comfy.model_management.cuda_device_context = noted
+    upscaled(model_a, vae_a)
+    comfy.model_management.cuda_device_context = own_context
 
     # A second generator over the same base, then the first again; the base itself last.
     model_b, vae_b = apply_node.execute(model, vae, "b.safetensors").result
