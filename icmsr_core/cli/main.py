@@ -254,8 +254,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 def load_networks(recipe: Recipe) -> DiffusersBackbone:
     """The networks of `recipe`, loaded without advice from diffusers to programmers."""
     from ..runtime.diffusers_backbone import load_backbone, silence_diffusers
+    from ..runtime.precision import use_full_float32
 
     silence_diffusers()
+    use_full_float32()
     return load_backbone(recipe)
 
 

@@ -52,6 +52,16 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def use_full_float32() -> None:
+    """From now on, float32 in this process is float32: not TF32, which rounds what is multiplied to 11 bits.
+
+    From Ampere on torch runs convolutions in TF32 unless told otherwise. Float32 is what a user asks for who wants it
+    exact, and what takes over where 16 bits overflow; for speed there is bfloat16.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class GuardedPart:
     """The encoder, the UNet or the decoder: its layers and their present precision."""
 

@@ -11,7 +11,7 @@ from ..backbone.protocol import BackboneDescriptor
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """`image` [N, C, H, W] resized to height x width: bicubic (a = -0.5) with antialiasing, as Pillow's.
 
-    A new tensor, float32, clamped to [0, 1].
+    A new tensor, float32, clamped to [0, 1]. On the CPU where the device has no kernel for it: MPS before torch 2.8.
     """
     image = image.float()
     if image.shape[-2:] == (height, width):

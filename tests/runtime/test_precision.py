@@ -7,7 +7,7 @@ import torch
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
-from icmsr_core.runtime.precision import choose_dtype, computes_bf16
+from icmsr_core.runtime.precision import choose_dtype, computes_bf16, use_full_float32
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.steps import Steps
 from icmsr_core.train.networks.bases import NetworkConfig
@@ -176,3 +176,11 @@ def test_finite_results_stay_in_16_bits(base, generator, caplog) -> None:
     upscale(backbone, random_picture(24, 16), UpscaleSettings(tile=64, overlap=16))
     assert not caplog.records
     assert backbone.unet.conv_in.weight.dtype == backbone.vae.encoder.conv_in.weight.dtype == torch.float16
+
+
+def test_float32_is_not_tf32(monkeypatch) -> None:
+    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(owner, "allow_tf32", True)
+    use_full_float32()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -45,3 +46,19 @@ def test_padding_adds_reflected_pixels_and_changes_none(height: int, width: int,
         widths = [(0, amount if index == axis else 0) for index in range(3)]
         expected = np.pad(expected, widths, mode="reflect" if amount < length else "edge")
     np.testing.assert_array_equal(padded[0].numpy(), expected)
+
+
+def test_resizing_without_a_kernel_on_the_device_runs_on_the_cpu(monkeypatch) -> None:
+    """As with MPS before torch 2.8, which has no antialiased bicubic."""
+    image = torch.rand(1, 3, 7, 9)
+    expected, interpolate, devices = resize(image, 20, 30), F.interpolate, []
+
+    def without_kernel(given: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        devices.append(given.device)
+        if len(devices) == 1:
+            raise NotImplementedError("aten::_upsample_bicubic2d_aa.out is not implemented for the MPS device")
+        return interpolate(given, *arguments, **options)
+
+    monkeypatch.setattr(F, "interpolate", without_kernel)
+    assert torch.equal(resize(image, 20, 30), expected)
+    assert devices == [torch.device("cpu")] * 2

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from ...console import escape_unprintable
 from ...errors import IcmsrError
-from ...runtime.precision import computes_bf16
+from ...runtime.precision import computes_bf16, use_full_float32
 from ..data.pairs import TrainingPairs
 from ..data.samples import Samples
 from ..tasks.task import Task
@@ -67,6 +67,7 @@ def run_training(kind: type[Any], prepare: Callable[[Any], Training]) -> None:
     `kind` is the dataclass of its configuration (with ``device`` and ``dry_run``), `prepare` makes the `Training`.
     """
     config = parse_config(kind)
+    use_full_float32()
     processes = start_processes(config.device)
     training = prepare(config)
     if config.dry_run:
