@@ -88,7 +88,7 @@ def test_sixteen_bits_stay_near_float32(device, load_benchmark, model, dtype):
 def test_memory_fits_a_card_of_eight_gigabytes(device, load_benchmark, model, side):
     if device.type == "cpu":
         pytest.skip("a CPU has no memory of its own")
-    backbone = network(load_benchmark, model, device, "fp32" if device.type == "mps" else "fp16")
+    backbone = network(load_benchmark, model, device, "fp32" if device.type == "mps" else "bf16")
     peak = load_benchmark("_measurement").Peak(device)
     peak.reset()
     assert bool(result(backbone, device, side).isfinite().all())

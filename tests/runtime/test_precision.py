@@ -178,9 +178,14 @@ def test_finite_results_stay_in_16_bits(base, generator, caplog) -> None:
     assert backbone.unet.conv_in.weight.dtype == backbone.vae.encoder.conv_in.weight.dtype == torch.float16
 
 
-def test_float32_is_not_tf32(monkeypatch) -> None:
-    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(owner, "allow_tf32", True)
-    use_full_float32()
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32
+def test_float32_is_not_tf32() -> None:
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in owners]
+    try:
+        for owner in owners:
+            owner.allow_tf32 = True
+        use_full_float32()
+        assert [owner.allow_tf32 for owner in owners] == [False, False]
+    finally:
+        for owner, value in zip(owners, before):
+            owner.allow_tf32 = value
