@@ -26,8 +26,6 @@ class Patcher(Protocol):
     """Changes when the weights must be loaded again."""
     force_cast_weights: bool
     """Whether layers cast their weights to the precision of their input."""
-    load_device: torch.device
-    """Where the network computes."""
     is_multigpu_base_clone: bool
     """Whether this is a copy for another card, which samplers use for the guidance."""
     cached_patcher_init: tuple[Callable[..., Any], tuple[Any, ...]] | None
