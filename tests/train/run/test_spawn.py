@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from icmsr_core.train.data.data_config import DataConfig
-from icmsr_core.train.data.loader import make_loader
+from icmsr_core.train.data.loader import Resumable, make_loader
 from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.places import ROOT
@@ -90,8 +90,9 @@ def test_every_script_starts_its_processes_from_nothing(tmp_path):
 
 def test_a_spawned_worker_makes_the_same_samples():
     pairs = TrainingPairs(DataConfig(synthetic=1.0, crop=64), seed=1)
-    spawned = make_loader(pairs, 2, 0, 8, 1)
+    numbers = Resumable(0, 8, 2)
+    spawned = make_loader(pairs, numbers, 1)
     spawned.multiprocessing_context = "spawn"
-    for here, there in zip(make_loader(pairs, 2, 0, 8, 0), spawned, strict=True):
+    for here, there in zip(make_loader(pairs, numbers, 0), spawned, strict=True):
         assert here.keys() == there.keys()
         assert all(here[name].equal(there[name]) for name in here)

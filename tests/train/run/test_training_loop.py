@@ -122,9 +122,10 @@ class StoppedBetween(Points):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int, signalled: bool = True) -> None:
         super().__init__()
 
-        def batches(samples, batch, start, stop, *_):
-            for first in range(start, start + steps * batch, batch):
-                yield default_collate([samples[number] for number in range(first, first + batch)])
+        def batches(samples, numbers, *_):
+            planned = list(numbers)
+            for first in range(0, steps * numbers.batch, numbers.batch):
+                yield default_collate([samples[number] for number in planned[first : first + numbers.batch]])
             if signalled:
                 signal.raise_signal(signal.SIGINT)
             raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
