@@ -21,9 +21,10 @@ from icmsr_core.upscale.sizes import resize
 from icmsr_core.upscale.tiling import Box
 from icmsr_core.weights.embedded import embedded_adapter
 from tests.support.apart import apart
-from tests.support.device_models import NANO, load
+from tests.support.device_models import NANO, condition_well, load
 from tests.support.platform_rules import PLATFORMS, Platform
 from tests.support.pretend_device import pretend_device
+from tests.support.tiny_vae_files import write_tiny_folder
 
 TILES = UpscaleSettings(tile=64, overlap=16)
 """A result of 128 x 96 px is then six tiles of the UNet and three stripes of the VAE."""
@@ -87,6 +88,13 @@ def test_nano_gives_the_picture_of_the_cpu_in_every_way() -> None:
 
 def test_stable_diffusion_gives_the_picture_of_the_cpu(stable_diffusion: Recipe) -> None:
     check_errors(apart(errors_of_ways, stable_diffusion, list(LARGER_WAYS)), list(LARGER_WAYS))
+
+
+def test_a_tiny_vae_gives_the_picture_of_the_cpu(stable_diffusion: Recipe, tmp_path: Path) -> None:
+    tiny = write_tiny_folder(tmp_path)
+    condition_well(tiny)
+    recipe, ways = replace(stable_diffusion, tiny_vae=tiny), ["larger, exact"]
+    check_errors(apart(errors_of_ways, recipe, ways), ways)
 
 
 def with_features(device: str) -> Tensor:

@@ -104,7 +104,7 @@ def train(
             batches = next_batches(run, loader, stopped)
             if batches is None:
                 if not checkpoint_folder(folder, position.images).exists():
-                    save_everything(run, pictures=False)
+                    save_everything(run, measure=False, pictures=False)
                 raise Interrupted(stopped_at(position.images))
             rates = take_step(run, batches)
             position.images += step
@@ -113,8 +113,9 @@ def train(
                 losses = log_line(run, rates)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
             stop = processes.any(stopped())
-            if run.due(config.save_every) or stop:
-                save_everything(run, pictures=not stop)
+            due = run.due(config.save_every)
+            if due or stop:
+                save_everything(run, measure=due, pictures=not stop)
             if stop:
                 raise Interrupted(stopped_at(position.images))
     for name in processes.union(run.tally.unreadable):
@@ -220,12 +221,13 @@ def log_line(run: Run, rates: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name.endswith("/loss")}
 
 
-def save_everything(run: Run, pictures: bool) -> None:
-    """Measures the averaged weights, then writes the checkpoint and, with `pictures`, sample grid and plots."""
+def save_everything(run: Run, measure: bool, pictures: bool) -> None:
+    """Writes the checkpoint; before, with `measure`, what is measured of the averaged weights, so that the log does not
+    depend on where a run was stopped; afterwards, with `pictures`, sample grid and plots."""
     images = run.state.position.images
     if run.records is not None:
         with run.state.averaged():
-            measured = run.task.measure()
+            measured = run.task.measure() if measure else {}
         if measured:  # before the checkpoint: a log cut back to the last checkpoint then has this line
             run.records.write(images, measured)
         write_checkpoint(run.folder, run.state, run.config.keep, lambda to: run.task.export(to, run.settings))
