@@ -12,6 +12,8 @@ from icmsr_core.pictures.files import read_picture
 from tests.support.model_files import TINY, write_base, write_generator
 from tests.support.pictures import write_random_picture
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

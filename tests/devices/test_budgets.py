@@ -25,6 +25,8 @@ from tests.support.device_models import NANO, load
 from tests.support.device_trace import Trace
 from tests.support.pretend_device import pretend_device
 
+pytestmark = pytest.mark.long
+
 
 @dataclass(frozen=True)
 class Counts:

@@ -13,6 +13,8 @@ from tests.support.apart import apart
 from tests.support.platform_rules import PLATFORMS, Platform, kernel_of, out_of_memory_error
 from tests.support.pretend_device import PretendTensor, pretend_device
 
+pytestmark = pytest.mark.long
+
 Make = Callable[..., Tensor]
 """Seeded values of a shape, on the device that is asked."""
 

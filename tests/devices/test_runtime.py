@@ -10,6 +10,8 @@ from tests.support.apart import apart
 from tests.support.platform_rules import PLATFORMS, Platform
 from tests.support.pretend_device import pretend_device
 
+pytestmark = pytest.mark.long
+
 
 def automatic_choice() -> tuple[str, bool]:
     with pretend_device("cuda"):

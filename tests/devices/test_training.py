@@ -24,6 +24,8 @@ from tests.support.places import ROOT
 from tests.support.platform_rules import PLATFORMS, Platform
 from tests.support.pretend_device import pretend_device
 
+pytestmark = pytest.mark.long
+
 STEPS = 3
 DATA = ["--data.synthetic=1", "--data.crop=64"]
 

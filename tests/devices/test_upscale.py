@@ -26,6 +26,8 @@ from tests.support.platform_rules import PLATFORMS, Platform
 from tests.support.pretend_device import pretend_device
 from tests.support.tiny_vae_files import write_tiny_folder
 
+pytestmark = pytest.mark.long
+
 TILES = UpscaleSettings(tile=64, overlap=16)
 """A result of 128 x 96 px is then six tiles of the UNet and three stripes of the VAE."""
 WAYS = {
