@@ -42,8 +42,7 @@ linux = pytest.mark.skipif(not MAPS.is_file(), reason="the list of mapped files 
 DIRECT_READERS = {
     "safe_open": {
         "icmsr_core/weights/tensor_files.py",
-        "icmsr_core/train/data/latent_pairs.py",
-        "icmsr_core/train/data/latents.py",
+        "icmsr_core/train/data/cached_file.py",
     },
     "from_pretrained": {"icmsr_core/runtime/prompts.py"},
     "load_file": set(),

@@ -11,18 +11,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import IcmsrError
-from ...weights.tensor_files import open_tensors, write_tensors
+from ...weights.tensor_files import write_tensors
+from .cached_file import CachedSamples
 from .pairs import TrainingPairs
-from .samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class LatentPairsConfig:
             raise IcmsrError(f"latents.pairs must be 0 or more, got {self.pairs}")
 
 
-class LatentPairs(Samples):
+class LatentPairs(CachedSamples):
     """Samples by number, each a function of the seed and its number alone. Each is a dict of tensors:
 
     - ``low_latent`` and ``truth_latent``, float32 [C, crop / factor, crop / factor]: of the input and of the truth;
@@ -57,38 +55,29 @@ class LatentPairs(Samples):
 
     def __init__(self, pairs: TrainingPairs, count: int, file: Path, encode: Encode, encoder: str) -> None:
         self.config, self.photographs, self.seed = pairs.config, pairs.photographs, pairs.seed
-        self._count, self._path = count, file
-        self._open: Any = None
+        self._count, self.file = count, file
         photographs = [[path.name, path.stat().st_size] for path in pairs.photographs]
         settings = {**asdict(pairs.config), "photographs": photographs, "seed": pairs.seed, "count": count}
         for place in ("folders", "lists", "captions", "cache_mb"):
             settings.pop(place, None)
         description = json.dumps({**settings, "encoder": encoder}, sort_keys=True, default=str)
-        if not file.exists() or _description(file) != description:
+        if not self.holds(description):
             write_tensors(file, _encoded(pairs, count, encode), {"description": description})
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = int(np.random.default_rng((self.seed, 1 << 51, index)).integers(self._count))
-        file = self._file()
+        file = self.opened()
         low, truth = (file.get_slice(name)[number].float() for name in ("low", "truth"))
         caption = file.get_slice("caption")[number]
-        return {**_marks(index), "caption": caption.clone(), "low_latent": low, "truth_latent": truth}
+        return {**self.marks(index), "caption": caption.clone(), "low_latent": low, "truth_latent": truth}
 
     def blank(self) -> dict[str, Tensor]:
         """See `Samples`."""
         sample = self[0]
         return {
-            **_marks(0),
+            **self.marks(0),
             **{name: torch.zeros_like(sample[name]) for name in ("caption", "low_latent", "truth_latent")},
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}  # each worker opens the file for itself
-
-    def _file(self) -> Any:
-        if self._open is None:
-            self._open = safe_open(self._path, framework="pt")
-        return self._open
 
 
 @torch.no_grad()
@@ -104,16 +93,3 @@ def _encoded(pairs: TrainingPairs, count: int, encode: Encode) -> dict[str, Tens
             kept.append(latent.to("cpu", torch.float16))
         captions.append(batch["caption"])
     return {"low": torch.cat(lows), "truth": torch.cat(truths), "caption": torch.cat(captions)}
-
-
-def _marks(index: int) -> dict[str, Tensor]:
-    return {
-        "index": torch.tensor(index),
-        "events": torch.zeros(2, dtype=torch.int64),
-        "unreadable": torch.full((2,), -1),
-    }
-
-
-def _description(file: Path) -> str | None:
-    with open_tensors(file) as opened:
-        return opened.metadata().get("description")

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -27,8 +26,8 @@ from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import encode_picture
 from ...weights.tensor_files import open_tensors, write_tensors
+from .cached_file import CachedSamples
 from .data_config import DataConfig, find_photographs
-from .samples import Samples
 from .sources import Pixels, read_photograph
 from .synthetic import synthetic_picture
 
@@ -59,7 +58,7 @@ class LatentCacheConfig:
             raise IcmsrError(f"latents.made_up must be at least 1, got {self.made_up}")
 
 
-class CachedLatents(Samples):
+class CachedLatents(CachedSamples):
     """Samples by number, each a function of the seed and its number alone. Each is a dict of tensors:
 
     - ``latent`` float32 [C, crop / factor, crop / factor]: the posterior's mode times the scaling factor;
@@ -96,10 +95,9 @@ class CachedLatents(Samples):
                 **asdict(cache),
             }
         )
-        if not file.exists() or _description(file) != description:
+        if not self.holds(description):
             self._encode(cache, vae, description)
         self._sizes: dict[str, list[tuple[str, int, int]]] = {}
-        self._open: Any = None
         with open_tensors(file) as opened:
             for key in sorted(opened.keys()):
                 _, height, width = opened.shape(key)
@@ -115,16 +113,13 @@ class CachedLatents(Samples):
         cells = self.config.crop // self._factor
         key, height, width = self._draw(rng)
         top, left = int(rng.integers(height - cells + 1)), int(rng.integers(width - cells + 1))
-        latent = self._file().get_slice(key)[:, top : top + cells, left : left + cells]
-        return {**self._marks(index), "latent": latent.float().contiguous()}
+        latent = self.opened().get_slice(key)[:, top : top + cells, left : left + cells]
+        return {**self.marks(index), "caption": torch.tensor(0), "latent": latent.float().contiguous()}
 
     def blank(self) -> dict[str, Tensor]:
         """See `Samples`."""
         cells = self.config.crop // self._factor
-        return {**self._marks(0), "latent": torch.zeros(self._channels, cells, cells)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}  # each worker opens the file for itself
+        return {**self.marks(0), "caption": torch.tensor(0), "latent": torch.zeros(self._channels, cells, cells)}
 
     def _draw(self, rng: np.random.Generator) -> tuple[str, int, int]:
         """Key, height and width of one of the latents, a random photograph's or made-up picture's."""
@@ -138,17 +133,6 @@ class CachedLatents(Samples):
             f"{_ATTEMPTS} photographs in a row are unreadable or smaller than {self.config.crop} px: set "
             "a smaller data.crop, or sort them out"
         )
-
-    def _file(self) -> Any:
-        if self._open is None:
-            from safetensors import safe_open
-
-            self._open = safe_open(self.file, framework="pt")
-        return self._open
-
-    def _marks(self, index: int) -> dict[str, Tensor]:
-        none = torch.zeros(2, dtype=torch.int64)
-        return {"index": torch.tensor(index), "caption": torch.tensor(0), "events": none, "unreadable": none - 1}
 
     @torch.no_grad()
     def _encode(self, cache: LatentCacheConfig, vae: AutoencoderKL, description: str) -> None:
@@ -188,11 +172,6 @@ def weights_hash(network: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _description(file: Path) -> str | None:
-    with open_tensors(file) as opened:
-        return opened.metadata().get("description")
 
 
 def _shrunk(photograph: Pixels, scale: float, size: list[int]) -> Pixels:
