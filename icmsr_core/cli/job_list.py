@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from ..errors import IcmsrError
-from ..pictures.files import READ_EXTENSIONS, WRITE_EXTENSIONS, find_pictures, longest_side
+from ..pictures.files import READ_EXTENSIONS, WRITE_EXTENSIONS, find_pictures, longest_side, stored_size
 from ..pictures.folders import walk_folder
 from ..upscale.settings import UpscaleSettings
 
@@ -103,14 +101,10 @@ def too_large_results(jobs: Sequence[Job], settings: UpscaleSettings) -> dict[Jo
     reasons = {}
     for job in jobs:
         longest = longest_side(job.target)
-        if longest is None:
+        size = None if longest is None else stored_size(job.source)
+        if longest is None or size is None:
             continue
-        try:
-            with Image.open(job.source) as image:
-                width, height = image.size
-        except Exception:  # parsers of damaged files raise nearly everything
-            continue
-        result = settings.target_size(height, width)
+        result = settings.target_size(size[1], size[0])
         if max(result) > longest:
             reasons[job] = (
                 f"{job.source}: the result has {result[1]} x {result[0]} pixels, {job.target.suffix} holds at most "

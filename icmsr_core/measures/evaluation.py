@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import IcmsrError
-from ..pictures.files import find_pictures, read_picture
-from ..pictures.metadata import orientation_of
+from ..pictures.files import find_pictures, read_picture, stored_size
 from ..steps import Steps
 from .metrics import mean_color_difference, metric
 
@@ -140,7 +139,7 @@ def _check_sizes(results: dict[str, Path], truths: dict[str, Path]) -> None:
     """Reads the headers only, so that a long run does not fail at its end."""
     wrong = []
     for stem, path in results.items():
-        sizes = _stored_size(path), _stored_size(truths[stem])
+        sizes = stored_size(path), stored_size(truths[stem])
         if None not in sizes and sizes[0] != sizes[1]:
             wrong.append(_size_mismatch(path, *sizes))
     if wrong:
@@ -149,12 +148,3 @@ def _check_sizes(results: dict[str, Path], truths: dict[str, Path]) -> None:
 
 def _size_mismatch(path: Path, result: Any, truth: Any) -> str:
     return f"{path.name} is {result[0]} x {result[1]} and its truth {truth[0]} x {truth[1]}"
-
-
-def _stored_size(path: Path) -> tuple[int, int] | None:
-    """(width, height); None for a picture that has to be turned, or a bad file: `read_picture` deals with these."""
-    try:
-        with Image.open(path) as image:
-            return image.size if orientation_of(image) == 1 else None
-    except Exception:
-        return None

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import IcmsrError
 from ..whole_file import replace_file
-from .metadata import Metadata, read_metadata, save_arguments
+from .metadata import Metadata, orientation_of, read_metadata, save_arguments
 from .png_chunks import PNG_SIGNATURE, color_chunks, with_chunks, without_damaged_chunks
 from .samples import upright_samples
 from .sixteen_bits import encode_png_16bit, encode_tiff_16bit
@@ -175,6 +175,16 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
 def longest_side(path: Path) -> int | None:
     """The most pixels that a side can have in the format of `path`; None: no limit that matters, or no such format."""
     return _LONGEST_SIDE.get(_WRITE_FORMATS.get(path.suffix.lower(), ""))
+
+
+def stored_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(width, height) of the upright picture in a file, from its header; None where `read_picture` will raise."""
+    try:
+        with _pillow_quiet_and_unlimited(), Image.open(path, formats=readable_formats()) as image:
+            width, height = image.size
+            return (width, height) if orientation_of(image) < 5 else (height, width)
+    except Exception:  # parsers of damaged files raise nearly everything
+        return None
 
 
 def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int = 95) -> None:

@@ -20,6 +20,7 @@ from icmsr_core.pictures.files import (
     find_pictures,
     from_tensor,
     read_picture,
+    stored_size,
     to_tensor,
     write_picture,
 )
@@ -392,3 +393,14 @@ def test_avif_is_read(tmp_path: Path) -> None:
     picture = read_picture(tmp_path / "a.avif")
     assert picture.rgb.shape == (24, 32, 3)
     assert np.abs(picture.rgb * 255 - (200, 100, 50)).max() < 4
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_is_known_from_the_header(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    height, width = read_picture(tmp_path / "a.jpg").rgb.shape[:2]
+    assert stored_size(tmp_path / "a.jpg") == (width, height)
+    (tmp_path / "b.jpg").write_text("not a picture")
+    assert stored_size(tmp_path / "b.jpg") is None
