@@ -60,7 +60,7 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """The generator, its losses and the auxiliary."""
     latents: LatentPairsConfig = field(default_factory=LatentPairsConfig, metadata=ADDED)
-    """Train on pairs of latents that are encoded once, before it starts: five to ten times as many samples an hour."""
+    """Train on pairs of latents that are encoded once, before it starts: many more samples an hour."""
     teacher_test: bool = field(default=False, metadata=ADDED)
     """Leave the generator as it is, train the auxiliary alone, and write RUN/teacher_test.md: whether the teacher knows
     the generator's latents and asks for more detail. Try it before training with ICM."""

@@ -101,9 +101,13 @@ def count(backbone: DiffusersBackbone, trace: Trace, side: int, mode: str) -> Co
 
 @pytest.fixture(scope="module")
 def counts(request: pytest.FixtureRequest, stable_diffusion: Recipe) -> dict[str, Counts]:
-    """By the VAE's mode."""
+    """By the VAE's mode. Printed, for docs/performance.md."""
     recipe, side = {"nano": (NANO, 1024), "sd": (stable_diffusion, 512)}[request.param]
-    return apart(counts_of, recipe, side)
+    found = apart(counts_of, recipe, side)
+    for mode, one in found.items():
+        numbers = [f"{name} {value}" for name, value in vars(one).items() if name != "summary"]
+        print(f"\n{request.param}, {mode}: {', '.join(numbers)}")
+    return found
 
 
 both_models = pytest.mark.parametrize("counts", ["nano", "sd"], indirect=True)
