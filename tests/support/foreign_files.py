@@ -28,6 +28,7 @@ TARGETS = (
     "ff.net.2",
     "ff.net.0.proj",
 )
+"""As the peers' training code lists them: a reference of its own, not taken from ours."""
 
 
 RANK_UNET, RANK_VAE, PEFT_ALPHA = 2, 4, 8
