@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,14 @@ def base_with(generator: str) -> dict:
             "inputs": {"model": ["base", 0], "vae": ["base", 1], "generator": generator, "strength": 1.0},
         },
     }
+
+
+def test_comfyui_s_python_has_none_of_the_command_line_s_packages(comfy_python):
+    """What runs below runs with ComfyUI's requirements and requirements.txt alone."""
+    names = ("diffusers", "peft", "accelerate", "cv2", "einops")
+    found = f"import importlib.util; print([name for name in {names} if importlib.util.find_spec(name)])"
+    answer = subprocess.run([str(comfy_python), "-c", found], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "['cv2', 'einops']"
 
 
 def test_every_node_is_there_and_explains_itself(object_info):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pack.test_architecture import FILES
+from tests.pack.test_architecture import imports as every_import
 from tests.support.places import ROOT
 
 if sys.version_info >= (3, 11):
@@ -87,8 +89,74 @@ def node_ids() -> set[str]:
     return set(re.findall(r'node_id="([^"]+)"', text))
 
 
-def test_requirements_are_the_project_s_dependencies():
-    assert (ROOT / "requirements.txt").read_text().split("\n")[:-1] == project()["project"]["dependencies"]
+COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths"}
+DISTRIBUTIONS = {"PIL": "Pillow", "cv2": "opencv-python"}
+"""Packages whose name differs from that of their module."""
+
+
+def required_imports(tree: ast.Module) -> set[str]:
+    """The outside modules that the file cannot do without: not those whose absence it catches, or that only types need.
+
+    Absolute imports, at the top of the file or inside functions.
+    """
+    optional: set[int] = set()
+    for node in ast.walk(tree):
+        caught = isinstance(node, ast.Try) and any("ImportError" in ast.unparse(one.type) for one in node.handlers)
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if caught or typing:
+            optional |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) not in optional and isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if id(node) not in optional and isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found - COMFYUI - set(sys.stdlib_module_names)
+
+
+def files_behind_the_nodes() -> set[str]:
+    """Every file of the pack that can be imported while a node runs, at once or later."""
+    seen: set[str] = set()
+    waiting = ["__init__.py", *(name for name in FILES if name.startswith("nodes/"))]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            for entry in every_import(name, ast.parse(FILES[name])):
+                parts = entry.target.split(".")
+                stems = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
+                waiting += [file for stem in stems for file in (f"{stem}.py", f"{stem}/__init__.py") if file in FILES]
+    return seen
+
+
+def test_requirements_are_what_the_nodes_import():
+    """ComfyUI installs requirements.txt: not less than the nodes need, and none of the command line's packages."""
+    files = files_behind_the_nodes()
+    assert len(files) >= 80
+    needed = set().union(*(required_imports(ast.parse(FILES[name])) for name in files))
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    assert sorted(re.split("[>=<]", line)[0] for line in requirements) == sorted(
+        DISTRIBUTIONS.get(name, name) for name in needed
+    )
+    dependencies = project()["project"]["dependencies"]
+    assert requirements == [line for line in dependencies if line in requirements], "the same bounds, in the same order"
+
+
+def test_an_import_that_may_fail_is_not_required():
+    source = """
+import os, torch
+import comfy.utils
+from .errors import IcmsrError
+if TYPE_CHECKING:
+    import numpy.typing
+try:
+    import psutil
+except ImportError:
+    psutil = None
+def f():
+    from einops import rearrange
+"""
+    assert required_imports(ast.parse(source)) == {"torch", "einops"}
 
 
 def test_dependencies_leave_the_user_s_versions_alone():

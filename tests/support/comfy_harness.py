@@ -1,7 +1,7 @@
 """A real ComfyUI for tests: finds it, prepares a Python environment for it, runs it as a server or as a script.
 
-The environment holds what ComfyUI and this pack ask for, without diffusers, peft and accelerate: the nodes must do
-without them. `benchmarks/node_overhead.py` reads this file by its path, so it imports nothing of the tests.
+The environment holds what a user's ComfyUI has: its own requirements and those of `requirements.txt`, so no diffusers.
+`benchmarks/node_overhead.py` reads this file by its path, so it imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path.home() / ".cache" / "icm-sr"
 SCRIPTS = Path(__file__).resolve().parent / "comfy_scripts"
 PACK_NAME = "icm-sr"
-NOT_AT_RUN_TIME = ("diffusers", "peft", "accelerate")
 # The newest set of three that exists together.
 CONSTRAINTS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 START_SECONDS = 180
@@ -65,10 +64,10 @@ def prepare_python(comfyui: Path) -> Path:
         raise FileNotFoundError("uv is needed to build ComfyUI's environment: set $UV or $ICMSR_COMFY_PYTHON")
     from filelock import FileLock  # torch brings it
 
-    own = [line for line in (ROOT / "requirements.txt").read_text().split() if not line.startswith(NOT_AT_RUN_TIME)]
+    own = (ROOT / "requirements.txt").read_text()
     core = (comfyui / "requirements.txt").read_text()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digest = hashlib.sha256("\n".join([version, core, *own, *CONSTRAINTS]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join([version, core, own, *CONSTRAINTS]).encode()).hexdigest()[:12]
     folder = CACHE / f"comfy-env-{digest}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = folder / "complete"
@@ -77,7 +76,7 @@ def prepare_python(comfyui: Path) -> Path:
         if not complete.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-            (folder / "requirements.txt").write_text(core + "\n" + "\n".join(own) + "\n")
+            (folder / "requirements.txt").write_text(core + "\n" + own)
             (folder / "constraints.txt").write_text("\n".join(CONSTRAINTS) + "\n")
             command = [*uv, "pip", "install", "--quiet", "--python", str(python)]
             files = ["-r", str(folder / "requirements.txt"), "-c", str(folder / "constraints.txt")]
