@@ -383,3 +383,29 @@ def test_autoencoder_prints_what_comes_back(load_benchmark, tmp_path, capsys) ->
         assert got == pytest.approx(colour, abs=0.12)
     assert benchmark.main([str(tmp_path / "none"), "--pictures", str(pictures)]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_artefacts_measures_edges_and_patterns(load_benchmark, monkeypatch, tmp_path, capsys) -> None:
+    """Its truth is straight and sharp, and bicubic is known: wide, with its own overshoot."""
+    benchmark = load_benchmark("artefacts")
+    monkeypatch.setattr(benchmark, "SIDE", 256)
+    monkeypatch.setattr(benchmark, "ANGLES", (12,))
+    monkeypatch.setattr(benchmark, "TEXTURES", ("brick",))
+    assert benchmark.main(["--out", str(tmp_path / "edges"), "--threads", "1"]) == 0
+    edges, patterns = capsys.readouterr().out.split("\n\n")[1:]
+    (row,) = table(edges)
+    assert float(row["jitter, truth"]) < 0.1 < float(row["jitter, bicubic"]) < 0.5
+    assert float(row["width, truth"]) == 1
+    assert 4 <= float(row["width, bicubic"]) <= 6
+    assert float(row["halo, truth"]) == 0
+    assert [row["area, period"] for row in table(patterns)] == [
+        f"{area}, {period}" for area in ("flat", "brick") for period in (2, 4, 8)
+    ]
+    assert {path.name for path in (tmp_path / "edges").iterdir()} == {
+        "12-truth.png",
+        "12-bicubic.png",
+        "12-generator.png",
+    }
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2
