@@ -15,6 +15,7 @@ from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.pictures.channels import as_rgb
 from ..icmsr_core.pictures.ranges import unit_to_signed
 from ..icmsr_core.steps import Steps
+from ..icmsr_core.upscale.framing import scaled_frame
 from ..icmsr_core.upscale.sizes import pad_to_multiple, resize
 from ..icmsr_core.upscale.tiling import plan_tiles
 from .category import CATEGORY
@@ -212,7 +213,7 @@ class PriorView:
         }
         maps = {"noised": {"its latent, decoded": self._decoded(self._latent)}}
         if condition is not None:
-            features = condition.features(index, self._size, self._backbone)
+            features = condition.features(index, scaled_frame(self._size, 1), self._backbone)
             whole = plan_tiles(*self._latent.shape[-2:], max(self._latent.shape[-2:]), 0)
             latents["with condition"] = self._estimates(features(whole.boxes))
             shown = _shown(condition.hint_of(index), *self._size)

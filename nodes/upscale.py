@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import comfy.model_management
 import comfy.utils
@@ -11,19 +12,24 @@ from comfy_api.latest import io
 
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.steps import Steps
+from ..icmsr_core.upscale.framing import MAX_SCALE, MIN_SCALE
 from ..icmsr_core.upscale.one_step import run_plan
 from ..icmsr_core.upscale.out_of_memory import TooLittleMemory, is_out_of_memory, retries_of, until_it_fits, words
 from ..icmsr_core.upscale.plan import UpscalePlan
-from ..icmsr_core.upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
-from ..icmsr_core.upscale.sizes import resize
+from ..icmsr_core.upscale.settings import COLOR_FIXES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
+from ..icmsr_core.upscale.sizes import resized_into
 from ..icmsr_core.upscale.tile_choice import Automatic, change_for_memory, needed_memory, plan_for_memory
 from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
 from .native.sockets import check_image, check_values, to_image, visible_picture
+from .sizes import size_inputs, size_settings
 
 log = logging.getLogger(__name__)
+
+WORTH_A_WORD = 1.0
+"""Gigabytes of a batch's results from which on the log says beforehand what they take."""
 
 
 class Upscale(io.ComfyNode):
@@ -129,6 +135,7 @@ class Upscale(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                *size_inputs(),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The upscaled pictures.")],
         )
@@ -149,9 +156,21 @@ class Upscale(io.ComfyNode):
         strength: float = 1.0,
         conditioning: Conditioning | None = None,
         vae_mode: str = UpscaleSettings.vae,
+        longest: int = 0,
+        shortest: int = 0,
+        megapixels: float = 0.0,
+        width: int = 0,
+        height: int = 0,
+        fit: str = UpscaleSettings.fit,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
-            scale=scale, tile=tile, overlap=overlap, batch=tile_batch or 1, color_fix=color_fix, vae=vae_mode
+            scale=scale,
+            tile=tile,
+            overlap=overlap,
+            batch=tile_batch or 1,
+            color_fix=color_fix,
+            vae=vae_mode,
+            **size_settings(longest, shortest, megapixels, width, height, fit),
         )
         check_image("image", image)
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
@@ -175,7 +194,7 @@ def _plan(backbone: ComfyBackbone, height: int, width: int, settings: UpscaleSet
     change = change_for_memory(descriptor, plan, settings, memory)
     if change is not None:
         log.warning("ICM-SR Upscale, %s", change)
-    backbone.make_room_for(needed_memory(descriptor, plan.target, plan.settings, memory))
+    backbone.make_room_for(needed_memory(descriptor, plan.frame.work, plan.settings, memory))
     return plan
 
 
@@ -196,13 +215,20 @@ class _Batch:
 
     def upscaled(self) -> torch.Tensor:
         """The results as one IMAGE, which is the only memory that grows with the batch."""
-        count = self._image.shape[0]
+        started, count = time.perf_counter(), self._image.shape[0]
         height, width = self._plan.target
-        result = _empty_image(count, height, width, 4 if self._image.shape[-1] == 4 else 3)
+        channels = 4 if self._image.shape[-1] == 4 else 3
+        pictures = "1 picture" if count == 1 else f"{count} pictures"
+        log.info("ICM-SR Upscale: %s, %s", pictures, self._plan.words())
+        gigabytes = count * height * width * channels * 4 / 1e9
+        if count > 1 and gigabytes > WORTH_A_WORD:
+            log.info("ICM-SR Upscale: the results of all %d pictures take %.1f GB of main memory", count, gigabytes)
+        result = _empty_image(count, height, width, channels)
         check_values("image", self._image)
         for index in range(count):
             result[index] = self._upscale_until_it_fits(index)
             self._done += self._plan.steps
+        log.info("ICM-SR Upscale: %s in %.1f s", pictures, time.perf_counter() - started)
         return result
 
     def _upscale_until_it_fits(self, index: int) -> torch.Tensor:
@@ -232,7 +258,7 @@ class _Batch:
         """The result [H', W', 3] of one picture."""
         condition = self._condition
         if condition is not None and (self._features is None or not condition.shared):
-            self._features = condition.features(index, plan.target, self._backbone)
+            self._features = condition.features(index, plan.frame, self._backbone)
         total = self._done + (self._image.shape[0] - index) * plan.steps
 
         def show(done: int, _own: int) -> None:
@@ -242,7 +268,7 @@ class _Batch:
         picture, alpha = visible_picture(self._image[index : index + 1])
         upscaled = run_plan(self._backbone, picture, plan, steps=Steps(show), features=self._features)
         if alpha is not None:
-            upscaled = torch.cat([upscaled, resize(alpha, *plan.target).to(upscaled)], dim=1)
+            upscaled = torch.cat([upscaled, resized_into(alpha, plan.frame).to(upscaled)], dim=1)
         return to_image(upscaled)[0]
 
 

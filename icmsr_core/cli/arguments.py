@@ -13,7 +13,8 @@ from .. import __version__
 from ..backbone.prediction import PREDICTIONS
 from ..exchange.kinds import EXPORT_FORMATS, IMPORT_KINDS
 from ..runtime.recipe import DTYPES
-from ..upscale.settings import COLOR_FIXES, MAX_SCALE, MIN_SCALE, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
+from ..upscale.framing import FITS, MAX_SCALE, MIN_SCALE
+from ..upscale.settings import COLOR_FIXES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
@@ -45,7 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     upscale.add_argument("output", help="the file to write, or a folder (made if it is missing; end it with a slash)")
     add_files(upscale)
     add_weights(upscale)
-    add_size_and_tiles(upscale)
+    add_size(upscale)
+    add_tiles(upscale)
     add_device(upscale)
     add_measuring(command)
     add_exchange(command)
@@ -72,8 +74,8 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
-    """The options of ``icmsr upscale`` that become `UpscaleSettings`, with the same defaults."""
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The options of ``icmsr upscale`` for the size of the result; they become `UpscaleSettings`."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--scale",
@@ -81,7 +83,27 @@ def add_size_and_tiles(parser: argparse.ArgumentParser) -> None:
         default=UpscaleSettings.scale,
         help=f"size of the result over size of the input, {MIN_SCALE:g} to {MAX_SCALE:g} (default %(default)g)",
     )
+    size.add_argument(
+        "--longest",
+        type=int,
+        metavar="PIXELS",
+        help=f"longest side of the result; more than {MAX_SCALE:g} times, and smaller than the input, is reached by "
+        "resizing",
+    )
+    size.add_argument("--shortest", type=int, metavar="PIXELS", help="shortest side of the result")
+    size.add_argument(
+        "--megapixels", type=float, metavar="N", help="pixels of the result, where 1 is 1024x1024 as in ComfyUI"
+    )
     size.add_argument("--size", type=parse_size, metavar="WxH", help="exact size of the result in pixels")
+    parser.add_argument(
+        "--fit",
+        choices=FITS,
+        help="what becomes of another aspect with --size: stretch (default), crop to the middle, or pad with black",
+    )
+
+
+def add_tiles(parser: argparse.ArgumentParser) -> None:
+    """The options of ``icmsr upscale`` for tiles, VAE and colours; they become `UpscaleSettings`."""
     parser.add_argument(
         "--tile",
         type=parse_auto,

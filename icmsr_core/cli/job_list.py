@@ -104,7 +104,7 @@ def too_large_results(jobs: Sequence[Job], settings: UpscaleSettings) -> dict[Jo
         size = None if longest is None else stored_size(job.source)
         if longest is None or size is None:
             continue
-        result = settings.target_size(size[1], size[0])
+        result = settings.frame(size[1], size[0]).target
         if max(result) > longest:
             reasons[job] = (
                 f"{job.source}: the result has {result[1]} x {result[0]} pixels, {job.target.suffix} holds at most "

@@ -88,18 +88,7 @@ def run_demo_command(options: argparse.Namespace) -> int:
 
 def run_upscale(options: argparse.Namespace) -> int:
     """``icmsr upscale``."""
-    try:
-        settings = UpscaleSettings(
-            scale=options.scale,
-            size=options.size,
-            overlap=options.overlap,
-            color_fix=options.color_fix,
-            tile=options.tile if isinstance(options.tile, int) else UpscaleSettings.tile,
-            batch=options.batch if isinstance(options.batch, int) else UpscaleSettings.batch,
-            vae=options.vae_mode,
-        )
-    except IcmsrError as error:
-        options.parser.error(str(error))
+    settings = settings_of(options)
 
     from tqdm import tqdm
 
@@ -107,6 +96,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     from ..upscale.tile_choice import Automatic
     from .job_list import Job, NamingRules, plan_jobs, too_large_results
     from .picture_jobs import UntilItFits, planner, upscale_jobs
+    from .start_line import Announcer
 
     recipe = recipe_of(options)
     check_recipe(recipe)
@@ -123,14 +113,18 @@ def run_upscale(options: argparse.Namespace) -> int:
         return 1 if too_large else 0
     started = time.perf_counter()
     backbone = load_networks(recipe)
+    announcer = Announcer(backbone.descriptor, settings)
+    line = announcer.start_line([job.source for job in jobs])
+    if line is not None:
+        print(line, flush=True)
     automatic = Automatic(tile=options.tile == AUTO, batch=options.batch == AUTO)
     with (
         tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
-        tqdm(unit="tile", leave=False, disable=None) as tiles,
+        tqdm(unit="step", leave=False, disable=None) as tiles,
     ):
 
         def steps(job: Job) -> Steps:
-            tiles.set_description(job.source.name)
+            tiles.set_description(announcer.bar_words(job.source))
             tiles.reset()
             return bar_steps(tiles)
 
@@ -148,6 +142,29 @@ def run_upscale(options: argparse.Namespace) -> int:
     if done:
         print(f"{done} of {len(jobs) + len(too_large)} written to {where} in {time.perf_counter() - started:.1f} s")
     return 1 if failed or too_large else 0
+
+
+def settings_of(options: argparse.Namespace) -> UpscaleSettings:
+    """The settings that ``icmsr upscale`` was given. Leaves through argparse when they are wrong."""
+    if options.fit is not None and options.size is None:
+        options.parser.error(f"--fit {options.fit} is for an exact size: give --size WxH, or leave it out")
+    try:
+        settings = UpscaleSettings(
+            scale=options.scale,
+            size=options.size,
+            overlap=options.overlap,
+            color_fix=options.color_fix,
+            tile=options.tile if isinstance(options.tile, int) else UpscaleSettings.tile,
+            batch=options.batch if isinstance(options.batch, int) else UpscaleSettings.batch,
+            vae=options.vae_mode,
+            longest=options.longest,
+            shortest=options.shortest,
+            megapixels=options.megapixels,
+            fit=options.fit or UpscaleSettings.fit,
+        )
+    except IcmsrError as error:
+        options.parser.error(str(error))
+    return settings
 
 
 def run_conditions(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from ..upscale.one_step import run_plan
 from ..upscale.out_of_memory import retries_of, until_it_fits, words
 from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
-from ..upscale.sizes import resize
+from ..upscale.sizes import resized_into
 from ..upscale.tile_choice import UNIFIED, Automatic, DeviceMemory, change_for_memory, plan_for_memory
 from .job_list import Job
 
@@ -39,7 +39,7 @@ def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, ste
     visible = picture.rgb if alpha is None else fill_hidden(picture.rgb, alpha)
     result = from_tensor(run_plan(backbone, to_tensor(visible), plan, steps=steps))
     if alpha is not None:
-        alpha = from_tensor(resize(to_tensor(alpha), *result.shape[:2]))
+        alpha = from_tensor(resized_into(to_tensor(alpha), plan.frame))
     return replace(picture, rgb=result, alpha=alpha)
 
 

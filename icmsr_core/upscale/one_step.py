@@ -22,7 +22,7 @@ from ..transfer import to_device
 from .color import apply_color_fix
 from .plan import UpscalePlan, plan_upscale
 from .settings import UpscaleSettings
-from .sizes import pad_to_multiple, resize
+from .sizes import cut, fitted, pad_to_multiple, resize
 from .tiling import Box, run_tiles
 
 ROOM_PER_PIXEL = 2 * 2 * 12
@@ -91,11 +91,12 @@ def _upscale_one(
     backbone: Backbone, image: Tensor, out: Tensor, plan: UpscalePlan, steps: Steps, features: TileFeatures | None
 ) -> None:
     """Writes the result of one picture [1, 3, H, W] into `out` [1, 3, H', W']."""
-    descriptor = backbone.descriptor
-    height, width = plan.target
+    descriptor, frame = backbone.descriptor, plan.frame
+    height, width = frame.work
     place = _picture_device(backbone, plan, image.device)
-    result = out if place == out.device else torch.empty_like(out, device=place)
-    padded = pad_to_multiple(resize(to_device(image, place), height, width), descriptor.multiple_of)
+    own = place != out.device or frame.work != frame.target
+    result = out.new_empty((1, 3, height, width), device=place) if own else out
+    padded = pad_to_multiple(resize(to_device(cut(image, frame), place), height, width), descriptor.multiple_of)
     latent = encode_tiled(backbone, padded, plan.stripes, exact=plan.exact, steps=steps)
 
     def clean(tiles: Tensor, boxes: tuple[Box, ...]) -> Tensor:
@@ -106,8 +107,8 @@ def _upscale_one(
     latent = run_tiles(latent, plan.tiles, clean, batch=plan.settings.batch, steps=steps)
     decode_tiled(backbone, latent, result, plan.stripes, exact=plan.exact, steps=steps)
     apply_color_fix(plan.settings.color_fix, result, padded[:, :, :height, :width], out=result).clamp_(0, 1)
-    if result is not out:
-        out.copy_(result)
+    if own:
+        out.copy_(fitted(result, frame))
 
 
 def _picture_device(backbone: Backbone, plan: UpscalePlan, given: torch.device) -> torch.device:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
 from ..tiled_vae.tiled import Stripes, is_exact, plan_stripes
+from .framing import Framing
 from .settings import UpscaleSettings
 from .sizes import padded_size
 from .tiling import TilePlan, plan_tiles
@@ -18,18 +19,31 @@ class UpscalePlan:
 
     settings: UpscaleSettings
     """What the plan was made from."""
-    source: tuple[int, int]
-    """Size of the pictures that it is for."""
-    target: tuple[int, int]
-    """Size of the results."""
+    frame: Framing
+    """What of a picture is used, the size that the model works in, and the size of the result."""
     padded: tuple[int, int]
-    """Size in which the networks see a result: `target` padded to multiples of what the family takes."""
+    """Size in which the networks see a result: the frame's `work` padded to multiples of what the family takes."""
     tiles: TilePlan
     """Tiles of the UNet, in latent cells."""
     stripes: Stripes
     """Stripes of the VAE, in latent cells; the same for encoder and decoder."""
     exact: bool
     """Whether the VAE is exact, and not bounded."""
+
+    @property
+    def source(self) -> tuple[int, int]:
+        """Size of the pictures that it is for."""
+        return self.frame.source
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """Size of the results."""
+        return self.frame.target
+
+    def words(self) -> str:
+        """Sizes, tiles and what is special about them, for messages."""
+        tiles = f"{len(self.tiles)} tile" + "s" * (len(self.tiles) != 1)
+        return "; ".join([f"{self.frame.words()}, {tiles}", *map(str, self.frame.remarks())])
 
     @property
     def steps(self) -> int:
@@ -46,14 +60,13 @@ def plan_upscale(descriptor: BackboneDescriptor, height: int, width: int, settin
 
     Raises `IcmsrError` when the overlap is so large that this family's tiles cannot advance.
     """
-    target = settings.target_size(height, width)
-    padded = padded_size(*target, descriptor)
+    frame = settings.frame(height, width)
+    padded = padded_size(*frame.work, descriptor)
     factor = descriptor.latent_factor
     rows, columns = padded[0] // factor, padded[1] // factor
     return UpscalePlan(
         settings=settings,
-        source=(height, width),
-        target=target,
+        frame=frame,
         padded=padded,
         tiles=_unet_tiles(descriptor, rows, columns, settings),
         stripes=plan_stripes(rows, columns, settings.tile // factor),

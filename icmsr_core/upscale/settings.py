@@ -6,10 +6,11 @@ Needs no torch, so that the command line can show its help and refuse a wrong va
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from ..errors import IcmsrError
+from .framing import FITS, MAX_SCALE, MIN_SCALE, Framing, exact_frame, megapixel_frame, scaled_frame, side_frame
 
-MIN_SCALE, MAX_SCALE = 1.0, 8.0
 TILE_MULTIPLE = 64
 """Tiles are multiples of this many pixels in every family, so that a workflow carries over between them."""
 COLOR_FIXES = ("wavelet", "adain", "none")
@@ -21,9 +22,9 @@ class UpscaleSettings:
     """How a picture is upscaled. Raises `IcmsrError` for values outside of the limits, when it is made."""
 
     scale: float = 4.0
-    """Size of the result over size of the input, 1 to 8; ignored when `size` is given."""
+    """Size of the result over size of the input, 1 to 8; ignored when `size` or another wish for a size is given."""
     size: tuple[int, int] | None = None
-    """Exact (width, height) of the result in pixels."""
+    """Exact (width, height) of the result in pixels; `fit` says what becomes of another aspect."""
     tile: int = 512
     """Largest tile of the UNet in pixels of the result, a multiple of 64, and the area of the VAE's stripes; 0 for the
     whole picture at once."""
@@ -36,10 +37,18 @@ class UpscaleSettings:
     vae: str = "auto"
     """exact (as if the VAE saw the whole picture at once), bounded (its memory is set by the tile), or auto: exact up
     to the area of 2048 x 2048 pixels. Command line and node make auto bounded also where exact does not fit."""
+    longest: int | None = None
+    """Pixels of the result's longest side. At most one of `size`, `longest`, `shortest` and `megapixels` is given; the
+    last three keep the aspect. A factor that the model does not do is reached by resizing (`framing.Framing`)."""
+    shortest: int | None = None
+    """Pixels of the result's shortest side."""
+    megapixels: float | None = None
+    """Pixels of the result in units of 1024 x 1024, as ComfyUI counts them."""
+    fit: str = "stretch"
+    """How a picture of another aspect gets an exact `size`: stretch, crop (around its middle) or pad (black bars)."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise IcmsrError(f"size must be width x height of at least 1x1, got {self.size}")
+        self._check_size()
         if not MIN_SCALE <= self.scale <= MAX_SCALE:
             raise IcmsrError(f"scale must be between {MIN_SCALE:g} and {MAX_SCALE:g}, got {self.scale:g}")
         if self.tile % TILE_MULTIPLE or self.tile < 0:
@@ -57,8 +66,33 @@ class UpscaleSettings:
         if self.vae not in VAE_MODES:
             raise IcmsrError(f"vae must be one of {', '.join(VAE_MODES)}, got {self.vae!r}")
 
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the result for an input of `height` x `width`."""
+    def _check_size(self) -> None:
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise IcmsrError(f"size must be width x height of at least 1x1, got {self.size}")
+        sides = {"longest": self.longest, "shortest": self.shortest}
+        for name, pixels in sides.items():
+            if pixels is not None and pixels < 1:
+                raise IcmsrError(f"{name} must be at least 1 pixel, got {pixels}")
+        if self.megapixels is not None and not 0 < self.megapixels < inf:
+            raise IcmsrError(f"megapixels must be above 0, got {self.megapixels:g}")
+        wishes = {"size": self.size, **sides, "megapixels": self.megapixels}
+        given = [f"{name} {value}" for name, value in wishes.items() if value is not None]
+        if len(given) > 1:
+            raise IcmsrError(
+                f"only one of {', '.join(wishes)} can be given, got {' and '.join(given)}: leave out the rest"
+            )
+        if self.fit not in FITS:
+            raise IcmsrError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}")
+
+    def frame(self, height: int, width: int) -> Framing:
+        """How an input of `height` x `width` pixels becomes its result, and how large that is."""
+        source = height, width
         if self.size is not None:
-            return self.size[1], self.size[0]
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
+            return exact_frame(source, (self.size[1], self.size[0]), self.fit)
+        if self.longest is not None:
+            return side_frame(source, self.longest, True)
+        if self.shortest is not None:
+            return side_frame(source, self.shortest, False)
+        if self.megapixels is not None:
+            return megapixel_frame(source, self.megapixels)
+        return scaled_frame(source, self.scale)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
+from .framing import Framing
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -21,6 +22,29 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     except NotImplementedError:  # MPS has it in newer versions of torch only
         enlarged = F.interpolate(image.cpu(), (height, width), mode="bicubic", antialias=True).to(image.device)
     return enlarged.clamp_(0, 1)
+
+
+def cut(image: Tensor, frame: Framing) -> Tensor:
+    """The part of `image` [N, C, H, W] that `frame` uses, a view. `image` covers the picture, in any size."""
+    rows, columns = frame.crop_in(*image.shape[-2:]).slices()
+    return image[:, :, rows, columns]
+
+
+def fitted(worked: Tensor, frame: Framing) -> Tensor:
+    """`worked` [N, C, h, w], at the frame's `work`, at its `target`: resized, cut to the middle, zeros around it."""
+    if frame.work != frame.scaled:
+        worked = resize(worked, *frame.scaled)
+    (height, width), (rows, columns) = frame.target, frame.scaled
+    top, left = max(0, rows - height) // 2, max(0, columns - width) // 2
+    worked = worked[:, :, top : top + height, left : left + width]
+    above, before = max(0, height - rows) // 2, max(0, width - columns) // 2
+    around = (before, max(0, width - columns) - before, above, max(0, height - rows) - above)
+    return F.pad(worked, around) if any(around) else worked
+
+
+def resized_into(image: Tensor, frame: Framing) -> Tensor:
+    """`image` [N, C, H, W] of the frame's source at its `target`, by `resize` alone: opacity, for example."""
+    return fitted(resize(cut(image, frame), *frame.work), frame)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

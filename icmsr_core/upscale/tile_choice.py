@@ -115,11 +115,11 @@ def memory_of(descriptor: BackboneDescriptor) -> Memory:
 
 
 def needed_memory(
-    descriptor: BackboneDescriptor, target: tuple[int, int], settings: UpscaleSettings, memory: DeviceMemory
+    descriptor: BackboneDescriptor, work: tuple[int, int], settings: UpscaleSettings, memory: DeviceMemory
 ) -> Need:
-    """What a result of `target` (height, width) pixels takes on the device of `memory`."""
+    """What a picture that is worked at `work` (height, width) pixels takes on the device of `memory`."""
     numbers, factor = memory_of(descriptor), descriptor.latent_factor
-    height, width = padded_size(*target, descriptor)
+    height, width = padded_size(*work, descriptor)
     tile_height, tile_width = min(settings.tile or height, height), min(settings.tile or width, width)
     unet = numbers.unet[0] + numbers.unet[1] * settings.batch * tile_height * tile_width / factor**2
     stripe = 0 if memory.kind == "cpu" else min(settings.tile**2 or height * width, height * width)
@@ -153,10 +153,10 @@ def plan_for_memory(
     then as large as fits, on a CPU 1 (`batch_for`). What `automatic` does not name stays as it is in `settings`, but
     for the VAE mode auto.
     """
-    target = settings.target_size(height, width)
+    work = settings.frame(height, width).work
 
     def short(candidate: UpscaleSettings) -> float:
-        return needed_memory(descriptor, target, candidate, memory).short(memory)
+        return needed_memory(descriptor, work, candidate, memory).short(memory)
 
     choices = list(candidates(replace(settings, batch=1) if automatic.batch else settings, automatic.tile))
     chosen = next((one for one in choices if short(one) == 0), None)
@@ -185,7 +185,7 @@ def change_for_memory(
     if asked.vae != "exact":
         return None
     exact, bounded = (
-        needed_memory(descriptor, plan.target, replace(asked, vae=mode), memory) for mode in ("exact", "bounded")
+        needed_memory(descriptor, plan.frame.work, replace(asked, vae=mode), memory) for mode in ("exact", "bounded")
     )
     if exact.short(memory) > bounded.short(memory):
         return f"{size}: {free}: the exact VAE may not fit: bounded needs less"

@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...icmsr_core.errors import IcmsrError
-from ...icmsr_core.upscale.sizes import pad_to_multiple
+from ...icmsr_core.upscale.framing import Framing
+from ...icmsr_core.upscale.sizes import cut, pad_to_multiple
 from ...icmsr_core.upscale.tiling import Box
 from .adapters import HintNetwork, wrong_channels
 from .backbone import ComfyBackbone
@@ -95,8 +96,8 @@ class Condition:
         """The hint [1, C, H, W] of the picture number `index`."""
         return self.hint[0 if self.shared else index][None].movedim(-1, 1)
 
-    def features(self, index: int, size: tuple[int, int], backbone: ComfyBackbone) -> AdapterFeatures:
-        """The features of picture number `index`, whose result is `size` (height, width) pixels.
+    def features(self, index: int, frame: Framing, backbone: ComfyBackbone) -> AdapterFeatures:
+        """The features of picture number `index`, of which `frame` says which part is worked, and in which size.
 
         Where pictures share a hint they are computed once for each tile. Raises `IcmsrError` for an adapter of another
         latent factor or another number of levels than the MODEL has.
@@ -111,7 +112,9 @@ class Condition:
                 "for this MODEL"
             )
         # Nearest, as core resizes hints: edges stay 0 or 1.
-        resized = torch.nn.functional.interpolate(self.hint_of(index).float(), size, mode="nearest-exact")
+        resized = torch.nn.functional.interpolate(
+            cut(self.hint_of(index), frame).float(), frame.work, mode="nearest-exact"
+        )
         keep = self.shared and self.pictures > 1
         adapter = self._placed.get(backbone.dtype)
         if adapter is None:

@@ -151,11 +151,14 @@ def test_fidelity_is_checked_before_a_model_is_loaded(tmp_path, model, base, two
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
-@pytest.mark.parametrize(("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7))])
-def test_scale_or_size_decides_the_size_of_the_result(tmp_path, model, flags, size):
+@pytest.mark.parametrize(
+    ("flags", "size"), [(["--scale", "1.5"], (30, 18)), (["--size", "33x7"], (33, 7)), (["--longest", "40"], (40, 24))]
+)
+def test_scale_or_size_decides_the_size_of_the_result(tmp_path, model, flags, size, capsys):
     source, target = write_random_picture(tmp_path / "in.png"), tmp_path / "out.webp"
     assert main(["upscale", str(source), str(target), *model, *flags]) == 0
     assert Image.open(target).size == size
+    assert capsys.readouterr().out.startswith(f"{source}: 20 x 12 to {size[0]} x {size[1]} pixels, 1 tile")
 
 
 def test_alpha_and_grey_survive(tmp_path, model):
@@ -213,6 +216,9 @@ def test_wrong_flags_end_with_2_and_name_the_value(tmp_path, model, capsys):
     fails(capsys, [*run, "--scale", "9"], 2, "9", "between 1 and 8")
     fails(capsys, [*run, "--size", "big"], 2, "WIDTHxHEIGHT", "big")
     fails(capsys, [*run, "--size", "0x5"], 2, "size")
+    fails(capsys, [*run, "--longest", "500", "--megapixels", "2"], 2, "--megapixels", "not allowed with", "--longest")
+    fails(capsys, [*run, "--longest", "0"], 2, "longest", "0")
+    fails(capsys, [*run, "--fit", "crop"], 2, "--fit crop", "--size")
     fails(capsys, [*run, "--color-fix", "magic"], 2, "magic")
     fails(capsys, [*run, "--tile", "some"], 2, "a whole number or auto", "some")
     fails(capsys, [*run, "--batch", "0"], 2, "batch", "0")

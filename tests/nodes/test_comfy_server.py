@@ -125,7 +125,10 @@ def test_input_names_and_their_order_are_kept(object_info):
     required = ["model", "vae", "image", "scale", "tile", "overlap", "color_fix", "tile_batch"]
     assert object_info["ICMSR_Upscale"]["input_order"] == {
         "required": required,
-        "optional": ["control_net", "hint", "strength", "conditioning", "vae_mode"],
+        "optional": [
+            *("control_net", "hint", "strength", "conditioning", "vae_mode"),
+            *("longest", "shortest", "megapixels", "width", "height", "fit"),
+        ],
     }
     assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {"required": ["generator"], "optional": ["fidelity"]}
     assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {

@@ -39,7 +39,7 @@ def chosen(family, height, width, free, kind="cpu", given=PLAIN, **automatic) ->
 
 
 def short_of(family, height, width, settings, memory) -> float:
-    return needed_memory(family, settings.target_size(height, width), settings, memory).short(memory)
+    return needed_memory(family, settings.frame(height, width).work, settings, memory).short(memory)
 
 
 @pytest.mark.parametrize("family", [NANO, SD21])
