@@ -108,7 +108,8 @@ class Distillation(Training):
         def latent_pairs() -> LatentPairs:
             encoders = weights_hash(networks.generator_vae) + weights_hash(networks.vae)
             file = Path(self.config.run) / "latents" / "pairs.safetensors"
-            return LatentPairs(self.pairs, self.config.latents.pairs, file, encode, encoders)
+            workers = self.config.loop.workers
+            return LatentPairs(self.pairs, self.config.latents.pairs, file, encode, encoders, workers)
 
         if processes.main:
             latent_pairs()

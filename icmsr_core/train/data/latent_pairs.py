@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...weights.tensor_files import write_tensors
 from .cached_file import CachedSamples
+from .loader import Resumable, make_loader
 from .pairs import TrainingPairs
 
 log = logging.getLogger(__name__)
@@ -50,10 +52,12 @@ class LatentPairs(CachedSamples):
     - ``index``, ``caption``, ``events`` and ``unreadable`` as in `TrainingPairs`.
 
     The pairs are the first `count` samples of `pairs`. `file` is written if it is missing, or if it holds something
-    else than `pairs`, `count` and `encoder` (a hash of what encodes) ask for.
+    else than `pairs`, `count` and `encoder` (a hash of what encodes) ask for; `workers` processes make the pictures.
     """
 
-    def __init__(self, pairs: TrainingPairs, count: int, file: Path, encode: Encode, encoder: str) -> None:
+    def __init__(
+        self, pairs: TrainingPairs, count: int, file: Path, encode: Encode, encoder: str, workers: int = 0
+    ) -> None:
         self.config, self.photographs, self.seed = pairs.config, pairs.photographs, pairs.seed
         self._count, self.file = count, file
         photographs = [[path.name, path.stat().st_size] for path in pairs.photographs]
@@ -62,7 +66,7 @@ class LatentPairs(CachedSamples):
             settings.pop(place, None)
         description = json.dumps({**settings, "encoder": encoder}, sort_keys=True, default=str)
         if not self.holds(description):
-            write_tensors(file, _encoded(pairs, count, encode), {"description": description})
+            write_tensors(file, _encoded(pairs, count, encode, workers), {"description": description})
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = int(np.random.default_rng((self.seed, 1 << 51, index)).integers(self._count))
@@ -81,15 +85,24 @@ class LatentPairs(CachedSamples):
 
 
 @torch.no_grad()
-def _encoded(pairs: TrainingPairs, count: int, encode: Encode) -> dict[str, Tensor]:
+def _encoded(pairs: TrainingPairs, count: int, encode: Encode, workers: int) -> dict[str, Tensor]:
     log.info("encoding %d pairs of %d photographs", count, len(pairs.photographs))
     lows: list[Tensor] = []
     truths: list[Tensor] = []
     captions: list[Tensor] = []
-    for start in tqdm(range(0, count, ENCODED_TOGETHER), unit="batch", desc="encoding", disable=None):
-        samples = [pairs[number] for number in range(start, min(start + ENCODED_TOGETHER, count))]
-        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        for kept, latent in zip((lows, truths), encode(batch)):
-            kept.append(latent.to("cpu", torch.float16))
-        captions.append(batch["caption"])
+    with tqdm(total=count, unit="pair", desc="encoding", disable=None) as bar:
+        for batch in _batches(pairs, count, workers):
+            for kept, latent in zip((lows, truths), encode(batch)):
+                kept.append(latent.to("cpu", torch.float16))
+            captions.append(batch["caption"])
+            bar.update(len(batch["caption"]))
     return {"low": torch.cat(lows), "truth": torch.cat(truths), "caption": torch.cat(captions)}
+
+
+def _batches(pairs: TrainingPairs, count: int, workers: int) -> Iterator[dict[str, Tensor]]:
+    """The first `count` samples in their order, `ENCODED_TOGETHER` at a time; the last batch may be smaller."""
+    whole = Resumable(0, count, ENCODED_TOGETHER)
+    if len(whole):
+        yield from make_loader(pairs, whole, workers)
+    if len(whole) < count:
+        yield default_collate([pairs[number] for number in range(len(whole), count)])

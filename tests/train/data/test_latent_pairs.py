@@ -100,6 +100,13 @@ def test_a_second_start_encodes_nothing(samples, folder, file, tmp_path):
         assert torch.equal(again[5]["truth_latent"], samples[5]["truth_latent"])
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("samples")
+def test_worker_processes_change_nothing(folder, file, tmp_path):
+    LatentPairs(pairs_of(folder), COUNT, tmp_path / "pairs.safetensors", encode, "one", workers=2)
+    assert (tmp_path / "pairs.safetensors").read_bytes() == file.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "count", "encoder"),
     [
