@@ -6,16 +6,37 @@ There are two implementations: `runtime/diffusers_backbone.py` (library, command
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .noise_schedule import NoiseSchedule
 from .prediction import Prediction
+from .recommended import Recommended, recommended_from
 from .vae_steps import VaeHalf, VaePart
+
+
+class GeneratorFacts(Protocol):
+    """What a generator's description (`GeneratorInfo`) says about its one step."""
+
+    @property
+    def timestep(self) -> int:
+        """The UNet's input timestep."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What its output means."""
+
+    @property
+    def coeff_t(self) -> int | None:
+        """The timestep of the closed form; None: the same."""
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """The fields of `Recommended`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,31 @@ class BackboneDescriptor:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Precisions in which the networks are known to give finite, correct results, best first. Others are never chosen,
     only computed in when the user asks for them."""
+    coeff_t: int | None = None
+    """The timestep of the closed form; None: the input timestep, as with all but some imported generators."""
+    recommended: Recommended = field(default_factory=Recommended)
+    """Settings that the generator's authors ran it with."""
+
+    def clean(self, latent: Tensor, output: Tensor) -> Tensor:
+        """The clean latent [N, C, h, w] in closed form, of the UNet's `output` for `latent` at the input timestep."""
+        t = self.timestep if self.coeff_t is None else self.coeff_t
+        return self.schedule.x0_from_output(self.prediction, latent, output, t)
+
+    def with_generator(self, info: GeneratorFacts) -> BackboneDescriptor:
+        """This descriptor with a generator's timesteps, prediction and recommendations.
+
+        Raises `IcmsrError` for a timestep that the schedule does not have.
+        """
+        self.schedule.check_timestep(info.timestep)
+        if info.coeff_t is not None:
+            self.schedule.check_timestep(info.coeff_t)
+        return replace(
+            self,
+            timestep=info.timestep,
+            prediction=info.prediction,
+            coeff_t=info.coeff_t,
+            recommended=recommended_from("the generator", info.recommended),
+        )
 
 
 @runtime_checkable

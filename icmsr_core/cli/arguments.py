@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..backbone.prediction import PREDICTIONS
-from ..exchange.kinds import EXPORT_FORMATS, IMPORT_KINDS
+from ..exchange.formats import EXPORT_FORMATS
+from ..foreign.kinds import IMPORT_KINDS
 from ..runtime.recipe import DTYPES
 from ..upscale.framing import FITS, MAX_SCALE, MIN_SCALE
 from ..upscale.settings import COLOR_FIXES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
@@ -237,7 +238,8 @@ def add_exchange(command: Commands) -> None:
         "kind",
         choices=IMPORT_KINDS,
         metavar="KIND",
-        help="osediff or pisasr: their checkpoint; lora: a LoRA of PEFT, diffusers or kohya",
+        help="osediff, pisasr, hypir: their checkpoint; omgsr: the folder with its two LoRA folders; lora: a LoRA of "
+        "PEFT, diffusers or kohya",
     )
     add.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, or a LoRA's folder")
     add.add_argument("dest", type=Path, metavar="DEST", help="the generator file to write, .safetensors")
@@ -252,6 +254,8 @@ def add_exchange(command: Commands) -> None:
     )
     add.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file (default 999)")
     add.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with it (default eps)")
+    add_coeff_t(add)
+    add.add_argument("--half", action="store_true", help="store float16: half the size of a float32 file")
 
     export = command("export", "Write the UNet's LoRA of a generator for diffusers or ComfyUI's core.")
     export.add_argument(
@@ -263,6 +267,16 @@ def add_exchange(command: Commands) -> None:
     export.add_argument("file", type=Path, metavar="FILE", help="a generator file")
     export.add_argument("dest", type=Path, metavar="DEST", help="the folder, or the .safetensors, to write")
     export.add_argument("--fidelity", type=parse_fidelity, metavar="0..2", help="as for upscale, with two sets")
+
+
+def add_coeff_t(parser: argparse.ArgumentParser) -> None:
+    """``--coeff-t``."""
+    parser.add_argument(
+        "--coeff-t",
+        type=int,
+        metavar="T",
+        help="timestep of the closed form, instead of the UNet's: a lower one weakens the generator (HYPIR's coeff_t)",
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
         ("kind", f"generator file, format version {info.format_version}"),
         ("family", info.family),
         ("base", f"{info.base or 'not stated'} {info.base_hash}".rstrip()),
-        ("timestep", str(info.timestep)),
+        ("timestep", str(info.timestep) + (f", coeff_t {info.coeff_t}" if info.coeff_t is not None else "")),
         ("prediction", info.prediction),
     ]
     faithful = {part: generator.sets(part)[0] for part in PARTS}
@@ -104,6 +104,8 @@ def _generator_rows(path: Path) -> list[tuple[str, str]]:
     none = "none: give one, as conditioning in ComfyUI or with --prompt on the command line"
     rows.append(("prompt", none if embedding is None else f"constant {list(embedding.shape)}"))
     rows.append(("licence", info.licence or "not stated"))
+    if info.recommended:
+        rows.append(("recommended", ", ".join(f"{key} {value}" for key, value in sorted(info.recommended.items()))))
     if info.training:
         rows.append(("training", json.dumps(info.training, sort_keys=True)))
     if info.realistic_training:

@@ -222,11 +222,13 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_import(options: argparse.Namespace) -> int:
     """``icmsr import``."""
     from ..exchange.importers import ImportSettings, import_checkpoint
+    from ..foreign.told import Told
     from ..weights.hub import find_base
     from .inspection import file_report
 
     base = None if options.base is None else find_base(options.base, options.prompt is not None)
-    settings = ImportSettings(options.family, base, options.timestep, options.prediction, options.prompt)
+    told = Told(options.family, options.timestep, options.prediction, options.coeff_t)
+    settings = ImportSettings(told, base, options.prompt, options.half)
     import_checkpoint(options.kind, options.source, options.dest, settings)
     print(f"wrote {options.dest}")
     print(file_report(options.dest))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
+from ..foreign.layouts import kohya_name
+from ..foreign.lora_files import DIFFUSERS_CONFIG, DIFFUSERS_FILE
 from ..weights.generator_file import Generator, LoraPair, PartWeights, load_generator
 from ..weights.tensor_files import first_names, write_tensors
+from .formats import EXPORT_FORMATS
 from .importers import check_result_file
-from .kinds import EXPORT_FORMATS
-from .layouts import kohya_name
-from .lora_files import DIFFUSERS_CONFIG, DIFFUSERS_FILE
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def _dropped(generator: Generator) -> tuple[str, ...]:
     lost = [f"the timestep {info.timestep} and the {info.prediction} prediction, which the user must set"]
     if info.prediction == "residual":  # samplers know eps and v
         lost = [f"the timestep {info.timestep} and the residual prediction, which no ordinary sampler computes"]
+    if info.coeff_t is not None:
+        lost.append(f"coeff_t {info.coeff_t}, the timestep of its closed form")
     whole = [name for weights in generator.sets("unet") for name in weights.tensors]
     if whole:
         lost.append(f"the UNet's replaced tensors {first_names(dict.fromkeys(whole))}")

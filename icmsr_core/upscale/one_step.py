@@ -101,8 +101,7 @@ def _upscale_one(
 
     def clean(tiles: Tensor, boxes: tuple[Box, ...]) -> Tensor:
         residuals = None if features is None else features(boxes)
-        output = backbone.predict_noise(tiles, descriptor.timestep, residuals)
-        return descriptor.schedule.x0_from_output(descriptor.prediction, tiles, output, descriptor.timestep)
+        return descriptor.clean(tiles, backbone.predict_noise(tiles, descriptor.timestep, residuals))
 
     latent = run_tiles(latent, plan.tiles, clean, batch=plan.settings.batch, steps=steps)
     decode_tiled(backbone, latent, result, plan.stripes, exact=plan.exact, steps=steps)

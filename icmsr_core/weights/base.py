@@ -31,7 +31,7 @@ from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FIL
 from .generator_file import Generator
 from .generator_fit import check_family, check_prior
 from .sd_families import SD_FAMILIES, SD_SCALING, published_values
-from .single_file import diffusers_name, diffusers_tensor, read_checkpoint
+from .single_file import diffusers_name, diffusers_shape, diffusers_tensor, read_checkpoint
 from .tensor_files import open_tensors, read_tensors
 
 INFO_FILE = "icmsr_base.json"
@@ -115,13 +115,18 @@ class BaseFolder:
         """The VAE's tensors by their diffusers names."""
         return self._state("vae")
 
-    def parameter_count(self, part: str) -> int:
-        """Number of values in `part` (``unet``, ``vae``), by the shapes alone."""
-        count = 0
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of `part` (``unet``, ``vae``) by their diffusers names; no tensor is read."""
+        found = {}
         for path, keys in groupby(self._keys(part), key=lambda entry: entry[0]):
             with open_tensors(path) as file:
-                count += sum(math.prod(file.shape(key)) for _, key, _ in keys)
-        return count
+                for _, key, name in keys:
+                    found[name] = diffusers_shape(part, name, tuple(file.shape(key)))
+        return found
+
+    def parameter_count(self, part: str) -> int:
+        """Number of values in `part` (``unet``, ``vae``), by the shapes alone."""
+        return sum(math.prod(shape) for shape in self.shapes(part).values())
 
     def tensors(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of `part` (``unet``, ``vae``), one at a time; floating-point ones in `dtype`.
@@ -206,13 +211,12 @@ class BaseFolder:
             latent_channels=int(self.vae_config["latent_channels"]),
             latent_factor=factor,
             multiple_of=factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1),
-            timestep=0 if generator is None else generator.info.timestep,
-            prediction=self.info.prediction if generator is None else generator.info.prediction,
+            timestep=0,
+            prediction=self.info.prediction,
             schedule=self.schedule,
             dtypes=self.info.dtypes,
         )
-        self.schedule.check_timestep(descriptor.timestep)
-        return descriptor
+        return descriptor if generator is None else descriptor.with_generator(generator.info)
 
 
 def open_base(path: Path) -> BaseFolder:

@@ -50,6 +50,7 @@ def parse_description(path: Path | str, text: str, what: str = "its description"
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
+    "int | None": (int, type(None)),
     "float": (int, float),
     "Prediction": (str,),
     "Mapping[str, Any]": (dict,),

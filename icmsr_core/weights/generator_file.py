@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.prediction import Prediction, check_prediction
+from ..backbone.recommended import recommended_from
 from ..errors import IcmsrError
 from .descriptions import OWN_ENTRY, info_from, own_description
 from .fidelity import check_fidelity_applies
@@ -38,6 +39,8 @@ ADAPTER_FORMAT = "icmsr-adapter"
 FORMAT_VERSIONS = (1, 2)
 """Layouts that can be read. A file with one set of weights is written as 1, with two as 2."""
 PARTS = ("unet", "vae")
+MAY_BE_LEFT_OUT = ("notes", "coeff_t", "recommended")
+"""Fields of the description that a file has only if there is something to say."""
 REALISTIC = "realistic."
 """Prefix of the keys of the second set."""
 
@@ -96,6 +99,10 @@ class GeneratorInfo:
     """Fidelity for users who choose none, from 0 (the faithful set alone) to 2."""
     notes: str = ""
     """Other facts that a user must know, as a text for people."""
+    coeff_t: int | None = None
+    """The timestep of the closed form, if it differs from the UNet's `timestep` (HYPIR has such a one)."""
+    recommended: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its authors, the fields of `Recommended`; empty: none."""
     format_version: int = 1
     """Version of the layout in the file it was read from; `save_generator` writes the version that the weights need."""
 
@@ -171,8 +178,9 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
         description = {key: value for key, value in description.items() if not key.startswith("realistic_")}
     elif generator.info.realistic_default == 1.0:
         del description["realistic_default"]
-    if not generator.info.notes:
-        del description["notes"]
+    description = {
+        key: value for key, value in description.items() if key not in MAY_BE_LEFT_OUT or value not in (None, "", {})
+    }
     write_tensors(path, tensors, {"format": GENERATOR_FORMAT, OWN_ENTRY: json.dumps(description, sort_keys=True)})
 
 
@@ -227,11 +235,24 @@ def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -
         raise IcmsrError(f"{path}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
     info = info_from(path, GeneratorInfo, values)
     check_prediction(info.prediction)
+    check_coeff_t(info.coeff_t, info.prediction, f"{path}: ")
+    recommended_from(path, info.recommended)
     if not 0 <= info.realistic_default <= 2:
         raise IcmsrError(
             f"{path}: realistic_default in its description must be from 0 to 2, got {info.realistic_default:g}"
         )
     return info
+
+
+def check_coeff_t(coeff_t: int | None, prediction: str, where: str = "") -> None:
+    """Raises `IcmsrError` for a timestep of the closed form that does nothing; `where` begins the message.
+
+    Whether the schedule has it is checked with the base.
+    """
+    if coeff_t is not None and prediction == "residual":
+        raise IcmsrError(
+            f"{where}coeff_t has no effect on a generator that predicts the residual, got {coeff_t}: leave it out"
+        )
 
 
 def _read_set(name: str, prefix: str, tensors: Mapping[str, Tensor], rank: int) -> dict[str, PartWeights]:

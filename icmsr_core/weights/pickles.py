@@ -22,10 +22,6 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise IcmsrError(f"{path}: no such file")
-    if path.suffix.lower() == ".safetensors":
-        raise IcmsrError(
-            f"{path}: is a .safetensors file, this kind of checkpoint is a pickle: for a LoRA file use the kind lora"
-        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about newer pickle protocols: a file that cannot be read is refused below

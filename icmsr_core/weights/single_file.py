@@ -127,11 +127,14 @@ def diffusers_name(part: str, key: str) -> str | None:
     return _vae_name(inner)
 
 
+def diffusers_shape(part: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape in diffusers: the VAE's attention has linear layers there, 1x1 convolutions in checkpoints."""
+    return shape[:2] if part == "vae" and ".attentions." in name and len(shape) > 2 else shape
+
+
 def diffusers_tensor(part: str, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` in diffusers' shape for `name`: the VAE's attention has linear layers there, 1x1 convolutions here."""
-    if part == "vae" and ".attentions." in name and tensor.ndim > 2:
-        return tensor.reshape(tensor.shape[:2])
-    return tensor
+    """`tensor` in diffusers' shape for `name`."""
+    return tensor.reshape(diffusers_shape(part, name, tuple(tensor.shape)))
 
 
 def _unet_name(inner: str) -> str:

@@ -92,10 +92,9 @@ def with_generator(description: ModelDescription, generator: Generator) -> Model
     check_prior(generator, descriptor.prediction, where, lambda: own)
     if info.base_hash and description.base_hash and info.base_hash != description.base_hash:
         log.warning("%s was trained on other weights of %s: the result may be worse", generator.name, description.base)
-    descriptor.schedule.check_timestep(info.timestep)
     return replace(
         description,
-        descriptor=replace(descriptor, timestep=info.timestep, prediction=info.prediction),
+        descriptor=descriptor.with_generator(info),
         prompt_embedding=(
             description.prompt_embedding if generator.prompt_embedding is None else generator.prompt_embedding
         ),

@@ -13,7 +13,7 @@ from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.exporters import export_generator
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
-from icmsr_core.exchange.layouts import kohya_name
+from icmsr_core.foreign.layouts import kohya_name
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from icmsr_core.weights.tensor_files import read_tensors
 from tests.support.foreign_files import PEFT_ALPHA, assert_merges_as, full_size_checkpoint, load_unet, write_diffusers

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
-from icmsr_core.exchange.layouts import kohya_name, lora_keys
+from icmsr_core.foreign.layouts import kohya_name, lora_keys
+from icmsr_core.foreign.told import Told
 from icmsr_core.weights.base import open_base
 from icmsr_core.weights.generator_file import load_generator
 from icmsr_core.weights.tensor_files import read_tensors
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` at
 
 def test_a_diffusers_lora_as_diffusers_writes_it(base, trained, tmp_path):
     source = write_diffusers(trained, tmp_path / "lora")
-    settings = ImportSettings(base=base, timestep=250, prediction="v")
+    settings = ImportSettings(Told(timestep=250, prediction="v"), base)
     import_checkpoint("lora", source, tmp_path / "l.safetensors", settings)
     assert_merges_as(trained, base, tmp_path / "l.safetensors")
     info = load_generator(tmp_path / "l.safetensors").info
@@ -170,7 +171,7 @@ def test_a_truncated_lora_another_family_and_a_missing_family_are_refused(base, 
     with pytest.raises(IcmsrError, match=r"not a readable \.safetensors"):
         import_checkpoint("lora", source, dest, ImportSettings(base=base))
     with pytest.raises(IcmsrError, match="timestep"):
-        import_checkpoint("lora", source, dest, ImportSettings(base=base, timestep=1000))
+        import_checkpoint("lora", source, dest, ImportSettings(Told(timestep=1000), base))
 
 
 @pytest.mark.parametrize(

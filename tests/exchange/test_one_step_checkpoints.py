@@ -14,9 +14,10 @@ from icmsr_core.backbone.noise_schedule import NoiseSchedule
 from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
-from icmsr_core.exchange.kinds import IMPORT_KINDS, LORA_KIND
-from icmsr_core.exchange.layouts import kohya_name, published_layout
-from icmsr_core.exchange.one_step_checkpoints import PICKLED_KINDS
+from icmsr_core.foreign.kinds import IMPORT_KINDS, LORA_KIND
+from icmsr_core.foreign.layouts import kohya_name, published_layout
+from icmsr_core.foreign.relatives import RELATIVE
+from icmsr_core.foreign.told import Told
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.weights.base import open_base
@@ -71,7 +72,7 @@ def updated(state: dict, lora: dict, adapters: dict[str, int]) -> dict:
 
 
 def test_every_kind_that_the_command_names_has_a_reader():
-    assert {*PICKLED_KINDS, LORA_KIND} == set(IMPORT_KINDS)
+    assert {*RELATIVE, LORA_KIND} == set(IMPORT_KINDS)
 
 
 def test_osediff_gives_the_latent_of_its_own_arithmetic(base, osediff, tmp_path):
@@ -236,12 +237,14 @@ def test_a_checkpoint_of_another_kind_size_or_family_is_refused(base, osediff, t
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(IcmsrError, match="for a LoRA file use the kind lora"):
         import_checkpoint("osediff", tmp_path / "x.safetensors", tmp_path / "o.safetensors")
-    with pytest.raises(IcmsrError, match=r"does not fit this base model: unet\.conv_in\.weight \[32, 4, 3, 3\]"):
+    with pytest.raises(
+        IcmsrError, match=r"whose LoRA is on 32 modules of the vae; this file lacks encoder\.down_blocks\.1"
+    ):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors")
     other = write_sd_folder(tmp_path / "sd15", "sd15", width_divisor=10)
     with pytest.raises(IcmsrError, match="this base is sd15, but the file is for sd21"):
         import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", ImportSettings(base=other))
-    for settings in (ImportSettings(timestep=500), ImportSettings(prediction="v"), ImportSettings(family="sd15")):
+    for settings in (ImportSettings(told) for told in (Told(timestep=500), Told(prediction="v"), Told("sd15"))):
         with pytest.raises(IcmsrError, match="of osediff is always"):
             import_checkpoint("osediff", tmp_path / "osediff.pkl", tmp_path / "o.safetensors", settings)
 
@@ -253,7 +256,7 @@ def test_the_result_needs_a_name_of_its_own(tmp_path, dest, message):
     source = tmp_path / "a.safetensors"
     save_file({"x": torch.zeros(1)}, source)
     with pytest.raises(IcmsrError, match=message):
-        import_checkpoint("lora", source, tmp_path / dest, ImportSettings(family="sd21"))
+        import_checkpoint("lora", source, tmp_path / dest, ImportSettings(Told("sd21")))
 
 
 def test_a_failed_write_leaves_the_old_file(base, osediff, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ FLOORS = (
     ),
     ("icmsr_core.backbone", "icmsr_core.conditions", "icmsr_core.pictures"),
     ("icmsr_core.tiled_vae", "icmsr_core.weights"),
-    ("icmsr_core.upscale", "icmsr_core.measures"),
+    ("icmsr_core.foreign", "icmsr_core.measures", "icmsr_core.upscale"),
     ("icmsr_core.runtime",),
     ("icmsr_core.exchange",),
     ("icmsr_core.cli",),

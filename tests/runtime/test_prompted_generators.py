@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
+from icmsr_core.foreign.told import Told
 from icmsr_core.pictures.files import Picture, read_picture, to_tensor, write_picture
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.prompts import embed_prompts
@@ -142,7 +143,10 @@ def test_an_import_may_take_its_prompt_along(base, lora, source, tmp_path, capsy
 
 def test_an_import_s_prompt_needs_a_base_with_a_text_encoder(base, lora, tmp_path):
     for settings, words in (
-        (ImportSettings("sd21", prompt=""), "a prompt needs a text encoder, and that comes with a base: give --base"),
+        (
+            ImportSettings(Told("sd21"), prompt=""),
+            "a prompt needs a text encoder, and that comes with a base: give --base",
+        ),
         (
             ImportSettings(base=write_sd_folder(tmp_path / "bare", "sd21", 10), prompt=""),
             "text prompt needs a base with a text encoder, and random sd21 has no",

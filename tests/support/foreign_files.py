@@ -1,5 +1,7 @@
 """Foreign checkpoints for tests, made as their own tools make them."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.merging import merged_part
@@ -116,6 +119,49 @@ def full_size_checkpoint() -> dict:
         "state_dict_unet": states["unet"],
         "state_dict_vae": states["vae"],
     }
+
+
+HYPIR_TARGETS = tuple(target for target in TARGETS if target != "conv_in")
+OMGSR_TARGETS = ("conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out", "to_k", "to_q", "to_v", "to_out.0")
+OMGSR_RANKS = {"unet": 32, "vae": 16}
+
+
+def shapes_ending(shapes: Mapping[str, Sequence[int]], ends: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of the weight of each module of a network whose name ends in one of `ends`."""
+    modules = {key.removesuffix(".weight"): tuple(shape) for key, shape in shapes.items() if key.endswith(".weight")}
+    return {name: shape for name, shape in modules.items() if any(f".{name}".endswith(f".{end}") for end in ends)}
+
+
+def random_pair(shape: Sequence[int], rank: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a LoRA for a weight of `shape`, with an update of about a tenth of a random weight's scale."""
+    down = torch.randn(rank, *shape[1:], generator=random) / rank**0.5
+    return down, torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=random) * 0.005
+
+
+def hypir_checkpoint(unet: Mapping[str, Sequence[int]], rank: int = 256, seed: int = 5) -> dict[str, torch.Tensor]:
+    """What HYPIR saves for a UNet with parameters of these shapes: a flat dictionary, bare names, no alpha."""
+    random, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes_ending(unet, HYPIR_TARGETS).items():
+        down, up = random_pair(shape, rank, random)
+        state[f"{name}.lora_A.default.weight"], state[f"{name}.lora_B.default.weight"] = down, up
+    return state
+
+
+def write_omgsr(folder: Path, unet: Mapping[str, Sequence[int]], vae: Mapping[str, Sequence[int]]) -> Path:
+    """OMGSR-S's two PEFT folders for networks with parameters of these shapes."""
+    encoder = {key.removeprefix("encoder."): shape for key, shape in vae.items() if key.startswith("encoder.")}
+    random = torch.Generator().manual_seed(6)
+    for part, name, shapes in (("unet", "unet", unet), ("vae", "vae_encoder", encoder)):
+        rank, state = OMGSR_RANKS[part], {}
+        for module, shape in shapes_ending(shapes, OMGSR_TARGETS).items():
+            for half, matrix in zip("AB", random_pair(shape, rank, random)):
+                state[f"base_model.model.{module}.lora_{half}.weight"] = matrix
+        target = folder / f"{name}_lora_adapter"
+        target.mkdir(parents=True)
+        save_file(state, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "use_dora": False}
+        (target / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

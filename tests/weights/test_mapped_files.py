@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
-from icmsr_core.exchange.lora_files import read_lora
+from icmsr_core.foreign.lora_files import read_lora
 from icmsr_core.measures.dists import dists_shapes, load_dists
 from icmsr_core.measures.feature_networks import VGG16
 from icmsr_core.measures.lpips import load_lpips, lpips_shapes

@@ -1,4 +1,4 @@
-"""Reads LoRA files of a UNet in the forms of PEFT, diffusers and kohya."""
+"""Reads LoRA files in the forms of PEFT, diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from torch import Tensor
 from ..errors import IcmsrError
 from ..weights.descriptions import parse_description, read_description
 from ..weights.generator_file import LoraPair
-from ..weights.tensor_files import first_names, read_tensors
+from ..weights.tensor_files import first_names
+from .containers import Container, read_container
 from .layouts import lora_keys
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+FOLDER_FILES = (PEFT_FILE, DIFFUSERS_FILE, "adapter_model.bin", "pytorch_lora_weights.bin")
+"""The weights file of a LoRA's folder, the first of these that is there."""
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 """Entry of the metadata with PEFT's configuration, in files of diffusers 0.34 and later."""
 
 
 class LoraFile(NamedTuple):
-    """The LoRA of one UNet: the update of each module is ``alpha / rank_of_the_pair * B @ A``."""
+    """The LoRA of one network: the update of each module is ``alpha / rank_of_the_pair * B @ A``."""
 
     pairs: dict[str, LoraPair]
     rank: int
@@ -34,30 +37,36 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(source: Path, modules: Collection[str]) -> LoraFile:
-    """The LoRA in `source`, a .safetensors or the folder of one, for a UNet with these diffusers `modules`.
+    """`lora_of` the file `source`, or the folder of one. Raises `IcmsrError` as that and `read_container`."""
+    return lora_of(read_container(lora_file(source)), modules)
+
+
+def lora_of(file: Container, modules: Collection[str]) -> LoraFile:
+    """The LoRA in `file` for a network with these diffusers `modules`.
 
     Each module's scale comes from its own ``.alpha``, else from the PEFT configuration in the file or next to it, else
     it is 1. Where alphas differ, the matrices are rescaled to the most common one, in float32. Raises `IcmsrError` for
-    a file that is missing or damaged, a key that belongs to no module, a matrix without its partner, values that are
-    not finite, and a PEFT LoRA without its configuration or of another form than B A.
+    a key that belongs to no module, a matrix without its partner, values that are not finite, and a PEFT LoRA without
+    its configuration or of another form than B A.
     """
-    path = _find(source)
-    tensors, metadata = read_tensors(path)
+    path, tensors = file.path, file.tensors()
     found = _keys_by_module(path, tensors, modules)
     peft = any("base_model.model." in key for roles in found.values() for key in roles.values())
-    config = _config(path, metadata, peft)
+    config = _config(path, file.metadata, peft)
     pairs = {module: _pair(path, module, roles, tensors) for module, roles in found.items()}
     alphas = {
         module: _alpha(path, module, pairs[module], tensors.get(roles.get("alpha", "")), config)
         for module, roles in found.items()
     }
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    for module, own in alphas.items():
-        if own != alpha:
-            down, up = pairs[module]
-            pairs[module] = LoraPair(down, up.float() * (own / alpha))
+    pairs = {module: with_alpha(pair, alphas[module], alpha) for module, pair in pairs.items()}
     rank = Counter(pair.down.shape[0] for pair in pairs.values()).most_common(1)[0][0]
     return LoraFile(pairs, rank, alpha)
+
+
+def with_alpha(pair: LoraPair, own: float, alpha: float) -> LoraPair:
+    """`pair`, whose alpha is `own`, rescaled in float32 to have the same effect with `alpha`."""
+    return pair if own == alpha else LoraPair(pair.down, pair.up.float() * (own / alpha))
 
 
 def _keys_by_module(path: Path, tensors: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, dict[str, str]]:
@@ -93,13 +102,14 @@ def _pair(path: Path, module: str, roles: Mapping[str, str], tensors: Mapping[st
     return pair
 
 
-def _find(source: Path) -> Path:
+def lora_file(source: Path) -> Path:
+    """The weights file of `source`: itself, or the one in a LoRA's folder. Raises `IcmsrError` if there is none."""
     if not source.is_dir():
         return source
-    for name in (PEFT_FILE, DIFFUSERS_FILE):
+    for name in FOLDER_FILES:
         if (source / name).is_file():
             return source / name
-    raise IcmsrError(f"{source}: has neither {PEFT_FILE} nor {DIFFUSERS_FILE}: give the .safetensors file itself")
+    raise IcmsrError(f"{source}: has neither {PEFT_FILE} nor {DIFFUSERS_FILE}: give the weights file itself")
 
 
 def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str, Any]:

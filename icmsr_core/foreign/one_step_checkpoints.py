@@ -1,24 +1,22 @@
 """Reads the checkpoints of related methods that are pickles of PEFT adapters: OSEDiff and PiSA-SR.
 
 OSEDiff (arXiv 2406.08177) and PiSA-SR (arXiv 2412.03017) split the UNet's LoRA into three adapters and use PEFT's
-default alpha at any rank. S3Diff (arXiv 2409.17058) cannot be imported: between the two matrices of each LoRA it has a
-third one that depends on the picture, so there is no constant update.
+default alpha at any rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..weights.generator_file import Generator, GeneratorInfo, LoraPair, PartWeights
-from ..weights.pickles import read_pickle
+from ..weights.generator_file import LoraPair, PartWeights
 from ..weights.tensor_files import first_names
+from .containers import Container
 
 PEFT_ALPHA = 8.0
 """Default LoRA alpha of PEFT's LoraConfig."""
@@ -36,11 +34,9 @@ class Adapters(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PickledKind:
-    """The layout of one method's pickle, and what the pickle does not state."""
+class PickledLayout:
+    """Where one method's pickle has what."""
 
-    info: GeneratorInfo
-    """The description to write, except rank and alpha."""
     unet: Adapters
     """The UNet's LoRA."""
     vae: Adapters | None = None
@@ -57,61 +53,46 @@ def _unet_adapters(rank: str, suffix: str = "") -> Adapters:
     return Adapters("state_dict_unet", rank, modules)
 
 
-PICKLED_KINDS: Mapping[str, PickledKind] = {
-    "osediff": PickledKind(
-        GeneratorInfo(
-            "sd21",
-            999,
-            "eps",
-            "stable-diffusion-2-1-base",
-            licence="Apache-2.0",
-            notes="OSEDiff takes its prompt from an image tagger, which is no part of this file: with one prompt for "
-            "all pictures the results differ from the published ones.",
-        ),
+PICKLED_LAYOUTS: Mapping[str, PickledLayout] = {
+    "osediff": PickledLayout(
         _unet_adapters("rank_unet"),
         Adapters("state_dict_vae", "rank_vae", {"default_encoder": "vae_lora_encoder_modules"}),
         whole="conv_in",
     ),
-    "pisasr": PickledKind(
-        GeneratorInfo(
-            "sd21",
-            1,
-            "residual",
-            "stable-diffusion-2-1-base",
-            licence="Apache-2.0",
-            notes="PiSA-SR was trained with prompts from an image tagger, which is no part of this file; its authors' "
-            "own test uses the empty prompt.",
-        ),
+    "pisasr": PickledLayout(
         _unet_adapters("lora_rank_unet_pix", "_pix"),
         realistic=_unet_adapters("lora_rank_unet_sem", "_sem"),
     ),
 }
 
 
-def read_pickled(name: str, path: Path) -> Generator:
-    """The checkpoint at `path` of the kind `name` (a key of `PICKLED_KINDS`) as a generator without prompt embedding.
+class PickledWeights(NamedTuple):
+    """What a pickle of adapters holds. All its LoRAs have the alpha `PEFT_ALPHA`."""
 
-    Its tensors have the precision of the file. Raises `IcmsrError` for a file that cannot be read as plain tensors, a
-    missing entry, a matrix without its partner, another rank than stated, a tensor that no list names, and values that
-    are not finite.
+    unet: PartWeights
+    vae: PartWeights
+    realistic: PartWeights
+    """The second set of the UNet; empty if there is none."""
+    rank: int
+    """LoRA rank of the UNet's first set."""
+    realistic_rank: int
+    """Of its second set; 0 if there is none."""
+
+
+def read_pickled(kind: str, file: Container) -> PickledWeights:
+    """The weights in `file`, a checkpoint of `kind` (a key of `PICKLED_LAYOUTS`), in its precision.
+
+    Raises `IcmsrError` for a missing entry, a matrix without its partner, another rank than stated, a tensor that no
+    list names, and values that are not finite.
     """
-    kind = PICKLED_KINDS[name]
-    checkpoint = read_pickle(path)
-    # S3Diff's pickle looks similar, but its matrices are useless without what it computes between them.
-    if "state_dict_unet_de_mlp" in checkpoint:
-        raise IcmsrError(
-            f"{path}: an S3Diff checkpoint, which cannot be imported: its LoRA changes with each picture, that of a "
-            "generator file does not"
-        )
-    reader = _Reader(f"{path} as {name}", checkpoint)
-    unet = PartWeights(reader.pairs(kind.unet), reader.whole(kind.unet.state, kind.whole) if kind.whole else {})
-    vae = PartWeights(reader.pairs(kind.vae)) if kind.vae else PartWeights()
-    above = {"unet": PartWeights(reader.pairs(kind.realistic))} if kind.realistic else {}
+    layout = PICKLED_LAYOUTS[kind]
+    reader = _Reader(f"{file.path} as {kind}", file.values)
+    unet = PartWeights(reader.pairs(layout.unet), reader.whole(layout.unet.state, layout.whole) if layout.whole else {})
+    vae = PartWeights(reader.pairs(layout.vae)) if layout.vae else PartWeights()
+    above = PartWeights(reader.pairs(layout.realistic)) if layout.realistic else PartWeights()
     reader.finish()
-    info = replace(kind.info, rank=reader.number(kind.unet.rank), alpha=PEFT_ALPHA)
-    if kind.realistic:
-        info = replace(info, realistic_rank=reader.number(kind.realistic.rank), realistic_alpha=PEFT_ALPHA)
-    return Generator(info, unet, vae, realistic=above)
+    rank = reader.number(layout.unet.rank)
+    return PickledWeights(unet, vae, above, rank, reader.number(layout.realistic.rank) if layout.realistic else 0)
 
 
 class _Reader:
