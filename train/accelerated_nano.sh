@@ -10,7 +10,7 @@
 #   PRIOR_SECONDS=210 ADAPTER_SECONDS=45 LATENTS_SECONDS=90 LPIPS_SECONDS=150
 #   PAIRS=8000 WORKERS=12 BATCH=128 PRECISION=bf16 PYTHON=python
 # A rehearsal on a CPU: PRIOR_SECONDS=60 ADAPTER_SECONDS=60 LATENTS_SECONDS=60 LPIPS_SECONDS=60 PAIRS=32 WORKERS=0
-# BATCH=4 PRECISION=fp32, with a folder of some ten photographs.
+# BATCH=4 PRECISION=fp32, with a folder of some hundred small photographs.
 set -euo pipefail
 if [ $# -ne 3 ]; then
     sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
