@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import IcmsrError
 from ..whole_file import replace_file
 from .metadata import Metadata, orientation_of, read_metadata, save_arguments
-from .png_chunks import PNG_SIGNATURE, color_chunks, with_chunks, without_damaged_chunks
+from .png_chunks import PNG_SIGNATURE, color_chunks, with_chunks, without_damaged_chunks, without_pixels
 from .samples import upright_samples
 from .sixteen_bits import encode_png_16bit, encode_tiff_16bit
 
@@ -163,8 +163,12 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
                 if frames > 1 and image.format != "MPO":
                     log.warning("%s: only the first of its %d frames is read", path, frames)
                 return _decode(image, data, path)
-    except (IcmsrError, MemoryError):
+    except IcmsrError:
         raise
+    except MemoryError as error:
+        raise IcmsrError(
+            f"{path}: too little memory to read it{_stated_size(data)}: cut it into parts, or close other programs"
+        ) from error
     except UnidentifiedImageError as error:
         raise IcmsrError(f"{path}: {_why_unknown(data)}") from error
     except Exception as error:  # parsers of damaged files raise nearly everything: OSError, SyntaxError, KeyError, ...
@@ -180,9 +184,12 @@ def longest_side(path: Path) -> int | None:
 def stored_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """(width, height) of the upright picture in a file, from its header; None where `read_picture` will raise."""
     try:
-        with _pillow_quiet_and_unlimited(), Image.open(path, formats=readable_formats()) as image:
-            width, height = image.size
-            return (width, height) if orientation_of(image) < 5 else (height, width)
+        with _pillow_quiet_and_unlimited(), open(path, "rb") as file:
+            png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            file.seek(0)
+            with Image.open(io.BytesIO(without_pixels(file)) if png else file, formats=readable_formats()) as image:
+                width, height = image.size
+                return (width, height) if orientation_of(image, header=True) < 5 else (height, width)
     except Exception:  # parsers of damaged files raise nearly everything
         return None
 
@@ -239,6 +246,13 @@ def readable_formats() -> tuple[str, ...]:
         importlib.import_module("pillow_heif").register_heif_opener()
     Image.init()
     return tuple(name for name in _READ_FORMATS if name in Image.OPEN)
+
+
+def _stated_size(data: bytes) -> str:
+    """What the header of the file `data` says of its size, for an error."""
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+        return f" ({image.width} x {image.height} pixels)"
+    return ""
 
 
 def _why_unknown(data: bytes) -> str:

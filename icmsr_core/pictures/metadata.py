@@ -58,9 +58,12 @@ class Metadata:
     """Kind and content of the chunks of a PNG file that say which colours its samples are (`COLOR_CHUNKS`)."""
 
 
-def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1..8, by which the pixels of `image` still have to be turned; 1 if it is missing or invalid."""
-    value = _exif_of(image).get(ORIENTATION, 1)
+def orientation_of(image: Image.Image, *, header: bool = False) -> int:
+    """EXIF orientation, 1..8, by which the pixels of `image` still have to be turned; 1 if it is missing or invalid.
+
+    With `header` no pixel is decoded; Pillow otherwise looks for the EXIF of a PNG behind its pixels too.
+    """
+    value = _exif_of(image, header).get(ORIENTATION, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -134,9 +137,9 @@ def save_arguments(metadata: Metadata, file_format: str, *, grey: bool, path: Pa
     return arguments
 
 
-def _exif_of(image: Image.Image) -> Image.Exif:
+def _exif_of(image: Image.Image, header: bool) -> Image.Exif:
     try:
-        return image.getexif()
+        return Image.Image.getexif(image) if header else image.getexif()
     except Exception:  # parsers of damaged blocks raise nearly everything; `_exif_bytes` says so
         return Image.Exif()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
@@ -52,6 +53,27 @@ def without_damaged_chunks(data: bytes) -> tuple[bytes, list[str]]:
         else:
             raise ValueError(f"wrong checksum in its chunk {kind.decode('latin-1')}")
     return (b"".join(kept), dropped) if dropped else (data, [])
+
+
+def without_pixels(file: BinaryIO) -> bytes:
+    """The PNG in `file`, open at its begin, without pixels and damaged chunks: what it says about itself, wherever in
+    the file it says so. Raises ValueError where the file is cut short."""
+    kept, described = [file.read(len(PNG_SIGNATURE))], False
+    while True:
+        head = file.read(8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"IDAT":
+            file.seek(length + 4, 1)
+            described = described or any(part[4:8] == b"eXIf" for part in kept)
+            continue
+        content = file.read(length + 4)
+        if len(content) < length + 4 or len(kind) < 4:
+            raise ValueError("it is cut short")
+        if kind == b"IEND":
+            return b"".join([*kept, chunk(b"IDAT", b""), head, content])
+        second = kind == b"eXIf" and described  # Pillow too then goes by the one before the pixels
+        if not second and zlib.crc32(kind + content[:-4]) == int.from_bytes(content[-4:], "big"):
+            kept.append(head + content)
 
 
 def color_chunks(data: bytes) -> tuple[tuple[bytes, bytes], ...]:

@@ -1,7 +1,9 @@
 """Pictures in files: every mode, depth and format, with files made by Pillow, OpenCV or by hand."""
 
+import io
 import logging
 import struct
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -402,5 +404,37 @@ def test_the_size_is_known_from_the_header(tmp_path: Path, orientation: int) -> 
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     height, width = read_picture(tmp_path / "a.jpg").rgb.shape[:2]
     assert stored_size(tmp_path / "a.jpg") == (width, height)
+    # A PNG may have its EXIF behind the pixels.
+    png = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(png, "PNG")
+    late = png.getvalue()[:-12] + png_chunk(b"eXIf", exif.tobytes()[6:]) + png.getvalue()[-12:]
+    (tmp_path / "c.png").write_bytes(late)
+    assert stored_size(tmp_path / "c.png") == read_picture(tmp_path / "c.png").rgb.shape[1::-1]
+    other = png_chunk(b"eXIf", b"broken")
+    early = png.getvalue()[:33] + png_chunk(b"eXIf", exif.tobytes()[6:]) + png.getvalue()[33:-12]
+    for data in (early + other + late[-12:], late[:-12] + other + late[-12:]):
+        (tmp_path / "d.png").write_bytes(data)
+        assert stored_size(tmp_path / "d.png") == read_picture(tmp_path / "d.png").rgb.shape[1::-1]
     (tmp_path / "b.jpg").write_text("not a picture")
     assert stored_size(tmp_path / "b.jpg") is None
+
+
+def test_no_pixel_is_decoded_for_the_size(tmp_path: Path) -> None:
+    """2.7 billion pixels; their memory alone took a minute."""
+    (tmp_path / "a.png").write_bytes(png_file(2, 1_325_400_066, 2, 0, b"\0\0"))
+    started = time.monotonic()
+    assert stored_size(tmp_path / "a.png") == (2, 1_325_400_066)
+    assert time.monotonic() - started < 2
+    with pytest.raises(IcmsrError, match="more than the 512 allowed"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_a_lack_of_memory_names_the_file_and_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(png_file(30, 20, 8, 0, bytes(20 * 31)))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("icmsr_core.pictures.files.upright_samples", fail)
+    with pytest.raises(IcmsrError, match=r"a\.png: too little memory to read it \(30 x 20 pixels\): cut it into parts"):
+        read_picture(tmp_path / "a.png")
