@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import IcmsrError
-from ..weights.descriptions import parse_description, read_description
+from ..weights.descriptions import parse_description, read_description, shortened
 from ..weights.generator_file import LoraPair
-from ..weights.tensor_files import first_names
+from ..weights.tensor_files import check_finite, first_names
 from .containers import Container, read_container
 from .layouts import lora_keys
 
@@ -50,6 +50,15 @@ def lora_of(file: Container, modules: Collection[str]) -> LoraFile:
     its configuration or of another form than B A.
     """
     path, tensors = file.path, file.tensors()
+    check_finite(path, tensors)
+    odd = [key for key, value in tensors.items() if not value.is_floating_point() and not key.endswith(".alpha")]
+    if odd:
+        raise IcmsrError(
+            f"{path}: whole numbers ({tensors[odd[0]].dtype}) in {first_names(odd)}: a quantised LoRA cannot be read, "
+            "get it in float16 or float8"
+        )
+    # Exact: float16 holds every value of both kinds of float8, in which torch cannot compute.
+    tensors = {key: value.half() if value.element_size() == 1 else value for key, value in tensors.items()}
     found = _keys_by_module(path, tensors, modules)
     peft = any("base_model.model." in key for roles in found.values() for key in roles.values())
     config = _config(path, file.metadata, peft)
@@ -82,8 +91,6 @@ def _keys_by_module(path: Path, tensors: Mapping[str, Tensor], modules: Collecti
     for key, (module, role) in keys.items():
         if role in found.setdefault(module, {}):
             raise IcmsrError(f"{path}: {key} and {found[module][role]} are both the {role} matrix of {module}")
-        if not bool(tensors[key].isfinite().all()):
-            raise IcmsrError(f"{path}: NaN or infinite values in {key}")
         found[module][role] = key
     return found
 
@@ -128,6 +135,9 @@ def _config(path: Path, metadata: Mapping[str, str], peft: bool) -> Mapping[str,
             raise IcmsrError(
                 f"{where}: {key} must be {plain!r}, got {config[key]!r}: this kind of LoRA is not supported"
             )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise IcmsrError(f"{where}: {key} must be a JSON object, got {shortened(config[key])}: download it again")
     if config and not (_positive(config.get("r")) and _positive(config.get("lora_alpha"))):
         raise IcmsrError(
             f"{where}: r and lora_alpha must be positive numbers, got {config.get('r')!r} and "

@@ -17,6 +17,8 @@ from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
 from ..upscale.free_memory import free_memory
 from ..weights.base import BaseFolder
+from ..weights.descriptions import shortened
+from ..weights.file_kinds import AGAIN
 from ..weights.generator_file import PARTS, Generator
 from ..weights.merging import check_fit, merged_parameter
 from ..weights.tiny_vae_file import TinyVae
@@ -160,8 +162,14 @@ def _build(base: BaseFolder, parts: Sequence[str], dtype: torch.dtype, generator
     for part in parts:
         kind, config = kinds[part]
         # Parameters only: buffers that no file holds get their values here.
-        with init_empty_weights(include_buffers=False):
-            networks[part] = kind.from_config(dict(config))
+        try:
+            with init_empty_weights(include_buffers=False):
+                networks[part] = kind.from_config(dict(config))
+        except Exception as error:  # wrong values fail anywhere inside diffusers and torch
+            reason = shortened(" ".join(str(error).split()), 200)
+            raise IcmsrError(
+                f"{base.where(part)}: no network can be built from its configuration ({reason}): {AGAIN}"
+            ) from error
         if generator is not None:  # needs shapes only, so before the first tensor is read
             check_fit(generator, part, networks[part].state_dict())
     for part, network in networks.items():

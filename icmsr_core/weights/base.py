@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -26,8 +26,9 @@ from ..backbone.noise_schedule import NoiseSchedule
 from ..backbone.prediction import Prediction, check_prediction
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
-from .descriptions import info_from, read_description
+from .descriptions import info_from, read_description, shortened
 from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from .file_kinds import AGAIN
 from .generator_file import Generator
 from .generator_fit import check_family, check_prior
 from .sd_families import SD_FAMILIES, SD_SCALING, published_values
@@ -37,6 +38,13 @@ from .tensor_files import open_tensors, read_tensors
 INFO_FILE = "icmsr_base.json"
 PROMPT_FILE = "prompt_embedding.safetensors"
 
+NEEDED_KEYS = {
+    "unet": ("block_out_channels", "cross_attention_dim"),
+    "vae": ("block_out_channels", "latent_channels"),
+}
+"""Sizes that the configuration of each network must state."""
+MOST_CHANNELS = 1 << 20
+"""Above any network's width; a damaged number that is larger would ask for all memory there is."""
 REOPEN_AFTER = 1 << 22
 """Bytes of tensors to read before a weights file is closed and opened again."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -242,25 +250,43 @@ def open_base(path: Path) -> BaseFolder:
         find_weights(path, part)
     info = None if plain else info_from(path / INFO_FILE, BaseInfo, read_description(path / INFO_FILE))
     configs = {}
-    for part, needed_keys in (
-        ("unet", ("block_out_channels", "cross_attention_dim")),
-        ("vae", ("block_out_channels", "latent_channels")),
-    ):
+    for part, needed_keys in NEEDED_KEYS.items():
         configs[part] = read_description(path / part / CONFIG_FILE)
         missing = [key for key in needed_keys if key not in configs[part]]
         if missing:
-            raise IcmsrError(f"{path / part / 'config.json'}: {', '.join(missing)} missing: write the base again")
+            raise IcmsrError(f"{path / part / CONFIG_FILE}: {', '.join(missing)} missing: write the base again")
     configs["vae"].setdefault("scaling_factor", SD_SCALING)
+    heads = configs["unet"].pop("num_attention_heads", None)
+    if heads is not None:  # diffusers calls the same number attention_head_dim, and refuses this name
+        configs["unet"]["attention_head_dim"] = heads
     if info is None:
         file = path / SCHEDULER_FILE
         way_out = f"another base needs an {INFO_FILE}"
         info = info_from(file, BaseInfo, published_values(path, configs["unet"], file, read_description(file), way_out))
+    for part, sizes in NEEDED_KEYS.items():
+        _check_config(path / part / CONFIG_FILE, configs[part], sizes)
     return _checked(BaseFolder(path, info, configs["unet"], configs["vae"]))
 
 
+def _check_config(path: Path, config: Mapping[str, Any], sizes: Sequence[str]) -> None:
+    """Raises `IcmsrError` where one of the `sizes` in diffusers' configuration at `path` is no size at all."""
+    for key in sizes:
+        value, many = config[key], key == "block_out_channels"
+        numbers = value if many and isinstance(value, list) else [] if many else [value]
+        if not numbers or not all(type(number) is int and 0 < number < MOST_CHANNELS for number in numbers):
+            wanted = "a list of positive whole numbers" if many else "a positive whole number"
+            raise IcmsrError(f"{path}: {key} must be {wanted}, got {shortened(value)}: {AGAIN}")
+    scaling = config.get("scaling_factor", 1.0)
+    if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
+        raise IcmsrError(f"{path}: scaling_factor must be a positive number, got {shortened(scaling)}: {AGAIN}")
+
+
 def _checked(base: BaseFolder) -> BaseFolder:
-    check_prediction(base.info.prediction)
-    _ = base.schedule  # raises for numbers that do not make a schedule
+    try:
+        check_prediction(base.info.prediction)
+        _ = base.schedule  # raises for numbers that do not make a schedule
+    except IcmsrError as error:
+        raise IcmsrError(f"{base.path}: {error}") from error
     return base
 
 

@@ -40,11 +40,17 @@ def parse_description(path: Path | str, text: str, what: str = "its description"
     """The JSON object in `text`; the error for anything else calls it `what` of the file at `path`."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets, thousands deep
         raise IcmsrError(f"{path}: {what} cannot be read as JSON ({error}): {AGAIN}") from error
     if not isinstance(values, dict):
         raise IcmsrError(f"{path}: {what} must be a JSON object, got {type(values).__name__}: {AGAIN}")
     return values
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """`value` as an error shows it: no more than `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -70,7 +76,7 @@ def info_from(name: Path | str, kind: type[Info], values: Mapping[str, Any]) -> 
         value = known[entry.name] = values[entry.name]
         fits = isinstance(value, _JSON_TYPES[str(entry.type)]) and not isinstance(value, bool)
         if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            raise IcmsrError(f"{name}: {entry.name} in its description must be a {entry.type}, got {value!r}")
+            raise IcmsrError(f"{name}: {entry.name} in its description must be a {entry.type}, got {shortened(value)}")
     try:
         return kind(**known)
     except TypeError as error:

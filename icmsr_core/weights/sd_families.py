@@ -97,7 +97,8 @@ def published_values(
         "addition_embed_type": None,
     }
     found = {key: unet_config.get(key, value) for key, value in expected.items()}
-    found["block_out_channels"] = list(found["block_out_channels"])
+    if isinstance(found["block_out_channels"], tuple):
+        found["block_out_channels"] = list(found["block_out_channels"])
     width = unet_config["cross_attention_dim"]
     if found != expected or not isinstance(width, int) or width not in SD_FAMILIES:
         odd = {key: value for key, value in found.items() if value != expected[key]}

@@ -180,7 +180,7 @@ def _unet_config(base: BaseFolder) -> dict[str, Any]:
             f"{base.path}/unet: ComfyUI's UNet needs the blocks {expected} with 2 layers, "
             f"got {config['down_block_types']} with {layers}"
         )
-    heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    heads = config["attention_head_dim"]
     heads = list(heads) if isinstance(heads, Iterable) else [heads] * levels
     head_widths = {width // count for width, count in zip(widths, heads)}
     if len(head_widths) != 1 or any(width % widths[0] or width % 32 for width in widths):

@@ -191,3 +191,37 @@ def test_a_configuration_that_cannot_be_kept_is_refused(base, trained, tmp_path,
     save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(config)})
     with pytest.raises(IcmsrError, match=message):
         import_checkpoint("lora", path, tmp_path / "l.safetensors", ImportSettings(base=base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_lora_in_eight_bits_is_read_as_its_values(base, tmp_path, dtype):
+    eight = {key: value.to(dtype) for key, value in kohya_tensors(base).items()}
+    save_file(eight, tmp_path / "eight.safetensors")
+    save_file({key: value.float() for key, value in eight.items()}, tmp_path / "plain.safetensors")
+    for name in ("eight", "plain"):
+        source, made = tmp_path / f"{name}.safetensors", tmp_path / f"{name}_made.safetensors"
+        import_checkpoint("lora", source, made, ImportSettings(base=base))
+    found, wanted = (read_tensors(tmp_path / f"{name}_made.safetensors")[0] for name in ("eight", "plain"))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(found[key].float(), value), key
+
+
+def test_a_lora_of_whole_numbers_is_refused(base, tmp_path):
+    tensors = {key: value.to(torch.int8) for key, value in kohya_tensors(base).items()}
+    save_file(tensors, tmp_path / "int8.safetensors")
+    with pytest.raises(IcmsrError, match=r"int8\.safetensors: whole numbers \(torch\.int8\) in .* a quantised LoRA"):
+        import_checkpoint("lora", tmp_path / "int8.safetensors", tmp_path / "x.safetensors", ImportSettings(base=base))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_are_none_are_refused(base, tmp_path, key):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{Q}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, key: 3}), "utf-8")
+    with pytest.raises(IcmsrError, match=rf"adapter_config\.json: {key} must be a JSON object, got 3"):
+        import_checkpoint("lora", folder, tmp_path / "l.safetensors", ImportSettings(base=base))

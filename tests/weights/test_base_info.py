@@ -1,6 +1,7 @@
 """Base folders of this project: what they say of themselves, and every rejection."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,49 @@ def test_what_is_not_a_base_is_refused(tmp_path) -> None:
         ("unet/config.json", "no json", r"unet/config\.json: the file cannot be read as JSON"),
         ("vae/config.json", "{}", r"vae/config\.json: block_out_channels, latent_channels missing"),
         ("unet/config.json", '{"block_out_channels": [32]}', r"unet/config\.json: cross_attention_dim missing"),
+        (
+            "icmsr_base.json",
+            '{"name": "x", "family": "y", "beta_end": 3}',
+            r"base: betas must satisfy 0 < start <= end < 1, got 0\.00085 and 3",
+        ),
+        ("unet/config.json", "[" * 5000, r"unet/config\.json: the file cannot be read as JSON"),
+        (
+            "unet/config.json",
+            '{"block_out_channels": 32, "cross_attention_dim": 8}',
+            r"unet/config\.json: block_out_channels must be a list of positive whole numbers, got 32",
+        ),
+        (
+            "vae/config.json",
+            '{"block_out_channels": [32], "latent_channels": NaN}',
+            r"vae/config\.json: latent_channels must be a positive whole number, got nan",
+        ),
+        (
+            "vae/config.json",
+            '{"block_out_channels": [32], "latent_channels": 4, "scaling_factor": "0.2"}',
+            r"vae/config\.json: scaling_factor must be a positive number, got '0\.2'",
+        ),
     ],
 )
 def test_damaged_descriptions_of_a_base_are_refused(own_base: Path, file: str, content: str | bytes, text: str) -> None:
     (own_base / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(IcmsrError, match=text):
         open_base(own_base)
+
+
+def test_a_configuration_that_makes_no_network_is_named(own_base: Path) -> None:
+    values = json.loads((own_base / "vae/config.json").read_text("utf-8"))
+    (own_base / "vae/config.json").write_text(json.dumps({**values, "down_block_types": [0]}), "utf-8")
+    with pytest.raises(IcmsrError, match=r"base/vae: no network can be built from its configuration \("):
+        load_backbone(Recipe(own_base))
+
+
+def test_the_number_of_heads_is_read_under_its_other_name(own_base: Path) -> None:
+    """diffusers itself refuses `num_attention_heads`, which means the same as its `attention_head_dim`."""
+    file = own_base / "unet/config.json"
+    values = json.loads(file.read_text("utf-8"))
+    heads = values.pop("attention_head_dim")
+    file.write_text(json.dumps({**values, "num_attention_heads": heads}), "utf-8")
+    assert load_backbone(Recipe(own_base)).unet.config.attention_head_dim == heads
 
 
 def test_weights_that_do_not_fit_their_configuration_are_refused(own_base: Path) -> None:

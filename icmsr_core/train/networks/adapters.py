@@ -15,7 +15,7 @@ import torch
 from diffusers import T2IAdapter
 
 from ...errors import IcmsrError
-from ...weights.descriptions import OWN_ENTRY, own_description, read_description
+from ...weights.descriptions import OWN_ENTRY, own_description, read_description, shortened
 from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from ...weights.generator_file import ADAPTER_FORMAT
 from ...weights.pickles import read_tensor_pickle
@@ -63,13 +63,30 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         if not weights.is_file() and not (path / PICKLE_FILE).is_file():
             raise IcmsrError(f"{path}: {WEIGHTS_FILE} is missing: download the folder again")
         extra = own_description(weights, read_head(weights)[1]) if weights.is_file() else {}
-        return {name: config[name] for name in _FIELDS} | {"structure": extra.get("structure")}
+        return _checked_config(config_file, config) | {"structure": extra.get("structure")}
     if not path.is_file():
         raise IcmsrError(f"{path}: no such adapter file or folder: train one with train/adapter.py")
     described = own_description(path, read_head(path)[1])
     if "config" in described:
-        return {**described["config"], "structure": described.get("structure")}
+        return _checked_config(path, described["config"]) | {"structure": described.get("structure")}
     return _from_shapes(path)
+
+
+def _checked_config(path: Path, config: Any) -> dict[str, Any]:
+    """The `_FIELDS` of `config`; raises `IcmsrError` where one is missing or makes no network."""
+    values = config if isinstance(config, dict) else {}
+    channels = values.get("channels")
+    sizes = {"in_channels": 1, "num_res_blocks": 1, "downscale_factor": 0}
+    fits = {
+        **{name: type(values.get(name)) is int and values[name] >= least for name, least in sizes.items()},
+        "channels": isinstance(channels, list) and bool(channels) and all(type(one) is int for one in channels),
+        "adapter_type": isinstance(values.get("adapter_type"), str),
+    }
+    wrong = [name for name in _FIELDS if not fits[name]]
+    if wrong:
+        got = ", ".join(f"{name} {shortened(values.get(name))}" for name in wrong)
+        raise IcmsrError(f"{path}: no T2I-Adapter can be built from its configuration, got {got}: download it again")
+    return {name: values[name] for name in _FIELDS}
 
 
 def check_adapter(path: Path, channels_in: int, factor: int, widths: Sequence[int], structure: Any = None) -> None:

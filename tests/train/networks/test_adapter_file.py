@@ -226,3 +226,24 @@ def test_damaged_weights_are_refused_by_name(saved, form, damage, words):
     with pytest.raises(IcmsrError, match=words) as caught:
         load_adapter(path)
     assert ("extra" if damage == "surplus" else name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_res_blocks": "2"}, {"downscale_factor": None}, {"channels": []}, {"channels": 32}, {"in_channels": 0}],
+)
+@pytest.mark.parametrize("form", [0, 1])
+def test_a_configuration_that_makes_no_adapter_is_refused(saved, form, changes):
+    path = saved[form]
+    if path.is_dir():
+        values = json.loads((path / CONFIG).read_text("utf-8"))
+        (path / CONFIG).write_text(json.dumps({**values, **changes}), "utf-8")
+    else:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata()
+        values = json.loads(metadata["icmsr"])
+        values["config"] |= changes
+        save_file(load_file(path), path, {**metadata, "icmsr": json.dumps(values)})
+    (name,) = changes
+    with pytest.raises(IcmsrError, match=rf"no T2I-Adapter can be built .*got {name} "):
+        load_adapter(path)
