@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def find_base(name: str, text: bool = False) -> Path:
     HF_HUB_OFFLINE=1) it is what the cache has. Weights in full precision are fetched, or else the fp16 variant; with
     `text`, the text encoder and the tokenizer as well.
 
-    Raises `IcmsrError` for an id that is neither in the cache nor on the hub. Other names are returned unchanged;
-    `open_base` says what is wrong with them.
+    Raises `IcmsrError` for an id that is neither in the cache nor on the hub, or there in part only. Other names are
+    returned unchanged; `open_base` says what is wrong with them.
     """
     path = Path(name)
     if path.exists() or not is_hub_id(name) or path.parent.exists():
@@ -49,7 +50,24 @@ def find_base(name: str, text: bool = False) -> Path:
     without = [part for part, (whole, _) in wanted.items() if not any((folder / part / f).is_file() for f in whole[:2])]
     if without:
         folder = fetch([f"{part}/{file}" for part in without for file in wanted[part][1]])
+    _check_complete(name, folder, {part: (*whole[:2], *halves[:2]) for part, (whole, halves) in wanted.items()})
     return folder
+
+
+def _check_complete(name: str, folder: Path, weights: Mapping[str, Sequence[str]]) -> None:
+    """Raises `IcmsrError` where the snapshot `folder` lacks files: one of the `weights` of every part is needed."""
+    missing = [] if any((folder / file).is_file() for file in (INFO_FILE, SCHEDULER_FILE)) else [SCHEDULER_FILE]
+    for part, files in weights.items():
+        if not (folder / part / CONFIG_FILE).is_file():
+            missing.append(f"{part}/{CONFIG_FILE}")
+        if not any((folder / part / file).is_file() for file in files):
+            missing.append(f"{part}/{files[0]}")
+    if missing:
+        raise IcmsrError(
+            f"{name}: download incomplete: {', '.join(missing)} missing in {folder}: run the same command again with a "
+            "network (and without HF_HUB_OFFLINE), which fetches the rest; if that changes nothing, the model is no "
+            "Stable Diffusion in diffusers' form"
+        )
 
 
 def is_hub_id(name: str) -> bool:

@@ -113,6 +113,28 @@ def test_offline_the_cache_is_used(offline: Path) -> None:
     assert open_base(found).info.family == "sd21"
 
 
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        (["unet"], "unet/config.json, unet/diffusion_pytorch_model.safetensors missing in"),
+        (["vae/diffusion_pytorch_model.safetensors"], ": vae/diffusion_pytorch_model.safetensors missing in"),
+        (["icmsr_base.json", "scheduler"], ": scheduler/scheduler_config.json missing in"),
+    ],
+)
+def test_offline_a_download_that_was_cut_short_is_named(offline: Path, lost: list[str], named: str) -> None:
+    model, commit = offline / "models--sd2-community--stable-diffusion-2-1-base", "5" * 40
+    snapshot = write_sd_folder(model / "snapshots" / commit, "sd21", 10)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text(commit)
+    for name in lost:
+        path = snapshot / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with pytest.raises(IcmsrError, match="download incomplete: ") as caught:
+        find_base(HUB_ID)
+    assert named in str(caught.value)
+    assert "again with a network" in str(caught.value)
+
+
 def test_offline_without_it_the_error_is_one_line(offline: Path, tmp_path, capsys) -> None:
     source = tmp_path / "in.png"
     write_picture(source, Picture(rgb=torch.zeros(8, 8, 3).numpy()))
