@@ -15,6 +15,9 @@ from ..pictures.files import READ_EXTENSIONS, WRITE_EXTENSIONS, find_pictures, l
 from ..pictures.folders import walk_folder
 from ..upscale.settings import UpscaleSettings
 
+BYTES_PER_PIXEL = 12
+"""Of a picture in memory, float32. An upscale holds three: the picture, the resized one and the result."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -109,6 +112,29 @@ def too_large_results(jobs: Sequence[Job], settings: UpscaleSettings) -> dict[Jo
             reasons[job] = (
                 f"{job.source}: the result has {result[1]} x {result[0]} pixels, {job.target.suffix} holds at most "
                 f"{longest} per side: use --format png or tif"
+            )
+    return reasons
+
+
+def too_much_memory(jobs: Sequence[Job], settings: UpscaleSettings, free: float | None) -> dict[Job, str]:
+    """The jobs whose pictures alone take more than the `free` bytes of main memory, with the reason, from the headers.
+
+    None for `free`: not known, so none.
+    """
+    reasons: dict[Job, str] = {}
+    if free is None:
+        return reasons
+    for job in jobs:
+        size = stored_size(job.source)
+        if size is None:
+            continue
+        result = settings.frame(size[1], size[0]).target
+        needed = BYTES_PER_PIXEL * (size[0] * size[1] + 2 * result[0] * result[1])
+        if needed > free:
+            reasons[job] = (
+                f"{job.source}: from {size[0]} x {size[1]} to {result[1]} x {result[0]} pixels takes at least "
+                f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: choose a smaller scale or size, cut "
+                "the picture into parts, or close other programs"
             )
     return reasons
 

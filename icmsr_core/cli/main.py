@@ -93,8 +93,9 @@ def run_upscale(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..runtime.ingredients import check_recipe
+    from ..upscale.free_memory import free_system_memory
     from ..upscale.tile_choice import Automatic
-    from .job_list import Job, NamingRules, plan_jobs, too_large_results
+    from .job_list import Job, NamingRules, plan_jobs, too_large_results, too_much_memory
     from .picture_jobs import UntilItFits, planner, upscale_jobs
     from .start_line import Announcer
 
@@ -106,6 +107,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     if listed.passed_over():
         print(listed.passed_over(), file=sys.stderr)
     too_large = too_large_results(listed.jobs, settings)
+    too_large |= too_much_memory(listed.jobs, settings, free_system_memory())
     jobs = [job for job in listed.jobs if job not in too_large]
     for reason in too_large.values():
         print(f"icmsr: error: {reason}", file=sys.stderr)

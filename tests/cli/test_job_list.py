@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from icmsr_core.cli.job_list import Job, JobList, NamingRules, plan_jobs, too_large_results
+from icmsr_core.cli.job_list import Job, JobList, NamingRules, plan_jobs, too_large_results, too_much_memory
+from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.upscale.settings import UpscaleSettings
+from tests.support.picture_files import png_file
 
 
 @pytest.fixture
@@ -149,3 +151,25 @@ def test_a_result_that_its_format_cannot_hold_is_known_from_the_header(tmp_path,
 def test_a_damaged_header_is_no_matter_of_size(tmp_path):
     (tmp_path / "in.png").write_text("not a picture")
     assert too_large_results([Job(tmp_path / "in.png", tmp_path / "a.webp")], UpscaleSettings()) == {}
+
+
+def test_a_picture_that_no_memory_here_holds_is_refused_from_its_header(tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(png_file(20_000, 20_000, 8, 2, b""))
+    jobs = plan_jobs([tmp_path / "large.png"], tmp_path / "out.png").jobs
+    ((job, reason),) = too_much_memory(jobs, UpscaleSettings(), 8e9).items()
+    assert job.source == tmp_path / "large.png"
+    assert reason == (
+        f"{job.source}: from 20000 x 20000 to 80000 x 80000 pixels takes at least 158.4 GB of memory, 8.0 GB are free: "
+        "choose a smaller scale or size, cut the picture into parts, or close other programs"
+    )
+    assert too_much_memory(jobs, UpscaleSettings(), 200e9) == {}
+    assert too_much_memory(jobs, UpscaleSettings(), None) == {}
+
+
+def test_the_command_says_it_before_a_model_is_loaded(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "large.png").write_bytes(png_file(20_000, 20_000, 8, 2, b""))
+    monkeypatch.setattr("icmsr_core.upscale.free_memory.free_system_memory", lambda: 8e9)
+    monkeypatch.setattr("icmsr_core.cli.main.load_networks", lambda _: pytest.fail("a model was loaded"))
+    assert main(["upscale", str(tmp_path / "large.png"), str(tmp_path / "out.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "large.png: from 20000 x 20000 to 80000 x 80000 pixels takes at least 158.4 GB of memory, 8.0 GB" in line
