@@ -53,7 +53,7 @@ class AdapterTraining(Training):
 
     def plan(self) -> Sequence[PlannedStage]:
         """See `Training`."""
-        return [PlannedStage("adapter", self.config.loop, lambda: self._task(None))]
+        return [PlannedStage("adapter", self.config.loop, lambda: self._task(None), Path(self.config.run))]
 
     def stages(self, processes: Processes) -> Iterator[Stage]:
         """See `Training`."""

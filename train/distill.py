@@ -84,7 +84,7 @@ class Distillation(Training):
 
     def plan(self) -> Sequence[PlannedStage]:
         """See `Training`."""
-        return [PlannedStage("distillation", self.config.loop, lambda: self._task(None))]
+        return [PlannedStage("distillation", self.config.loop, lambda: self._task(None), Path(self.config.run))]
 
     def stages(self, processes: Processes) -> Iterator[Stage]:
         """See `Training`."""

@@ -100,11 +100,18 @@ class PriorTraining(Training):
 
     def plan(self) -> Sequence[PlannedStage]:
         """See `Training`."""
-        config, planned = self.config, []
+        config, run, planned = self.config, Path(self.config.run), []
         if self.start is None:
-            planned += [PlannedStage("autoencoder", config.autoencoder, lambda: self._autoencoder(self._networks()))]
+            planned += [
+                PlannedStage(
+                    "autoencoder",
+                    config.autoencoder,
+                    lambda: self._autoencoder(self._networks()),
+                    run / "autoencoder",
+                )
+            ]
         if not config.autoencoder_only:
-            planned += [PlannedStage("prior", config.prior, lambda: self._prior(self._networks(), None))]
+            planned += [PlannedStage("prior", config.prior, lambda: self._prior(self._networks(), None), run / "prior")]
         return planned
 
     def stages(self, processes: Processes) -> Iterator[Stage]:

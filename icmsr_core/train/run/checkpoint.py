@@ -34,7 +34,7 @@ def newest_checkpoint(run: Path) -> Path | None:
         return None
     for leftover in folder.glob(f"*{PARTIAL}"):
         _remove(leftover)
-    found = _checkpoints(folder)
+    found = whole_checkpoints(run)
     for path in reversed(found):
         try:
             with open_tensors(path / STATE_FILE):
@@ -74,14 +74,15 @@ def write_checkpoint(run: Path, state: RunState, keep: int, export: Callable[[Pa
         _remove(partial)  # on a full disk its space is needed
         raise
     os.replace(partial, final)
-    for old in _checkpoints(final.parent)[:-keep]:
+    for old in whole_checkpoints(run)[:-keep]:
         _remove(old)
     return final
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, the oldest first."""
-    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that are not being written, the oldest first; empty where there are none."""
+    folder = run / "checkpoints"
+    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def _remove(folder: Path) -> None:

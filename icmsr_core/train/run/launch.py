@@ -20,6 +20,7 @@ from ...runtime.precision import computes_bf16, use_full_float32
 from ..data.pairs import TrainingPairs
 from ..data.samples import Samples
 from ..tasks.task import Task
+from .disk_space import check_disk_space
 from .loop import Interrupted, train
 from .loop_config import LoopConfig
 from .plan import PlannedStage, plan
@@ -76,6 +77,8 @@ def run_training(kind: type[Any], prepare: Callable[[Any], Training]) -> None:
         return
     for planned in training.plan():
         check_precision(planned.loop.precision, processes.device)
+    if processes.main:
+        check_disk_space(training.plan(), processes.count)
     torch.manual_seed(training.seed)
     with run_lock(Path(config.run)) if processes.main else nullcontext():
         for stage in training.stages(processes):
@@ -100,11 +103,15 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
     parser = ArgumentParser(description=kind.__doc__)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it override its keys")
     parser.add_class_arguments(kind, None)
-    values = parser.parse_args(arguments)
-    values.pop("config", None)
-    # Named instantiate_classes before jsonargparse 4.49.
-    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
-    config: Config = kind(**vars(instantiate(values)))
+    try:
+        values = parser.parse_args(arguments)
+        values.pop("config", None)
+        # Named instantiate_classes before jsonargparse 4.49.
+        instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+        config: Config = kind(**vars(instantiate(values)))
+    except (TypeError, OverflowError, RecursionError) as error:  # jsonargparse does not expect every value
+        reason = " ".join(str(error).split())
+        parser.error(f"a value cannot be read ({reason}): compare the file with those in train/configs")
     return config
 
 

@@ -24,13 +24,14 @@ from tqdm import tqdm
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
 from ...transfer import pins_memory
+from ...whole_file import replace_file
 from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, checkpoint_folder, newest_checkpoint, write_checkpoint
 from .logs import MetricsLog
-from .loop_config import LoopConfig
+from .loop_config import LoopConfig, lengths_of
 from .means import Means
 from .plots import plot_run
 from .processes import Processes
@@ -96,6 +97,8 @@ def train(
     """
     run = start_run(task, samples, config, folder, settings, processes)
     position, step = run.state.position, run.state.step
+    if run.records is not None and position.images and run.due(config.save_every) and not grid_file(run).exists():
+        save_pictures(run, run.records)  # the run was ended between its checkpoint and these
     numbers = Resumable(position.images, run.end, config.batch, processes.rank, processes.count)
     loader = iter(make_loader(samples, numbers, config.workers, pins_memory(processes.device)))
     bar = tqdm(total=run.end, initial=position.images, unit="image", smoothing=0.05, disable=not processes.main)
@@ -144,12 +147,13 @@ def start_run(
     mark = fingerprint({**compared_settings(settings), "effective batch": step})
     state = RunState(task.players(), config, step, mark)
     state.photographs = listing(samples.photographs)
+    state.lengths = lengths_of(settings, config)
     folder.mkdir(parents=True, exist_ok=True)
     newest = processes.from_main(newest_checkpoint(folder) if processes.main else None)
     if newest is not None:
         state.load(newest / STATE_FILE)
-    elif processes.main:
-        (folder / "config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    if processes.main:
+        replace_file(folder / "config.json", (json.dumps(plain, indent=2, default=str) + "\n").encode())
     records = MetricsLog(folder, config.tensorboard) if processes.main else None
     if records is not None:
         records.truncate_after(state.position.images)
@@ -232,11 +236,21 @@ def save_everything(run: Run, measure: bool, pictures: bool) -> None:
             run.records.write(images, measured)
         write_checkpoint(run.folder, run.state, run.config.keep, lambda to: run.task.export(to, run.settings))
         if pictures:
-            with run.state.averaged():
-                save_grid(run, run.folder / "grids" / f"{images:09d}.png")
-            if run.records.path.exists():  # save_every may be below log_every
-                plot_run(run.folder)
+            save_pictures(run, run.records)
     run.processes.wait()
+
+
+def grid_file(run: Run) -> Path:
+    """Where the sample grid of this position is, or would be."""
+    return run.folder / "grids" / f"{run.state.position.images:09d}.png"
+
+
+def save_pictures(run: Run, records: MetricsLog) -> None:
+    """Sample grid and plots of this position."""
+    with run.state.averaged():
+        save_grid(run, grid_file(run))
+    if records.path.exists():  # save_every may be below log_every
+        plot_run(run.folder)
 
 
 def save_grid(run: Run, path: Path) -> None:

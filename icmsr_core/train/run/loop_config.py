@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 from ...errors import IcmsrError
 from ..settings import FREE
@@ -74,6 +76,22 @@ class LoopConfig:
                 raise IcmsrError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise IcmsrError(f"betas must be at least 0 and below 1, got {self.betas}")
+
+
+def named_loops(settings: Any) -> dict[str, LoopConfig]:
+    """The loops in `settings`, a dataclass or a mapping, by name and in the order in which they run."""
+    if is_dataclass(settings):
+        settings = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    found: Mapping[str, Any] = settings
+    return {name: value for name, value in found.items() if isinstance(value, LoopConfig)}
+
+
+def lengths_of(settings: Any, config: LoopConfig) -> tuple[str, str]:
+    """The names of the settings with the images of the loop `config` and of the last loop in `settings`; empty where
+    `settings` does not have `config`."""
+    loops = named_loops(settings)
+    own = next((name for name, loop in loops.items() if loop is config), "")
+    return (f"{own}.images", f"{list(loops)[-1]}.images") if own else ("", "")
 
 
 def learning_rate(config: LoopConfig, images: int, step: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -23,6 +24,8 @@ class PlannedStage:
     loop: LoopConfig
     build: Callable[[], Task]
     """Builds the task on the default device; called with the meta device as the default."""
+    folder: Path
+    """Its run folder."""
 
 
 def plan(settings: Any, stages: Sequence[PlannedStage], samples: Samples, processes: int) -> str:

@@ -43,6 +43,9 @@ class RunState:
         self.players, self.config, self.step, self.mark = players, config, step, mark
         self.photographs = ""
         """What the samples are drawn from (`listing`); a resume compares it."""
+        self.lengths: tuple[str, str] = ("", "")
+        """The settings that hold the images of this stage and of the run's last one, such as ``loop.images``: a run
+        whose last stage has a constant schedule may be resumed with more of them."""
         self.position = Position()
         self.averages = self._copies()
         self.optimizers = {
@@ -135,12 +138,8 @@ class RunState:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != STATE_FORMAT:
             raise IcmsrError(f"{path}: not a training state")
-        if metadata["fingerprint"] != self.mark:
-            raise IcmsrError(
-                f"{path.parents[2]}: this run was started with another configuration "
-                f"({_differences(metadata['fingerprint'], self.mark)}): choose another run folder, or put those values "
-                "back"
-            )
+        position = Position(**json.loads(metadata["position"]))
+        self._check_settings(path.parents[2], _differences(metadata["fingerprint"], self.mark), position)
         before = metadata.get("photographs", "")  # older runs have none
         if before and before != self.photographs and not self.config.changed_photographs:
             raise IcmsrError(
@@ -156,7 +155,32 @@ class RunState:
             ) from error
         if tensors:
             raise IcmsrError(f"{path}: tensors of no parameter: {sorted(tensors)[:4]}")
-        self.position = Position(**json.loads(metadata["position"]))
+        self.position = position
+
+    def _check_settings(self, run: Path, changed: Mapping[str, tuple[object, object]], position: Position) -> None:
+        """Raises `IcmsrError` for `changed` settings, unless they only make this stage or a later one longer."""
+        own, last = self.lengths
+        images = self.config.images
+        if not changed or (changed.keys() == {last} != {own}):
+            return
+        if changed.keys() == {own} == {last}:
+            if self.config.schedule == "constant" and images >= position.images:
+                return
+            was = changed[own][0]
+            if images < position.images:
+                text = f"it is at {position.images} already: put {was} back, or choose another run folder"
+            else:
+                text = (
+                    f"its {self.config.schedule} schedule ends at {was}, only a constant one can be extended: put "
+                    f"{was} back, or begin another run folder, from this run's result (generator.networks.start, for a "
+                    "prior start) or from the beginning"
+                )
+            raise IcmsrError(f"{run}: {own} was {was}, is {images}: {text}")
+        listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in list(changed.items())[:3])
+        raise IcmsrError(
+            f"{run}: this run was started with another configuration ({listed}): choose another run folder, or put "
+            "those values back"
+        )
 
     @torch.no_grad()
     def _restore(self, player: Player, tensors: dict[str, Tensor]) -> None:
@@ -199,11 +223,12 @@ def fingerprint(values: Mapping[str, object]) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _differences(old_mark: str, new_mark: str) -> str:
-    """The first three settings in which two fingerprints differ, in words."""
+def _differences(old_mark: str, new_mark: str) -> dict[str, tuple[object, object]]:
+    """The settings in which two fingerprints differ, old and new."""
     old, new = (_flatten(json.loads(text)) for text in (old_mark, new_mark))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed[:3])
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
 
 
 def _flatten(values: Mapping[str, object], above: str = "") -> dict[str, object]:

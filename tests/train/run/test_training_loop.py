@@ -23,8 +23,10 @@ from icmsr_core.train.run import loop
 from icmsr_core.train.run.checkpoint import newest_checkpoint
 from icmsr_core.train.run.logs import read_metrics
 from icmsr_core.train.run.loop import train
-from icmsr_core.train.run.loop_config import LoopConfig
+from icmsr_core.train.run.loop_config import LoopConfig, lengths_of
 from icmsr_core.train.run.processes import Processes
+from icmsr_core.train.run.state import RunState, fingerprint
+from icmsr_core.train.settings import compared_settings
 from icmsr_core.train.tasks.task import Batch, Player, Task
 from tests.support.pictures import write_random_picture
 
@@ -273,6 +275,59 @@ def test_another_split_of_the_batch_may_resume_and_another_batch_may_not(tmp_pat
         run(Points(), tmp_path / "a", images=16, batch=2)
     with pytest.raises(IcmsrError, match=r"loop\.images is 3, below one effective batch of 4"):
         run(Points(), tmp_path / "b", images=3, batch=4)
+
+
+def test_a_run_with_a_constant_schedule_goes_on_for_more_images(tmp_path):
+    """To the weights that it would have had, had more been asked for at once."""
+    longer, straight = Points(), Points()
+    run(Points(), tmp_path / "run", images=8, log_every=100)
+    run(longer, tmp_path / "run", images=20, log_every=100)
+    run(straight, tmp_path / "straight", images=20, log_every=100)
+    for one, two in zip(straight.parameters(), longer.parameters()):
+        assert torch.equal(one, two)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["loop"]["images"] == 20
+    with pytest.raises(IcmsrError, match=r"loop\.images was 20, is 10: it is at 20 already: put 20 back"):
+        run(Points(), tmp_path / "run", images=10, log_every=100)
+
+
+def test_another_schedule_says_how_to_go_on(tmp_path):
+    run(Points(), tmp_path, images=8, log_every=100, schedule="cosine")
+    words = (
+        r"loop\.images was 8, is 20: its cosine schedule ends at 8, only a constant one .*generator\.networks\.start"
+    )
+    with pytest.raises(IcmsrError, match=words):
+        run(Points(), tmp_path, images=20, log_every=100, schedule="cosine")
+    with pytest.raises(IcmsrError, match=r"another configuration \(loop\.clip was 1\.0, is 2\.0, loop\.images was 8"):
+        run(Points(), tmp_path, images=20, log_every=100, schedule="cosine", clip=2.0)
+
+
+def test_an_earlier_stage_does_not_mind_a_longer_last_one(tmp_path):
+    first, last, longer = (LoopConfig(images=images) for images in (8, 16, 24))
+    assert lengths_of({"first": first, "second": last}, first) == ("first.images", "second.images")
+    states = []
+    for settings in ({"first": first, "second": last}, {"first": first, "second": longer}):
+        state = RunState(Points().players(), first, 2, fingerprint(compared_settings(settings)))
+        state.lengths = lengths_of(settings, first)
+        states.append(state)
+    path = tmp_path / "run" / "checkpoints" / "000000008" / "state.safetensors"
+    states[0].save(path)
+    states[1].load(path)
+    changed = {"first": longer, "second": last}
+    other = RunState(Points().players(), longer, 2, fingerprint(compared_settings(changed)))
+    other.lengths = lengths_of(changed, longer)
+    with pytest.raises(IcmsrError, match=r"another configuration \(first\.images was 8, is 24\)"):
+        other.load(path)
+
+
+def test_a_grid_that_a_kill_left_out_is_drawn_by_the_next_start(tmp_path, monkeypatch):
+    """The process ended between the checkpoint and its pictures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_pictures", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(Points(), tmp_path, log_every=100)
+    assert not (tmp_path / "grids").exists()
+    run(Points(), tmp_path, log_every=100)
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["000000008.png", "000000016.png"]
 
 
 def test_the_average_is_what_is_exported(tmp_path):
