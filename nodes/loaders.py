@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.latest import io, ui
 
+from ..icmsr_core.errors import IcmsrError
+from ..icmsr_core.foreign.conversion import load_any_generator, stored_dtype
+from ..icmsr_core.foreign.told import Told
 from ..icmsr_core.weights.base import open_base
 from ..icmsr_core.weights.embedded import EMBEDDED_FIDELITY, embedded_base, embedded_generator
 from ..icmsr_core.weights.fidelity import MAX_FIDELITY
-from ..icmsr_core.weights.generator_file import load_generator
+from ..icmsr_core.weights.generator_file import load_generator, save_generator
 from .category import CATEGORY
+from .foreign_inputs import UNTOLD, foreign_inputs
 from .native.adapters import adapter_stamp, find_adapter, list_adapters, load_control_net
-from .native.core_objects import Model, Vae
-from .native.description import ATTACHMENT, ModelDescription
-from .native.folders import EMBEDDED, FOLDER, file_stamp, find_file, list_files
+from .native.core_objects import Clip, Model, Vae
+from .native.description import ATTACHMENT, ModelDescription, describe
+from .native.folders import EMBEDDED, FOLDER, LORAS, find_file, generator_stamp, list_generators
 from .native.generator_patches import apply_generator
+from .native.keys import native_layout
 from .native.models import load_unet, load_vae
+from .native.prompt import embed
 
 log = logging.getLogger(__name__)
 
 FIDELITY_RANGE = {"default": 1.0, "min": 0.0, "max": MAX_FIDELITY, "step": 0.05}
-GENERATOR_FOLDERS = (FOLDER, "loras")
 NO_ADAPTER = "none"
 
 
@@ -89,8 +95,9 @@ class ApplyGenerator(io.ComfyNode):
             display_name="ICM-SR Apply Generator",
             category=CATEGORY,
             description=(
-                "Turns a Stable Diffusion model into a one-step upscaler, with a generator file from models/icmsr or "
-                "models/loras. Use one generator per model. LoRAs of your own may come before or after this node."
+                "Turns a Stable Diffusion model into a one-step upscaler, with a generator file, or with weights of "
+                "OSEDiff, PiSA-SR, HYPIR or OMGSR-S as they are published. Use one generator per model. LoRAs of your "
+                "own may come before or after this node."
             ),
             search_aliases=["super resolution", "one step", "lora"],
             inputs=[
@@ -104,9 +111,12 @@ class ApplyGenerator(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE from the same node as the model. Most generators change it too."),
                 io.Combo.Input(
                     "generator",
-                    options=[EMBEDDED, *list_files(*GENERATOR_FOLDERS)],
+                    options=[EMBEDDED, *list_generators()],
                     default=EMBEDDED,
-                    tooltip="The generator file (.safetensors), from models/icmsr or models/loras.",
+                    tooltip=(
+                        "A generator file, or published weights of OSEDiff, PiSA-SR, HYPIR or OMGSR-S, from "
+                        "models/icmsr or models/loras. Of a folder, choose the weights file in it."
+                    ),
                 ),
                 io.Float.Input(
                     "strength",
@@ -126,6 +136,7 @@ class ApplyGenerator(io.ComfyNode):
                         "exaggerate. Only for generator files that hold both versions; leave it at 1 for others."
                     ),
                 ),
+                *foreign_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -138,19 +149,50 @@ class ApplyGenerator(io.ComfyNode):
 
     @classmethod
     def _path(cls, generator: str) -> Path:
-        return embedded_generator() if generator == EMBEDDED else find_file(generator, *GENERATOR_FOLDERS)
+        return embedded_generator() if generator == EMBEDDED else find_file(generator, FOLDER, LORAS)
 
     @classmethod
     def fingerprint_inputs(cls, generator: str, **others: object) -> str:
-        return file_stamp(cls._path(generator))
+        return generator_stamp(cls._path(generator))
 
     @classmethod
     def execute(
-        cls, model: Model, vae: Vae, generator: str, strength: float = 1.0, fidelity: float = 1.0
+        cls,
+        model: Model,
+        vae: Vae,
+        generator: str,
+        strength: float = 1.0,
+        fidelity: float = 1.0,
+        clip: Clip | None = None,
+        prompt: str = "",
+        family: str = UNTOLD,
+        timestep: int = -1,
+        prediction: str = UNTOLD,
+        coeff_t: int = -1,
+        save_converted: bool = False,
     ) -> io.NodeOutput:
-        weights = load_generator(cls._path(generator), generator)
+        if prompt and clip is None:
+            raise IcmsrError(
+                f"the prompt {prompt!r} needs a text encoder: connect CLIP of Load Checkpoint to clip, or clear prompt"
+            )
+        told = Told(
+            "" if family == UNTOLD else family,
+            None if timestep < 0 else timestep,
+            None if prediction == UNTOLD else prediction,
+            None if coeff_t < 0 else coeff_t,
+        )
+        path, layouts = cls._path(generator), {describe(model).descriptor.family: native_layout(model, vae)}
+        weights, found = load_any_generator(path, told, generator, layouts)
+        said = [text for text in (found and f"{found}.", weights.info.notes) if text]
+        if found and save_converted:
+            converted = path.with_name(f"{path.stem}.icmsr.safetensors")
+            save_generator(converted, weights, stored_dtype(weights))
+            said.append(f"Wrote {converted.name} beside it, which loads faster: press R, then choose it.")
+        if clip is not None:
+            width = model.model.model_config.unet_config["context_dim"]
+            weights = replace(weights, prompt_embedding=embed(clip, prompt, width))
         patched = apply_generator(model, vae, weights, strength, fidelity)
-        notes = weights.info.notes
+        notes = " ".join(said)
         if notes:
             log.info("%s: %s", generator, notes)
         return io.NodeOutput(*patched, ui=ui.PreviewText(notes) if notes else None)

@@ -28,6 +28,9 @@ from .sizes import size_inputs, size_settings
 
 log = logging.getLogger(__name__)
 
+SHARED = ("tile", "overlap", "color_fix")
+"""Settings that are inputs here and that a generator may recommend."""
+
 WORTH_A_WORD = 1.0
 """Gigabytes of a batch's results from which on the log says beforehand what they take."""
 
@@ -136,6 +139,17 @@ class Upscale(io.ComfyNode):
                     advanced=True,
                 ),
                 *size_inputs(),
+                io.Boolean.Input(
+                    "authors_settings",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "On: where tile, overlap and color_fix are left at their defaults, those of the generator's "
+                        "authors are used, and their smallest size and resizing, if the generator states them. Off: "
+                        "what is set here."
+                    ),
+                    advanced=True,
+                ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The upscaled pictures.")],
         )
@@ -162,6 +176,7 @@ class Upscale(io.ComfyNode):
         width: int = 0,
         height: int = 0,
         fit: str = UpscaleSettings.fit,
+        authors_settings: bool = True,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
             scale=scale,
@@ -181,6 +196,9 @@ class Upscale(io.ComfyNode):
                 "control_net: a generator trained by ICM-SR has never seen a condition, so the result hardly changes"
             )
         with ComfyBackbone(model, vae, conditioning) as backbone:
+            if authors_settings:
+                changed = [name for name in SHARED if getattr(settings, name) != getattr(UpscaleSettings, name)]
+                settings = settings.following(backbone.descriptor.recommended, changed)
             plan = _plan(backbone, image.shape[1], image.shape[2], settings)
             if tile_batch == 0:
                 plan = plan.with_batch(backbone.tiles_together(plan.tiles))

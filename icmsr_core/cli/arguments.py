@@ -15,7 +15,7 @@ from ..exchange.formats import EXPORT_FORMATS
 from ..foreign.kinds import IMPORT_KINDS
 from ..runtime.recipe import DTYPES
 from ..upscale.framing import FITS, MAX_SCALE, MIN_SCALE
-from ..upscale.settings import COLOR_FIXES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
+from ..upscale.settings import COLOR_FIXES, RESIZES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..weights.fidelity import check_fidelity
 from ..weights.sd_families import SD_FAMILIES
 
@@ -116,8 +116,8 @@ def add_tiles(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap",
         type=int,
-        default=UpscaleSettings.overlap,
-        help="overlap of tiles in pixels of the result (default %(default)s)",
+        help="overlap of tiles in pixels of the result (default: what the generator file recommends, else "
+        f"{UpscaleSettings.overlap})",
     )
     parser.add_argument(
         "--batch",
@@ -137,9 +137,22 @@ def add_tiles(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--color-fix",
-        default=UpscaleSettings.color_fix,
         choices=COLOR_FIXES,
-        help="colour correction against the input (default %(default)s)",
+        help="colour correction against the input (default: what the generator file recommends, else "
+        f"{UpscaleSettings.color_fix})",
+    )
+    parser.add_argument(
+        "--smallest",
+        type=int,
+        metavar="N",
+        help="least shorter side, in pixels, that the model works in; smaller results are resized (default: what the "
+        "generator file recommends, else 0)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="kernel that enlarges the input (default: what the generator file recommends, else "
+        f"{UpscaleSettings.resize})",
     )
     parser.add_argument(
         "--seed",
@@ -152,7 +165,10 @@ def add_tiles(parser: argparse.ArgumentParser) -> None:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """The options of ``icmsr upscale`` that say which weights to load."""
     parser.add_argument(
-        "--model", default="nano", metavar="nano|PATH", help="generator file (default: nano, the embedded one)"
+        "--model",
+        default="nano",
+        metavar="nano|PATH",
+        help="generator file, or published weights of OSEDiff, PiSA-SR, HYPIR or OMGSR-S (default: nano, embedded)",
     )
     parser.add_argument(
         "--base",
@@ -178,9 +194,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="used instead of the generator's constant prompt, which imported ones may lack; needs a base with a text "
-        "encoder (a full folder or a hub id), and transformers (extra text)",
+        help="used instead of the generator's constant prompt, which foreign ones lack: a checkpoint can do the empty "
+        'one (""), any other needs a full folder or a hub id as the base, and transformers (extra text)',
     )
+    parser.add_argument("--family", default="", choices=sorted(SD_FAMILIES.values()), help="of a LoRA file as --model")
+    parser.add_argument("--timestep", type=int, help="the one input timestep of a LoRA file as --model")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="what the UNet predicts with a LoRA file as --model")
+    add_coeff_t(parser)
     parser.add_argument(
         "--compile",
         action="store_true",

@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import escape_unprintable
 from ..errors import IcmsrError
+from ..foreign.told import Told
 from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
 from ..weights.embedded import embedded_base, embedded_generator
 from .arguments import AUTO, make_parser
+
+SETTINGS_OF_A_FILE = ("color_fix", "tile", "overlap", "smallest", "resize")
+"""Options that a generator file may recommend a value for."""
 
 if TYPE_CHECKING:
     from ..runtime.diffusers_backbone import DiffusersBackbone
@@ -115,6 +119,8 @@ def run_upscale(options: argparse.Namespace) -> int:
         return 1 if too_large else 0
     started = time.perf_counter()
     backbone = load_networks(recipe)
+    told = [name for name in SETTINGS_OF_A_FILE if getattr(options, name) is not None]
+    settings = settings.following(backbone.descriptor.recommended, told)
     announcer = Announcer(backbone.descriptor, settings)
     line = announcer.start_line([job.source for job in jobs])
     if line is not None:
@@ -154,8 +160,8 @@ def settings_of(options: argparse.Namespace) -> UpscaleSettings:
         settings = UpscaleSettings(
             scale=options.scale,
             size=options.size,
-            overlap=options.overlap,
-            color_fix=options.color_fix,
+            overlap=UpscaleSettings.overlap if options.overlap is None else options.overlap,
+            color_fix=options.color_fix or UpscaleSettings.color_fix,
             tile=options.tile if isinstance(options.tile, int) else UpscaleSettings.tile,
             batch=options.batch if isinstance(options.batch, int) else UpscaleSettings.batch,
             vae=options.vae_mode,
@@ -163,6 +169,8 @@ def settings_of(options: argparse.Namespace) -> UpscaleSettings:
             shortest=options.shortest,
             megapixels=options.megapixels,
             fit=options.fit or UpscaleSettings.fit,
+            smallest=options.smallest or UpscaleSettings.smallest,
+            resize=options.resize or UpscaleSettings.resize,
         )
     except IcmsrError as error:
         options.parser.error(str(error))
@@ -224,7 +232,6 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_import(options: argparse.Namespace) -> int:
     """``icmsr import``."""
     from ..exchange.importers import ImportSettings, import_checkpoint
-    from ..foreign.told import Told
     from ..weights.hub import find_base
     from .inspection import file_report
 
@@ -263,6 +270,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return Recipe(
         base=embedded_base() if options.base == "nano" else options.base,
         generator=embedded_generator() if options.model == "nano" else Path(options.model),
+        told=Told(options.family, options.timestep, options.prediction, options.coeff_t),
         fidelity=options.fidelity,
         prompt=options.prompt,
         tiny_vae=options.tiny_vae,
@@ -274,9 +282,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def load_networks(recipe: Recipe) -> DiffusersBackbone:
     """The networks of `recipe`, loaded without advice from diffusers to programmers."""
+    from ..runtime import ingredients
     from ..runtime.diffusers_backbone import load_backbone, silence_diffusers
     from ..runtime.precision import use_full_float32
 
+    logging.getLogger(ingredients.__name__).setLevel(logging.INFO)  # says what a foreign file is
     silence_diffusers()
     use_full_float32()
     return load_backbone(recipe)

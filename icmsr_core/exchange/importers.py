@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..errors import IcmsrError
-from ..foreign.conversion import read_foreign, told_info
+from ..foreign.conversion import read_foreign, stored_dtype, told_info
 from ..foreign.kinds import IMPORT_KINDS
 from ..foreign.layouts import Layout, published_layout
 from ..foreign.told import Told
 from ..runtime.prompts import check_prompts, embed_prompts
 from ..weights.base import BaseFolder, open_base
-from ..weights.generator_file import PARTS, Generator, LoraPair, PartWeights, save_generator
+from ..weights.generator_file import PARTS, Generator, save_generator
 
 BRING_A_PROMPT = "This file holds no prompt: bring one, as conditioning in ComfyUI, with --prompt on the command line."
 
@@ -59,9 +57,9 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
         if base is None:
             raise IcmsrError(
                 "a prompt needs a text encoder, and that comes with a base: give --base too, a full Stable Diffusion "
-                "folder or a hub id"
+                "folder, a hub id, or for the empty prompt a checkpoint"
             )
-        check_prompts(base)  # before the file is read
+        check_prompts(base, [settings.prompt])  # before the file is read
     generator = read_foreign(kind, source, replace(settings.told, family=family), layout)
     if base is not None:
         generator = replace(generator, info=replace(generator.info, base=base.info.name, base_hash=base.hash()))
@@ -69,7 +67,7 @@ def import_checkpoint(kind: str, source: Path, dest: Path, settings: ImportSetti
         generator = replace(generator, prompt_embedding=embed_prompts(base, [settings.prompt], None, "cpu")[0])
     said = BRING_A_PROMPT if settings.prompt is None else f"Its constant prompt is {json.dumps(settings.prompt)}."
     generator = replace(generator, info=replace(generator.info, notes=f"{generator.info.notes} {said}"))
-    save_generator(dest, generator, torch.float16 if settings.half else _common_dtype(generator))
+    save_generator(dest, generator, torch.float16 if settings.half else stored_dtype(generator))
     return generator
 
 
@@ -94,13 +92,3 @@ def _target(family: str, base: BaseFolder | None) -> tuple[str, Layout]:
             f"{base.path}: this base is {base.info.family}, but the file is for {family}: choose a base of that family"
         )
     return base.info.family, {part: base.shapes(part) for part in PARTS}
-
-
-def _common_dtype(generator: Generator) -> torch.dtype:
-    dtypes = {tensor.dtype for part in PARTS for weights in generator.sets(part) for tensor in _tensors(weights)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _tensors(weights: PartWeights) -> list[Tensor]:
-    pairs: Mapping[str, LoraPair] = weights.lora
-    return [*weights.tensors.values(), *(half for pair in pairs.values() for half in pair)]

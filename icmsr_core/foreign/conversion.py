@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..backbone.noise_schedule import NoiseSchedule
 from ..backbone.prediction import check_prediction
 from ..errors import IcmsrError
@@ -38,15 +40,18 @@ VAE_PREFIX = "encoder."
 """OMGSR's names of the VAE's modules lack it."""
 
 
-def load_any_generator(path: Path, told: Told, name: str = "", layout: Layout | None = None) -> tuple[Generator, str]:
+def load_any_generator(
+    path: Path, told: Told, name: str = "", layouts: Mapping[str, Layout] | None = None
+) -> tuple[Generator, str]:
     """The generator at `path`, ours or foreign, and for a foreign one a line that says what was found; else empty.
 
     `name` is its name in messages; empty: the path. `told` completes a LoRA file and may change any generator's
-    `coeff_t`. `layout` has the layers of the base; None: those that are published. Raises `IcmsrError` as
-    `load_generator` and `read_foreign`, for a LoRA of which family, timestep and prediction are not all told, and for
-    an option that contradicts the file.
+    `coeff_t`. `layouts` has the layers of the base by its family; of others those count that are published.
+
+    Raises `IcmsrError` as `load_generator` and `read_foreign`, for a LoRA of which family, timestep and prediction are
+    not all told, and for an option that contradicts the file.
     """
-    if path.is_file() and path.suffix.lower() == SAFE and read_head(path)[1].get("format") == GENERATOR_FORMAT:
+    if is_generator_file(path):
         generator, found = load_generator(path, name), ""
         generator = replace(generator, info=with_told(generator.info, "this generator", told))
     else:
@@ -55,10 +60,25 @@ def load_any_generator(path: Path, told: Told, name: str = "", layout: Layout | 
         kind = "omgsr" if file is None else recognise(file)
         if kind == LORA_KIND:
             _check_told(path, told)
-        generator = read_foreign(kind, folder or path, told, layout or _published(kind, told), file)
+        family = told_info(kind, told).family
+        layout = (layouts or {}).get(family) or published_layout(family)
+        generator = read_foreign(kind, folder or path, told, layout, file)
         generator = replace(generator, name=name or str(path))
         found = found_line(kind, generator)
     return generator, found
+
+
+def is_generator_file(path: Path) -> bool:
+    """Whether the file at `path` is one of our own. Raises `IcmsrError` for a damaged .safetensors."""
+    return path.is_file() and path.suffix.lower() == SAFE and read_head(path)[1].get("format") == GENERATOR_FORMAT
+
+
+def stored_dtype(generator: Generator) -> torch.dtype:
+    """The precision in which `generator` is stored: that of its tensors if all have one, else float32."""
+    held = [weights for part in PARTS for weights in generator.sets(part)]
+    pairs = [half.dtype for weights in held for pair in weights.lora.values() for half in pair]
+    dtypes = {*pairs, *(tensor.dtype for weights in held for tensor in weights.tensors.values())}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def read_foreign(kind: str, source: Path, told: Told, layout: Layout, file: Container | None = None) -> Generator:
@@ -89,10 +109,6 @@ def _read(kind: str, source: Path, info: GeneratorInfo, layout: Layout, file: Co
     if kind == "hypir":  # its file has no alphas, and then those of `lora_of` are the ranks, as HYPIR has it
         check_complete(str(file.path), kind, "unet", lora.pairs, layout)
     return Generator(replace(info, rank=lora.rank, alpha=lora.alpha), PartWeights(lora.pairs), PartWeights())
-
-
-def _published(kind: str, told: Told) -> Layout:
-    return published_layout(RELATIVE[kind].info.family if kind in RELATIVE else told.family)
 
 
 def told_info(kind: str, told: Told) -> GeneratorInfo:

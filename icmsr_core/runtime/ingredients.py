@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from ..foreign.conversion import is_generator_file, load_any_generator
+from ..foreign.told import Told
 from ..weights.base import BaseFolder, open_base
 from ..weights.fidelity import check_fidelity_applies
-from ..weights.generator_file import Generator, holds_two_sets, load_generator
+from ..weights.generator_file import PARTS, Generator, holds_two_sets
 from ..weights.hub import find_base
 from ..weights.tiny_vae_file import TinyVae, read_tiny_vae
 from .compilation import check_compiler
@@ -55,7 +57,10 @@ def check_recipe(recipe: Recipe) -> None:
         check_compiler(device)
     generator = recipe.generator
     if isinstance(generator, Path):
-        check_fidelity_applies(str(generator), holds_two_sets(generator), recipe.fidelity)
+        if is_generator_file(generator):
+            check_fidelity_applies(str(generator), holds_two_sets(generator), recipe.fidelity)
+        elif not generator.exists():
+            raise IcmsrError(f"{generator}: no such file: give a generator file, or foreign weights")
     elif generator is not None:
         generator.at_fidelity(recipe.fidelity)
     else:
@@ -75,7 +80,8 @@ def resolve(recipe: Recipe) -> Ingredients:
     base = open_base(path)
     generator = recipe.generator
     if generator is not None:
-        generator = load_generator(generator) if isinstance(generator, Path) else generator
+        if isinstance(generator, Path):
+            generator = _load(generator, recipe.told, base)
         generator = generator.at_fidelity(recipe.fidelity)
     descriptor = base.descriptor(generator)
     tiny = None if recipe.tiny_vae is None else read_tiny_vae(recipe.tiny_vae)
@@ -99,6 +105,14 @@ def resolve(recipe: Recipe) -> Ingredients:
     return Ingredients(base, generator, tiny, descriptor, embedding, device, dtype)
 
 
+def _load(path: Path, told: Told, base: BaseFolder) -> Generator:
+    layouts = {base.info.family: {part: base.shapes(part) for part in PARTS}}
+    generator, found = load_any_generator(path, told, layouts=layouts)
+    if found:
+        log.info("%s: %s. %s", path.name, found, generator.info.notes)
+    return generator
+
+
 def _prompt_embedding(recipe: Recipe, base: BaseFolder, generator: Generator | None, device: torch.device) -> Tensor:
     """The constant context [tokens, width]: the recipe's prompt, else the generator's, else the base's own."""
     if recipe.prompt is not None:
@@ -111,8 +125,8 @@ def _prompt_embedding(recipe: Recipe, base: BaseFolder, generator: Generator | N
     if embedding is None:
         raise IcmsrError(
             f"{name}: neither the generator nor the base {base.path} holds a prompt embedding: give a prompt "
-            '(--prompt "" for the empty one) and a base with a text encoder, a whole Stable Diffusion folder or a hub '
-            "id; or import the generator again with both"
+            '(--prompt "" for the empty one) and a base with a text encoder: a checkpoint in one file, a whole Stable '
+            "Diffusion folder or a hub id"
         )
     width = base.unet_config["cross_attention_dim"]
     if embedding.shape[-1] != width:

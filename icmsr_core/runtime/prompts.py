@@ -21,7 +21,8 @@ from ..errors import IcmsrError
 from ..weights.base import BaseFolder
 from ..weights.descriptions import read_description
 from ..weights.diffusers_folder import CONFIG_FILE
-from ..weights.tensor_files import read_head, read_tensors, write_tensors
+from ..weights.tensor_files import open_tensors, read_head, read_tensors, write_tensors
+from .checkpoint_text import embed_empty_prompt, text_layout
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -41,9 +42,9 @@ def embed_prompts(
 
     The conditioning of Stable Diffusion's own pipelines: padded to the encoder's length (77 tokens), no attention
     mask, final norm included. For SD 2.1 it is the penultimate layer: its published encoder ends there. Longer prompts
-    are cut, with one warning that counts them. The encoder runs on `device` in float32, `batch` prompts at a time, and
-    once for equal prompts. The .safetensors file `cache` keeps the results; it is overwritten when the prompts or the
-    files of the text encoder or tokenizer have changed.
+    are cut, with one warning that counts them. A base in one file does the empty prompt only. The encoder runs on
+    `device` in float32, `batch` prompts at a time, and once for equal prompts. The .safetensors file `cache` keeps the
+    results; it is overwritten when the prompts or the files of the text encoder or tokenizer have changed.
 
     Raises `IcmsrError` when the base has no text encoder or one of another width, transformers is missing, or
     `cache` is another kind of file.
@@ -52,7 +53,7 @@ def embed_prompts(
         raise IcmsrError(f"prompts must be one or more texts, got {prompts!r}")
     if batch < 1:
         raise IcmsrError(f"batch must be 1 or more prompts, got {batch}")
-    tokens = check_prompts(base)
+    tokens = check_prompts(base, prompts)
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     hashes = {}
     embedded = None
@@ -67,6 +68,8 @@ def embed_prompts(
 
 
 def _embed(base: BaseFolder, prompts: list[str], tokens: int, device: torch.device, batch: int) -> Tensor:
+    if base.path.is_file():
+        return embed_empty_prompt(base.path, base.info.family)[None]
     encoder, tokenizer = _load_text_encoder(base.path)
     ids = _token_ids(tokenizer, prompts, tokens)
     if int(ids.max()) >= encoder.config.vocab_size:
@@ -93,8 +96,14 @@ def constant_prompt(base: BaseFolder, cache: Path | None = None, device: torch.d
     return embed_prompts(base, [""], cache, device)[0] if own is None else own.float().clone()
 
 
-def check_prompts(base: BaseFolder) -> int:
-    """The number of tokens of the base's text encoder. Raises `IcmsrError` when its files are missing or do not fit."""
+def check_prompts(base: BaseFolder, prompts: Sequence[str] = ()) -> int:
+    """The number of tokens of the base's text encoder.
+
+    Raises `IcmsrError` when its files are missing or do not fit, and for `prompts` other than the empty one where the
+    base is a checkpoint in one file, which has no tokenizer.
+    """
+    if base.path.is_file():
+        return _check_checkpoint(base, prompts)
     folder = base.path / "text_encoder"
     if not folder.is_dir() or not (base.path / "tokenizer").is_dir():
         raise IcmsrError(
@@ -119,6 +128,25 @@ def check_prompts(base: BaseFolder) -> int:
         raise IcmsrError(
             f"{folder}: embeds text with width {width}, the UNet of {base.path} takes {expected}: "
             "use the text encoder that belongs to the UNet"
+        )
+    return tokens
+
+
+def _check_checkpoint(base: BaseFolder, prompts: Sequence[str]) -> int:
+    filled = [prompt for prompt in prompts if prompt]
+    if filled:
+        raise IcmsrError(
+            f"{base.path}: the prompt {filled[0]!r} needs a tokenizer, which a checkpoint in one file does not have: "
+            "give the model's diffusers folder or hub id as --base, or take the empty prompt"
+        )
+    with open_tensors(base.path) as file:
+        layout = text_layout(base.path, file.keys())
+        tokens, width = file.shape(layout.prefix + layout.positions)
+    expected = base.unet_config["cross_attention_dim"]
+    if width != expected:
+        raise IcmsrError(
+            f"{base.path}: its text encoder embeds text with width {width}, its UNet takes {expected}: take another "
+            "checkpoint"
         )
     return tokens
 
@@ -185,7 +213,9 @@ def _hash_texts(prompts: Sequence[str]) -> str:
 
 
 def _hash_text_files(base: Path) -> str:
-    """SHA-256 over the names and contents of all files that decide how text is embedded."""
+    """Changes with the names or contents of the files that decide how text is embedded."""
+    if base.is_file():
+        return f"{base.stat().st_size} {base.stat().st_mtime_ns}"
     digest = hashlib.sha256()
     for folder in ("text_encoder", "tokenizer"):
         for path in sorted((base / folder).iterdir()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import IcmsrError
+from ..foreign.told import Told
 from ..weights.embedded import embedded_base
 from ..weights.fidelity import check_fidelity
 
@@ -28,7 +29,9 @@ class Recipe:
     base: Path | str = field(default_factory=embedded_base)
     """A diffusers folder, a checkpoint file, or as a text also a hub id (`hub.find_base`)."""
     generator: Path | Generator | None = None
-    """A generator file, or one in memory; None: the bare prior."""
+    """A generator file, foreign weights as they are published, or a generator in memory; None: the bare prior."""
+    told: Told = field(default_factory=Told)
+    """What a foreign generator file does not say; of any generator the `coeff_t`."""
     fidelity: float | None = None
     """For a generator with a faithful and a realistic set of weights: 0 faithful, 1 realistic, up to 2; None: what the
     file says."""

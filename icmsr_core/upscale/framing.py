@@ -6,7 +6,7 @@ Needs no torch. Sizes are (height, width) in pixels. Source: ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 MIN_SCALE, MAX_SCALE = 1.0, 8.0
@@ -51,7 +51,7 @@ class Framing:
     crop: Area
     """The part of it that is used."""
     work: tuple[int, int]
-    """Size that the model makes of that part: at most `MAX_SCALE` times as wide and high."""
+    """Size that the model makes of that part: at most `MAX_SCALE` times as wide and high, but for `at_least`."""
     scaled: tuple[int, int]
     """Size to which the model's result is resized, mostly `work` itself."""
     target: tuple[int, int]
@@ -73,7 +73,11 @@ class Framing:
         taken = self.crop.height, self.crop.width
         if any(work < own for work, own in zip(self.work, taken)):
             found.append(Remark("smaller than the picture", f"resized to {_words(self.work)} before the model"))
-        if self.work != self.scaled:
+        if self.work > self.scaled:
+            found.append(
+                Remark("smaller than the model works", f"made at {_words(self.work)}, resized to {_words(self.scaled)}")
+            )
+        elif self.work != self.scaled:
             found.append(
                 Remark(
                     f"more than {MAX_SCALE:g} times as large",
@@ -127,6 +131,15 @@ def exact_frame(source: tuple[int, int], target: tuple[int, int], fit: str) -> F
         scaled = tuple(max(_pixels(own * factor), goal) for own, goal in zip(taken, target))
         return _framed(source, Area(*starts, *taken), (scaled[0], scaled[1]), target)
     return _whole(source, target)
+
+
+def at_least(frame: Framing, smallest: int) -> Framing:
+    """`frame` with a `work` whose shorter side is not below `smallest`; the aspect is kept."""
+    side = min(frame.work)
+    if side >= smallest:
+        return frame
+    height, width = (_pixels(length * smallest / side) for length in frame.work)
+    return replace(frame, work=(height, width))
 
 
 def _whole(source: tuple[int, int], target: tuple[int, int]) -> Framing:

@@ -5,15 +5,32 @@ Needs no torch, so that the command line can show its help and refuse a wrong va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from math import inf
 
+from ..backbone.recommended import Recommended
 from ..errors import IcmsrError
-from .framing import FITS, MAX_SCALE, MIN_SCALE, Framing, exact_frame, megapixel_frame, scaled_frame, side_frame
+from .framing import (
+    FITS,
+    MAX_SCALE,
+    MIN_SCALE,
+    Framing,
+    at_least,
+    exact_frame,
+    megapixel_frame,
+    scaled_frame,
+    side_frame,
+)
 
 TILE_MULTIPLE = 64
 """Tiles are multiples of this many pixels in every family, so that a workflow carries over between them."""
+RESIZES = ("antialiased", "bicubic")
+"""Kernels that enlarge the input: bicubic as Pillow's (a = -0.5, antialiased, clamped), or as torch's (a = -0.75)."""
 COLOR_FIXES = ("wavelet", "adain", "none")
+LARGEST_SMALLEST = 1024
+"""Most pixels that `UpscaleSettings.smallest` can be."""
+TILING = frozenset({"tile", "overlap"})
 VAE_MODES = ("auto", "exact", "bounded")
 
 
@@ -46,6 +63,10 @@ class UpscaleSettings:
     """Pixels of the result in units of 1024 x 1024, as ComfyUI counts them."""
     fit: str = "stretch"
     """How a picture of another aspect gets an exact `size`: stretch, crop (around its middle) or pad (black bars)."""
+    smallest: int = 0
+    """Least shorter side, in pixels, that the networks work in; a smaller result is made at that and resized."""
+    resize: str = "antialiased"
+    """Kernel that enlarges the input, one of `RESIZES`."""
 
     def __post_init__(self) -> None:
         self._check_size()
@@ -63,6 +84,10 @@ class UpscaleSettings:
             raise IcmsrError(f"batch must be at least 1, got {self.batch}")
         if self.color_fix not in COLOR_FIXES:
             raise IcmsrError(f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}")
+        if not 0 <= self.smallest <= LARGEST_SMALLEST:
+            raise IcmsrError(f"smallest must be between 0 and {LARGEST_SMALLEST} pixels, got {self.smallest}")
+        if self.resize not in RESIZES:
+            raise IcmsrError(f"resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
         if self.vae not in VAE_MODES:
             raise IcmsrError(f"vae must be one of {', '.join(VAE_MODES)}, got {self.vae!r}")
 
@@ -86,6 +111,18 @@ class UpscaleSettings:
 
     def frame(self, height: int, width: int) -> Framing:
         """How an input of `height` x `width` pixels becomes its result, and how large that is."""
+        return at_least(self._frame(height, width), self.smallest)
+
+    def following(self, recommended: Recommended, told: Collection[str]) -> UpscaleSettings:
+        """These settings with the recommended ones in place of those that a user did not choose (`told` names them).
+
+        Tile and overlap belong together: a choice of one keeps both. Raises `IcmsrError` for a recommendation that is
+        beyond the limits.
+        """
+        chosen = {*told, *(TILING if not TILING.isdisjoint(told) else ())}
+        return replace(self, **{name: value for name, value in recommended.values().items() if name not in chosen})
+
+    def _frame(self, height: int, width: int) -> Framing:
         source = height, width
         if self.size is not None:
             return exact_frame(source, (self.size[1], self.size[0]), self.fit)

@@ -24,6 +24,20 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return enlarged.clamp_(0, 1)
 
 
+def enlarged(image: Tensor, frame: Framing, kernel: str) -> Tensor:
+    """The part of `image` [N, C, H, W] that `frame` uses, at its `work`, by the `kernel` of `RESIZES`; float32.
+
+    ``antialiased`` is `resize`. ``bicubic`` is torch's plain one (a = -0.75), not clamped, to the size of the result;
+    where the networks work at a larger size, antialiased bicubic to that. So HYPIR does it.
+    """
+    part = cut(image, frame).float()
+    if kernel == "antialiased" or any(goal < own for goal, own in zip(frame.work, part.shape[-2:])):
+        return resize(part, *frame.work)
+    plain = frame.scaled if frame.work > frame.scaled else frame.work
+    larger = F.interpolate(part, plain, mode="bicubic", align_corners=False)
+    return larger if plain == frame.work else F.interpolate(larger, frame.work, mode="bicubic", antialias=True)
+
+
 def cut(image: Tensor, frame: Framing) -> Tensor:
     """The part of `image` [N, C, H, W] that `frame` uses, a view. `image` covers the picture, in any size."""
     rows, columns = frame.crop_in(*image.shape[-2:]).slices()

@@ -31,7 +31,7 @@ from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FIL
 from .file_kinds import AGAIN
 from .generator_file import Generator
 from .generator_fit import check_family, check_prior
-from .sd_families import SD_FAMILIES, SD_SCALING, published_values
+from .sd_families import SD_FAMILIES, SD_FILES, SD_SCALING, published_values
 from .single_file import diffusers_name, diffusers_shape, diffusers_tensor, read_checkpoint
 from .tensor_files import open_tensors, read_tensors
 
@@ -237,7 +237,10 @@ def open_base(path: Path) -> BaseFolder:
         own = info_from(path, BaseInfo, checkpoint.values)
         return _checked(BaseFolder(path, own, checkpoint.unet_config, checkpoint.vae_config))
     if not path.is_dir():
-        raise IcmsrError(f"{path}: no such file or folder, a base is a diffusers folder or a checkpoint (.safetensors)")
+        raise IcmsrError(
+            f"{path}: no such file or folder, a base is a diffusers folder or a checkpoint (.safetensors): for Stable "
+            f"Diffusion 2.1-base download {SD_FILES['sd21']}"
+        )
     plain = not (path / INFO_FILE).is_file()
     if plain and not (path / SCHEDULER_FILE).is_file():
         raise IcmsrError(

@@ -18,7 +18,7 @@ def unreadable(path: Path, reason: str) -> str:
     # A .safetensors begins with eight bytes of length and a brace, so none of these is one.
     if head.startswith((b"PK\x03\x04", b"\x80")):
         reason = "a pickle, which can run code when it is read; no code in it was run"
-        way_out = "choose the .safetensors file of the same model; OSEDiff's and PiSA-SR's go through `icmsr import`"
+        way_out = "choose the .safetensors file of the same model; those of other methods go through `icmsr import`"
     elif head.startswith(b"version https://git-lfs"):
         reason, way_out = "a Git LFS pointer in the file's place", "fetch the file itself with `git lfs pull`"
     elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -32,7 +32,8 @@ def known_kind(keys: Collection[str]) -> str:
     def any_starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
 
-    if any_starts("conditioner.", "model.diffusion_model.label_emb."):
+    # SD-Turbo, a Stable Diffusion 2.1, has one text encoder under the name that SDXL uses for its two.
+    if any_starts("conditioner.embedders.1.", "model.diffusion_model.label_emb."):
         return "a checkpoint of SDXL or of another model with a class embedding"
     if any_starts("model.diffusion_model."):
         return "a checkpoint"

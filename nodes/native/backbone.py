@@ -274,8 +274,8 @@ def _context(model: Model, description: ModelDescription, conditioning: Conditio
         return context[0]
     if description.prompt_embedding is None:
         raise IcmsrError(
-            f"the generator {description.generator!r} has no prompt of its own: connect CLIP Text Encode to "
-            "conditioning (an empty prompt will do)"
+            f"the generator {description.generator!r} has no prompt of its own: connect CLIP of Load Checkpoint to "
+            "clip of ICM-SR Apply Generator (an empty prompt will do), or CLIP Text Encode to conditioning"
         )
     return description.prompt_embedding
 

@@ -106,6 +106,16 @@ class Model(Patcher, Protocol):
         """Lets the UNet compute in `dtype`, whatever its weights are kept in."""
 
 
+class Clip(Protocol):
+    """CLIP: a text encoder with its tokenizer."""
+
+    def tokenize(self, text: str) -> Any:
+        """Tokens with their weights."""
+
+    def encode_from_tokens(self, tokens: Any) -> Tensor:
+        """The context [1, tokens, width]."""
+
+
 class Vae(Protocol):
     """VAE: an encoder and decoder with a patcher of their own."""
 

@@ -12,6 +12,7 @@ from ...icmsr_core.backbone.protocol import BackboneDescriptor
 from ...icmsr_core.errors import IcmsrError
 from ...icmsr_core.weights.generator_file import Generator
 from ...icmsr_core.weights.generator_fit import check_prior
+from ...icmsr_core.weights.sd_families import SD_FILES
 from .core_objects import Model
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def with_generator(description: ModelDescription, generator: Generator) -> Model
         raise IcmsrError(
             f"{generator.name}: the generator is for the family {info.family!r}, this MODEL ({description.base}) is of "
             f"the family {descriptor.family!r}: choose a generator and a model of the same family"
+            + (f", such as {SD_FILES[info.family]}" if info.family in SD_FILES else "")
         )
     where = f"the MODEL, {description.base}"
     if not description.base_hash:  # a checkpoint, whose prediction type core has guessed

@@ -8,8 +8,12 @@ from pathlib import Path
 import folder_paths
 
 from ...icmsr_core.errors import IcmsrError
+from ...icmsr_core.foreign.containers import CONTAINERS
+from ...icmsr_core.foreign.recognition import OMGSR_FOLDERS
 
-FOLDER = "icmsr"
+FOLDER, LORAS = "icmsr", "loras"
+PEFT_STEM = "adapter_"
+"""Beginning of the names of both files in a folder of PEFT."""
 EXTENSION = ".safetensors"
 EMBEDDED = "nano (embedded)"
 """The name of the weights inside the pack, in the lists of files."""
@@ -20,13 +24,26 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     # Core registers a new name without extensions, and then lists every file in the folder.
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, EXTENSION})
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, *CONTAINERS})
 
 
-def list_files(*folders: str) -> list[str]:
-    """Names of the .safetensors files in the model folders `folders`, in this order, each name once."""
-    names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [name for name in dict.fromkeys(names) if name.lower().endswith(EXTENSION)]
+def list_generators() -> list[str]:
+    """Names of the files that may be generators: ours and foreign ones of models/icmsr, LoRAs of models/loras.
+
+    Each name once; of models/loras only .safetensors.
+    """
+    own = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(CONTAINERS)]
+    loras = [name for name in folder_paths.get_filename_list(LORAS) if name.lower().endswith(EXTENSION)]
+    return list(dict.fromkeys([*own, *loras]))
+
+
+def generator_stamp(path: Path) -> str:
+    """`file_stamp` of the generator at `path`; in a LoRA's folder of PEFT also of the other files that count."""
+    files = {path}
+    if path.name.startswith(PEFT_STEM):
+        for folder in (path.parent, *(path.parent.parent / name for name in OMGSR_FOLDERS.values())):
+            files.update(folder.glob(f"{PEFT_STEM}*"))
+    return " ".join(map(file_stamp, sorted(files)))
 
 
 def find_file(name: str, *folders: str) -> Path:

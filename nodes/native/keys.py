@@ -8,6 +8,9 @@ from typing import Any
 
 import comfy.utils
 
+from ...icmsr_core.foreign.layouts import Layout, Shapes, published_layout
+from .core_objects import Model, Vae
+
 _VAE_RULES = (
     (re.compile(r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\."), r"encoder.down.\1.block.\2."),
     (re.compile(r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\."), r"encoder.down.\1.downsample."),
@@ -44,6 +47,25 @@ def vae_levels(state: Mapping[str, object]) -> int:
     """Number of resolutions of the native VAE with the parameter names in `state`; 0 if it is not an AutoencoderKL."""
     found = [re.match(r"encoder\.down\.(\d+)\.block\.", key) for key in state]
     return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def native_layout(model: Model, vae: Vae) -> Layout:
+    """Shapes of the layers that a foreign generator may change, of a MODEL and its VAE, by their diffusers names.
+
+    Those of Stable Diffusion that the two have; of a VAE of another kind, the published ones.
+    """
+    names, keys = published_layout("sd21"), native_unet_keys(model.model.model_config.unet_config)
+    unet, encoder = model.model_state_dict(), vae.patcher.model_state_dict()
+    levels = vae_levels(encoder)
+    native = {
+        "unet": {name: unet.get(f"diffusion_model.{keys.get(name, name)}") for name in names["unet"]},
+        "vae": {name: encoder.get(native_vae_key(name, levels)) for name in names["vae"]},
+    }
+    layout: dict[str, Shapes] = {
+        part: {name: tuple(tensor.shape) for name, tensor in found.items() if tensor is not None}
+        for part, found in native.items()
+    }
+    return layout if levels else {**layout, "vae": names["vae"]}
 
 
 def native_unet_keys(unet_config: Mapping[str, Any]) -> dict[str, str]:

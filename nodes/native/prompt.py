@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...icmsr_core.errors import IcmsrError
-from .core_objects import Conditioning
+from .core_objects import Clip, Conditioning
 
 NOT_HERE = {
     "control": "a ControlNet (use control_net with an adapter from ICM-SR Load Adapter)",
@@ -21,6 +23,20 @@ NOT_HERE = {
 """What core's nodes put into a CONDITIONING, by its key, in words; none of it has a meaning in the one step."""
 NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 """Values that change nothing."""
+
+
+def embed(clip: Clip, prompt: str, width: int) -> Tensor:
+    """The context [tokens, width] of `prompt`, as CLIP Text Encode gives it.
+
+    Raises `IcmsrError` when the CLIP is not that of a MODEL whose text has `width` values per token.
+    """
+    context = clip.encode_from_tokens(clip.tokenize(prompt))
+    if context.shape[-1] != width:
+        raise IcmsrError(
+            f"this clip gives {context.shape[-1]} values per token, the MODEL takes {width}: connect the CLIP of the "
+            "same checkpoint"
+        )
+    return context[0].float().cpu()
 
 
 def check_conditioning(conditioning: Conditioning) -> None:

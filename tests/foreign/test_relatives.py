@@ -49,7 +49,7 @@ def test_hypir_becomes_a_generator_of_257_modules_with_its_licence(base, hypir, 
 def test_hypir_s_updates_have_the_scale_one(narrow, hypir, tmp_path):
     """alpha = rank = 256: W + B A."""
     torch.save(hypir, tmp_path / "h.pth")
-    generator, found = load_any_generator(tmp_path / "h.pth", NOTHING, layout=layout_of(narrow))
+    generator, found = load_any_generator(tmp_path / "h.pth", NOTHING, layouts=layouts_of(narrow))
     assert found == (
         "found HYPIR: rank 256 on 257 modules of the UNet; sd21, eps at timestep 200; licence: non-commercial"
     )
@@ -62,8 +62,8 @@ def test_hypir_s_updates_have_the_scale_one(narrow, hypir, tmp_path):
         torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def layout_of(base):
-    return {part: base.shapes(part) for part in ("unet", "vae")}
+def layouts_of(base):
+    return {"sd21": {part: base.shapes(part) for part in ("unet", "vae")}}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_damaged_hypir_is_refused_by_name(narrow, hypir, tmp_path, change, mes
     change(state)
     torch.save(state, tmp_path / "h.pth")
     with pytest.raises(IcmsrError) as caught:
-        load_any_generator(tmp_path / "h.pth", NOTHING, layout=layout_of(narrow))
+        load_any_generator(tmp_path / "h.pth", NOTHING, layouts=layouts_of(narrow))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -94,15 +94,15 @@ def test_a_damaged_hypir_is_refused_by_name(narrow, hypir, tmp_path, change, mes
 def test_hypir_of_another_rank_is_refused_and_so_are_other_values_than_its_own(narrow, shapes, hypir, tmp_path):
     torch.save(hypir_checkpoint(shapes["unet"], rank=16), tmp_path / "small.pth")
     with pytest.raises(IcmsrError, match=r"recognised as HYPIR, whose LoRA has the rank 256 in the unet; .* has 16"):
-        load_any_generator(tmp_path / "small.pth", NOTHING, layout=layout_of(narrow))
+        load_any_generator(tmp_path / "small.pth", NOTHING, layouts=layouts_of(narrow))
     torch.save(hypir, tmp_path / "h.pth")
     for told, words in ((Told(timestep=999), "timestep of hypir is always 200, got 999"), (Told("sd15"), "family")):
         with pytest.raises(IcmsrError, match=words):
-            load_any_generator(tmp_path / "h.pth", told, layout=layout_of(narrow))
+            load_any_generator(tmp_path / "h.pth", told, layouts=layouts_of(narrow))
     with pytest.raises(IcmsrError, match="timestep must be between 0 and 999, got 1000"):
-        load_any_generator(tmp_path / "h.pth", Told(coeff_t=1000), layout=layout_of(narrow))
+        load_any_generator(tmp_path / "h.pth", Told(coeff_t=1000), layouts=layouts_of(narrow))
     assert (
-        load_any_generator(tmp_path / "h.pth", Told("sd21", 200, "eps", 50), layout=layout_of(narrow))[0].info.coeff_t
+        load_any_generator(tmp_path / "h.pth", Told("sd21", 200, "eps", 50), layouts=layouts_of(narrow))[0].info.coeff_t
         == 50
     )
 
@@ -144,7 +144,7 @@ def test_omgsr_is_two_folders_whose_scales_are_kept_with_one_alpha(narrow, shape
 @pytest.mark.parametrize("chosen", ["", "unet_lora_adapter", "vae_encoder_lora_adapter/adapter_model.safetensors"])
 def test_omgsr_is_found_from_any_place_in_it(narrow, shapes, tmp_path, chosen):
     folder = write_omgsr(tmp_path / "omgsr", **shapes)
-    generator, found = load_any_generator(folder / chosen, NOTHING, layout=layout_of(narrow))
+    generator, found = load_any_generator(folder / chosen, NOTHING, layouts=layouts_of(narrow))
     assert "found OMGSR-S: rank 32 on 194 modules of the UNet, rank 16 on 29 modules of the VAE" in found
     assert generator.info.recommended["color_fix"] == "adain"
 
@@ -156,12 +156,12 @@ def test_half_of_omgsr_is_refused(narrow, shapes, tmp_path):
     state.pop("base_model.model.conv_out.lora_A.weight"), state.pop("base_model.model.conv_out.lora_B.weight")
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(IcmsrError, match=r"modules of the vae; this file lacks encoder\.conv_out"):
-        load_any_generator(folder, NOTHING, layout=layout_of(narrow))
+        load_any_generator(folder, NOTHING, layouts=layouts_of(narrow))
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
     with pytest.raises(IcmsrError, match="vae_encoder_lora_adapter must lie next to it: download both"):
-        load_any_generator(folder / "unet_lora_adapter", NOTHING, layout=layout_of(narrow))
+        load_any_generator(folder / "unet_lora_adapter", NOTHING, layouts=layouts_of(narrow))
 
 
 def test_a_timestep_of_the_closed_form_is_kept_by_the_file_and_refused_where_it_does_nothing(hypir, tmp_path, base):
