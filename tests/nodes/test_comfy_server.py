@@ -488,8 +488,8 @@ def _damaged(folder: Path, kind: str) -> str:
         ("family", "the generator is for the family 'sd21'"),
         ("nan", "NaN or infinite values in unet.conv_in.bias"),
         ("truncated", "not a readable .safetensors file"),
-        ("foreign", "not an ICM-SR generator file (a LoRA; "),
-        ("vae", "not an ICM-SR generator file (a VAE alone; "),
+        ("foreign", "a LoRA of which nothing else is known. If it is that of a one-step upscaling model, say"),
+        ("vae", "not the weights of a one-step model, it holds a VAE alone"),
         (
             "code",
             "not a readable .safetensors file (a pickle, which can run code when it is read; no code in it was run)",
