@@ -91,8 +91,8 @@ class _Encoder:
         self._path, self._file, self._keys, self._layout, self._second = path, file, keys, layout, second
         start = layout.prefix + layout.layer
         found = {key[len(start) :].split(".")[0] for key in keys if key.startswith(start)}
-        # Published with 24 layers, of which the last is not used; diffusers' own files leave it out.
-        self.layers = min(len(found), 23) if second else len(found)
+        # Stable Diffusion 2 does not use the last of its 24 layers, which files with diffusers' names leave out.
+        self.layers = len(found) - (second and layout.fused)
 
     def _get(self, name: str) -> Tensor:
         if self._layout.prefix + name not in self._keys:

@@ -27,10 +27,10 @@ from tests.support.foreign_files import (
     RANK_UNET,
     RANK_VAE,
     Q,
-    add_adapter,
     full_size_checkpoint,
     groups,
     load_unet,
+    pisasr_checkpoint,
     targets,
 )
 from tests.support.hostile_pickle import HostileValue, assert_runs_code
@@ -39,22 +39,6 @@ from tests.support.sd_files import unet_config, vae_config, write_sd_folder
 
 # The peers' own use of PEFT, several adapters on one network, is what it warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-
-
-def pisasr_checkpoint(base: Path) -> dict:
-    """What PiSA-SR saves: two sets of three adapters, nothing of the VAE."""
-    torch.manual_seed(4)
-    unet = load_unet(base)
-    split = groups(targets(unet))
-    ranks = {"pix": 4, "sem": 2}
-    for purpose, rank in ranks.items():
-        for group, modules in split.items():
-            add_adapter(unet, f"default_{group}_{purpose}", modules, rank)
-    return {
-        **{f"unet_lora_{group}_modules_{purpose}": split[group] for purpose in ranks for group in split},
-        **{f"lora_rank_unet_{purpose}": rank for purpose, rank in ranks.items()},
-        "state_dict_unet": {key: value for key, value in unet.state_dict().items() if "lora" in key},
-    }
 
 
 def updated(state: dict, lora: dict, adapters: dict[str, int]) -> dict:

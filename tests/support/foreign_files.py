@@ -93,6 +93,22 @@ def osediff_checkpoint(base: Path) -> dict:
     }
 
 
+def pisasr_checkpoint(base: Path) -> dict:
+    """What PiSA-SR saves: two sets of three adapters, nothing of the VAE."""
+    torch.manual_seed(4)
+    unet = load_unet(base)
+    split = groups(targets(unet))
+    ranks = {"pix": 4, "sem": 2}
+    for purpose, rank in ranks.items():
+        for group, modules in split.items():
+            add_adapter(unet, f"default_{group}_{purpose}", modules, rank)
+    return {
+        **{f"unet_lora_{group}_modules_{purpose}": split[group] for purpose in ranks for group in split},
+        **{f"lora_rank_unet_{purpose}": rank for purpose, rank in ranks.items()},
+        "state_dict_unet": {key: value for key, value in unet.state_dict().items() if "lora" in key},
+    }
+
+
 def full_size_checkpoint() -> dict:
     """OSEDiff's layout at its published size, rank 1 to spare memory."""
     with init_empty_weights():

@@ -246,6 +246,25 @@ def clip_l_state(dtype: torch.dtype = torch.float16, seed: int = 0) -> dict[str,
     return {**state, "cond_stage_model.transformer.text_model.embeddings.position_ids": positions}
 
 
+def clip_h_state(
+    prefix: str = "cond_stage_model.model.", width: int = 1024, layers: int = 24, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
+    """Random tensors of SD2.1's text encoder, OpenCLIP's names with its fused query, key and value."""
+    shapes = {"token_embedding.weight": (49408, width), "positional_embedding": (77, width)}
+    for number in range(layers):
+        block = f"transformer.resblocks.{number}"
+        shapes |= {f"{block}.{norm}.{leaf}": (width,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        for name, out, into in (("attn.out_proj", width, width), ("mlp.c_fc", 4 * width, width)):
+            shapes |= {f"{block}.{name}.weight": (out, into), f"{block}.{name}.bias": (out,)}
+        shapes |= {f"{block}.mlp.c_proj.weight": (width, 4 * width), f"{block}.mlp.c_proj.bias": (width,)}
+    shapes |= {"ln_final.weight": (width,), "ln_final.bias": (width,), "text_projection": (width, width)}
+    random = torch.Generator().manual_seed(9)
+    pool = torch.empty(1 << 22).normal_(0.0, 0.02, generator=random).to(dtype)
+    state = {prefix + key: pooled_tensor(key, torch.Size(shape), pool, random) for key, shape in shapes.items()}
+    return {**state, f"{prefix}logit_scale": torch.tensor(4.6)}
+
+
 def shapes_of(part: str, config: dict) -> dict[str, torch.Size]:
     """Shape of every tensor of the network, by its diffusers name."""
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
