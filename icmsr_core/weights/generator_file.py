@@ -36,8 +36,9 @@ from .tensor_files import check_finite, first_names, read_head, read_tensors, wr
 GENERATOR_FORMAT = "icmsr-generator"
 ADAPTER_FORMAT = "icmsr-adapter"
 """``format`` in the metadata of a T2I-Adapter's file (`train/networks/adapters.py`)."""
-FORMAT_VERSIONS = (1, 2)
-"""Layouts that can be read. A file with one set of weights is written as 1, with two as 2."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""Layouts that can be read. A file with one set of weights is written as 1, with two as 2, with a `coeff_t` as 3, which
+older versions of ICM-SR would ignore."""
 PARTS = ("unet", "vae")
 MAY_BE_LEFT_OUT = ("notes", "coeff_t", "recommended")
 """Fields of the description that a file has only if there is something to say."""
@@ -173,7 +174,7 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
     tensors = {key: value.detach().to("cpu", dtype) for key, value in tensors.items()}
     check_finite(path, tensors)
     two = generator.has_two_sets
-    description = asdict(replace(generator.info, format_version=2 if two else 1))
+    description = asdict(replace(generator.info, format_version=_version(generator)))
     if not two:
         description = {key: value for key, value in description.items() if not key.startswith("realistic_")}
     elif generator.info.realistic_default == 1.0:
@@ -182,6 +183,16 @@ def save_generator(path: Path, generator: Generator, dtype: torch.dtype = torch.
         key: value for key, value in description.items() if key not in MAY_BE_LEFT_OUT or value not in (None, "", {})
     }
     write_tensors(path, tensors, {"format": GENERATOR_FORMAT, OWN_ENTRY: json.dumps(description, sort_keys=True)})
+
+
+def _version(generator: Generator) -> int:
+    if generator.info.coeff_t is not None:
+        return 3
+    return 2 if generator.has_two_sets else 1
+
+
+def _two_sets(info: GeneratorInfo, keys: Collection[str]) -> bool:
+    return info.format_version == 2 or (info.format_version == 3 and any(key.startswith(REALISTIC) for key in keys))
 
 
 def load_generator(path: Path, name: str = "") -> Generator:
@@ -196,7 +207,7 @@ def load_generator(path: Path, name: str = "") -> Generator:
     embedding = tensors.pop("prompt_embedding", None)
     if embedding is not None and embedding.ndim != 2:
         raise IcmsrError(f"{path}: prompt_embedding must be [tokens, width], got {tuple(embedding.shape)}")
-    two = info.format_version == 2
+    two = _two_sets(info, tensors)
     prefixes = [f"{part}." for part in PARTS] + ([f"{REALISTIC}{part}." for part in PARTS] if two else [])
     strange = sorted(key for key in tensors if not key.startswith(tuple(prefixes)))
     if strange:
@@ -213,7 +224,7 @@ def holds_two_sets(path: Path) -> bool:
     Raises `IcmsrError` for a missing file or another kind of file.
     """
     keys, metadata = read_head(path)
-    return parse_info(path, metadata, keys).format_version == 2
+    return _two_sets(parse_info(path, metadata, keys), keys)
 
 
 def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> GeneratorInfo:
@@ -231,7 +242,7 @@ def parse_info(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -
     values = own_description(path, metadata)
     version = values.get("format_version", 1)
     if version not in FORMAT_VERSIONS:  # checked first: another version may have other fields
-        known = " and ".join(str(entry) for entry in FORMAT_VERSIONS)
+        known = ", ".join(str(entry) for entry in FORMAT_VERSIONS)
         raise IcmsrError(f"{path}: format version {version}, this version of ICM-SR reads {known}: update ICM-SR")
     info = info_from(path, GeneratorInfo, values)
     check_prediction(info.prediction)

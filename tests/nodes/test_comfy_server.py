@@ -128,12 +128,22 @@ def test_input_names_and_their_order_are_kept(object_info):
         "optional": [
             *("control_net", "hint", "strength", "conditioning", "vae_mode"),
             *("longest", "shortest", "megapixels", "width", "height", "fit"),
+            "authors_settings",
         ],
     }
     assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {"required": ["generator"], "optional": ["fidelity"]}
     assert object_info["ICMSR_ApplyGenerator"]["input_order"] == {
         "required": ["model", "vae", "generator", "strength"],
-        "optional": ["fidelity"],
+        "optional": [
+            "fidelity",
+            "clip",
+            "prompt",
+            "family",
+            "timestep",
+            "prediction",
+            "coeff_t",
+            "save_converted",
+        ],
     }
     assert object_info["ICMSR_LoadAdapter"]["input_order"] == {"required": ["adapter"], "optional": ["second_adapter"]}
     assert object_info["ICMSR_InspectManifold"]["input_order"] == {
@@ -189,7 +199,33 @@ def test_english_names_are_those_of_the_nodes(object_info):
     assert texts == expected
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def needs_files(path: Path) -> bool:
+    """Whether a workflow names weights that are not in the pack."""
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    return any(node["type"] == "CheckpointLoaderSimple" for node in nodes)
+
+
+@pytest.mark.parametrize("path", filter(needs_files, WORKFLOWS), ids=lambda path: path.stem)
+def test_a_workflow_for_foreign_weights_validates_once_its_files_are_in_place(comfy_server, object_info, path: Path):
+    """Without them ComfyUI names each; with files of their names it runs, and the base is the first that it reads."""
+    prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), object_info)
+    prompt["2"]["inputs"]["image"] = comfy_server.upload(photograph(16, 16), "workflow.png")
+    named = {"checkpoints": prompt["3"]["inputs"]["ckpt_name"], "icmsr": prompt["4"]["inputs"]["generator"]}
+    files = [comfy_server.base / "models" / folder / name for folder, name in named.items()]
+    refused = comfy_server.post("/prompt", {"prompt": prompt, "client_id": "x"})
+    assert {key for key, entry in refused["node_errors"].items() if entry["errors"]} == {"3", "4"}
+    try:
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"")
+        kind, data, _ = comfy_server.run(prompt)
+        assert (kind, data["node_type"]) == ("execution_error", "CheckpointLoaderSimple")
+    finally:
+        for file in files:
+            file.unlink()
+
+
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if not needs_files(path)], ids=lambda path: path.stem)
 def test_committed_workflow_gives_the_library_s_picture(comfy_server, object_info, path: Path):
     picture = photograph(100, 75)
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), object_info)

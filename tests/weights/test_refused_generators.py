@@ -33,7 +33,7 @@ LORA = "unet.mid_block.resnets.0.conv1"
         ({"metadata": {"format": "pt"}}, r"not an ICM-SR generator file \(.*its format is 'pt', expected 'icmsr-gen"),
         ({"metadata": {"icmsr": "{"}}, "its description cannot be read as JSON .*: download or export it again"),
         ({"metadata": {"icmsr": "[1, 2]"}}, "its description must be a JSON object, got list"),
-        ({"description": lambda values: values | {"format_version": 3}}, "format version 3, .* reads 1 and 2: upd"),
+        ({"description": lambda values: values | {"format_version": 4}}, "format version 4, .* reads 1, 2, 3: upd"),
         ({"description": lambda values: {"format_version": 7, "new": 1}}, "format version 7"),
         ({"description": lambda values: {"timestep": 1, "prediction": "eps"}}, "cannot be read .*'family'"),
         ({"description": lambda values: values | {"prediction": "x"}}, "one of eps, v, residual, got 'x'"),
