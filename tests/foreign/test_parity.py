@@ -4,6 +4,7 @@ Reduced networks, random weights in the exact layouts. By design the posterior's
 sizes are multiples of 64 so that nobody pads.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from icmsr_core.cli.main import main
 from icmsr_core.foreign.conversion import load_any_generator
 from icmsr_core.foreign.told import Told
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
 from icmsr_core.upscale.settings import UpscaleSettings
+from icmsr_core.weights.base import PROMPT_FILE
 from tests.support.foreign_files import (
     PEFT_ALPHA,
     hypir_checkpoint,
@@ -185,3 +189,24 @@ def test_a_user_s_choice_goes_before_the_authors():
     chosen = UpscaleSettings(tile=256, color_fix="none").following(authors, ["tile", "color_fix"])
     assert (chosen.color_fix, chosen.tile, chosen.overlap, chosen.smallest) == ("none", 256, 128, 512)
     assert UpscaleSettings().following(Recommended(), []) == UpscaleSettings()
+
+
+@pytest.mark.long
+def test_the_command_line_says_what_it_found_and_follows_the_authors(narrow, shapes, tmp_path, caplog):
+    case = write_case("hypir", tmp_path, narrow.path, shapes)
+    base = shutil.copytree(narrow.path, tmp_path / "base")
+    prompt = torch.randn(5, narrow.unet_config["cross_attention_dim"], generator=torch.Generator().manual_seed(2))
+    save_file({"prompt_embedding": prompt}, base / PROMPT_FILE)
+    levels = (torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(3)) * 255).byte().numpy()
+    Image.fromarray(levels).save(tmp_path / "in.png")
+
+    def upscaled(*options: str) -> bytes:
+        files = ["--base", str(base), "--model", str(case.path), "--smallest", "0", "--device", "cpu"]
+        assert main(["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *files, *options]) == 0
+        return (tmp_path / "out.png").read_bytes()
+
+    with caplog.at_level("INFO"):
+        followed = upscaled()
+    assert "h.pth: found HYPIR: rank 256 on 257 modules of the UNet" in caplog.text
+    assert followed == upscaled("--color-fix", "wavelet", "--resize", "bicubic", "--coeff-t", "200")
+    assert followed != upscaled("--resize", "antialiased")

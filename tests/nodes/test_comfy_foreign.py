@@ -5,6 +5,7 @@ others.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +33,11 @@ class Outcome(NamedTuple):
     report: dict
 
 
-def write_files(job: Path) -> None:
+def write_files(job: Path, full: bool) -> None:
     models = job / "models"
     for family, text in (("sd15", clip_l_state()), ("sd21", clip_h_state())):
         path = models / "checkpoints" / f"{family}.safetensors"
-        write_core_base(job / "folders" / family, path, family)
+        write_core_base(job / "folders" / family, path, family, full)
         tensors, metadata = read_tensors(path)
         save_file({**tensors, **text}, path, metadata=metadata)
     folder = models / "icmsr"
@@ -50,16 +51,27 @@ def write_files(job: Path) -> None:
     save_file(lora, folder / "lora.safetensors")
 
 
-@pytest.fixture(scope="module")
-def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
-    job = tmp_path_factory.mktemp("foreign")
-    write_files(job)
+def run(job: Path, python: Path, comfyui: Path, full: bool = False) -> Outcome:
+    """What foreign_checks.py makes of the files."""
+    write_files(job, full)
     levels = np.random.default_rng(3).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     picture = Image.fromarray(levels).resize((16, 16), Image.Resampling.BICUBIC)
     picture.save(job / "picture.png")
     save_file({"picture": torch.from_numpy(np.asarray(picture)[None] / np.float32(255))}, job / "inputs.safetensors")
-    run_script(comfy_python, comfyui, "foreign_checks.py", job, timeout=1500)
+    run_script(python, comfyui, "foreign_checks.py", job, timeout=3600 if full else 1500)
     return Outcome(job, load_file(job / "results.safetensors"), json.loads((job / "report.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def outcome(comfyui, comfy_python, tmp_path_factory) -> Outcome:
+    return run(tmp_path_factory.mktemp("foreign"), comfy_python, comfyui)
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_the_same_picture_at_the_published_size(comfyui, comfy_python, tmp_path):
+    """12 GB of memory and of disk, some minutes."""
+    assert_same_picture(run(tmp_path, comfy_python, comfyui, full=True), "picture", [])
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
@@ -74,6 +86,11 @@ def test_the_empty_prompt_s_embedding_is_core_s(outcome, family):
 
 @pytest.mark.parametrize(("name", "more"), [("picture", []), ("weaker", ["--coeff-t", "100"])])
 def test_the_command_line_gives_the_same_picture_from_the_same_files(outcome, name, more):
+    assert_same_picture(outcome, name, more)
+
+
+def assert_same_picture(outcome: Outcome, name: str, more: list[str]) -> None:
+    """`icmsr upscale` with the options `more` gives the picture `name` to 1/255."""
     job = outcome.job
     base, weights = job / "models/checkpoints/sd21.safetensors", job / "models/icmsr/HYPIR_sd2.pth"
     files = ["--base", str(base), "--model", str(weights), "--prompt", ""]

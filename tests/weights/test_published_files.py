@@ -80,6 +80,12 @@ def test_a_published_file_is_known_by_its_shapes(tmp_path, family, spread, metad
         assert path.stat().st_blocks * 512 < 20e6, "the test takes no room"
 
 
+def test_sd_turbo_is_a_stable_diffusion_2_whose_text_encoder_has_sdxl_s_name(tmp_path) -> None:
+    text = {"conditioner__embedders__0__model__token_embedding__weight": [49408, 1024]}
+    base = open_base(write_hollow(tmp_path / "sd_turbo.safetensors", "sd21", **text))
+    assert (base.info.family, base.info.prediction) == ("sd21", "eps")
+
+
 KEYS = "model__diffusion_model__"
 
 
@@ -99,7 +105,7 @@ CONTEXT_KEY = f"{KEYS}input_blocks__1__1__transformer_blocks__0__attn2__to_k__we
         ({"first_stage_model__encoder__down__0__block__0__conv2__weight": [64, 64, 3, 3]}, r"vae widths \[64, 256"),
         ({"drop": "first_stage_model."}, r"a checkpoint without its VAE \(first_stage_model\.\*\)"),
         ({f"{KEYS}label_emb__0__0__weight": [1280, 2816]}, "SDXL or of another model with a class embedding"),
-        ({"conditioner__embedders__0__x": [4]}, "SDXL"),
+        ({"conditioner__embedders__0__x": [4], "conditioner__embedders__1__x": [4]}, "SDXL"),
     ],
 )
 def test_checkpoints_of_other_models_are_refused_by_kind(tmp_path, changes: dict, text: str) -> None:
