@@ -95,7 +95,7 @@ def assert_same_picture(outcome: Outcome, name: str, more: list[str]) -> None:
     base, weights = job / "models/checkpoints/sd21.safetensors", job / "models/icmsr/HYPIR_sd2.pth"
     files = ["--base", str(base), "--model", str(weights), "--prompt", ""]
     settings = ["--smallest", "0", "--resize", "antialiased", "--overlap", "128", "--dtype", "fp32", "--device", "cpu"]
-    result = job / f"{name}.png"
+    result = job / f"{name} result.png"
     assert main(["upscale", str(job / "picture.png"), str(result), *files, *settings, *more]) == 0
     got = np.asarray(Image.open(result)).astype(float)
     difference = np.abs(got - np.round(outcome.results[name][0].numpy() * 255)).max()

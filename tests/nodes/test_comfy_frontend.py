@@ -80,3 +80,38 @@ def test_workflow_opens_in_the_frontend(comfy_server, path: Path, saved: str):
         key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in loaded["prompt"].items()
     }
     assert prompt == to_prompt(workflow, comfy_server.get("/object_info"))
+
+
+MISSING = """() => {
+    const stores = document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia.state.value;
+    const found = Object.values(stores).map((store) => store.missingModelCandidates).find((some) => some?.length);
+    return found ? JSON.stringify(found.map(({name, url, directory}) => ({name, url, directory}))) : "";
+}"""
+"""What the frontend offers to download, for the graph that is open."""
+
+
+def test_the_frontend_lists_base_and_weights_that_are_missing(comfy_server):
+    """Both come from localhost here: the frontend offers downloads from a few hosts only."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("no chromium on the PATH")
+    (path,) = (path for path in WORKFLOWS if path.stem == "upscale_hypir")
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    wanted = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    assert [model["name"] for model in wanted] == ["v2-1_512-ema-pruned.safetensors", "HYPIR_sd2.pth"]
+    for model in wanted:
+        model["url"] = f"http://localhost:1/{model['name']}"
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": 1600, "height": 900})
+            page.goto(comfy_server.url)
+            page.wait_for_function(READY, timeout=60_000)
+            page.wait_for_timeout(1000)
+            page.evaluate(LOAD, workflow)
+            page.wait_for_function(f"({MISSING})()", timeout=30_000)
+            listed = json.loads(page.evaluate(MISSING))
+        finally:
+            browser.close()
+    assert sorted(listed, key=lambda model: model["name"]) == sorted(wanted, key=lambda model: model["name"])

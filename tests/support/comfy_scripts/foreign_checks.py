@@ -24,7 +24,7 @@ apply, upscale = nodes["ICMSR_ApplyGenerator"], nodes["ICMSR_Upscale"]
 report: dict = {"listed": apply.define_schema().inputs[2].options}
 for family in ("sd15", "sd21"):
     model, clip, vae = nodes["CheckpointLoaderSimple"]().load_checkpoint(f"{family}.safetensors")
-    results[f"{family} text"] = nodes["CLIPTextEncode"]().encode(clip, "")[0][0][0].float()
+    results[f"{family} text"] = nodes["CLIPTextEncode"]().encode(clip, "")[0][0][0][0].float()
 
 small = {"authors_settings": False}
 applied = apply.execute(model, vae, "HYPIR_sd2.pth", clip=clip)
