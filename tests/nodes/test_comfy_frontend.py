@@ -37,9 +37,12 @@ def without_vae_mode(workflow: dict[str, Any]) -> dict[str, Any]:
     """The workflow as it was saved before ICMSR_Upscale had this input, which a widget's place in a list stands for."""
     older = copy.deepcopy(workflow)
     (node,) = (node for node in older["nodes"] if node["type"] == "ICMSR_Upscale")
-    assert node["inputs"].pop()["name"] == "vae_mode"
-    node["widgets_values"].pop()
-    del node["widgets_values_named"]["vae_mode"]
+    names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    later = names[names.index("vae_mode") :]
+    node["inputs"] = [entry for entry in node["inputs"] if entry["name"] not in later]
+    del node["widgets_values"][-len(later) :]
+    for name in later:
+        del node["widgets_values_named"][name]
     return older
 
 
