@@ -37,15 +37,23 @@ XL_WIDTH = 2048
 
 
 def omgsr_folder(path: Path) -> Path | None:
-    """The folder of OMGSR's two, if `path` is it, one of the two, or a file in one of them."""
-    for folder in (path, path.parent, path.parent.parent):
-        if all((folder / name).is_dir() for name in OMGSR_FOLDERS.values()):
-            return folder
+    """The folder of OMGSR's two, if `path` is it, one of the two, or a file in one of them.
+
+    Raises `IcmsrError` where only one of the two is there.
+    """
+    if _holds_both(path):
+        return path
     inside = path if path.is_dir() else path.parent
-    if inside.name in OMGSR_FOLDERS.values():
-        (missing,) = set(OMGSR_FOLDERS.values()) - {inside.name}
-        raise IcmsrError(f"{inside}: one of OMGSR's two folders; {missing} must lie next to it: download both")
-    return None
+    if inside.name not in OMGSR_FOLDERS.values():
+        return None
+    if _holds_both(inside.parent):
+        return inside.parent
+    (missing,) = set(OMGSR_FOLDERS.values()) - {inside.name}
+    raise IcmsrError(f"{inside}: one of OMGSR's two folders; {missing} must lie next to it: download both")
+
+
+def _holds_both(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in OMGSR_FOLDERS.values())
 
 
 def refuse_hopeless(file: Container) -> None:

@@ -9,6 +9,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.exchange.importers import ImportSettings, import_checkpoint
 from icmsr_core.foreign.conversion import load_any_generator
 from icmsr_core.foreign.layouts import published_layout
+from icmsr_core.foreign.recognition import omgsr_folder
 from icmsr_core.foreign.told import Told
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.foreign_files import HYPIR_TARGETS, OMGSR_TARGETS, Q, hypir_checkpoint, shapes_ending, write_omgsr
@@ -147,6 +148,7 @@ def test_omgsr_is_found_from_any_place_in_it(narrow, shapes, tmp_path, chosen):
     generator, found = load_any_generator(folder / chosen, NOTHING, layouts=layouts_of(narrow))
     assert "found OMGSR-S: rank 32 on 194 modules of the UNet, rank 16 on 29 modules of the VAE" in found
     assert generator.info.recommended["color_fix"] == "adain"
+    assert omgsr_folder(folder / "another.pth") is None  # a file beside the two folders
 
 
 def test_half_of_omgsr_is_refused(narrow, shapes, tmp_path):
