@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import IcmsrError
+from ..weights.sd_families import HEAD_WIDTH
 from ..weights.tensor_files import TensorFile, open_tensors
 
 START, END = 49406, 49407
 """The tokens around every prompt."""
 VOCABULARY = 49408
-HEAD = 64
-"""Channels of an attention head."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class _Encoder:
             projected = tuple(self._linear(hidden, f"{name}self_attn.{part}_proj") for part in "qkv")
             out = f"{name}self_attn.out_proj"
         tokens, width = hidden.shape
-        heads = max(1, width // HEAD)
+        heads = max(1, width // HEAD_WIDTH)
         query, key, value = (part.reshape(tokens, heads, -1).transpose(0, 1) for part in projected)
         found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self._linear(found.transpose(0, 1).reshape(tokens, width), out)

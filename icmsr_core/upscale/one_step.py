@@ -22,7 +22,7 @@ from ..transfer import to_device
 from .color import apply_color_fix
 from .plan import UpscalePlan, plan_upscale
 from .settings import UpscaleSettings
-from .sizes import enlarged, fitted, pad_to_multiple
+from .sizes import at_work_size, fitted, pad_to_multiple
 from .tiling import Box, run_tiles
 
 ROOM_PER_PIXEL = 2 * 2 * 12
@@ -96,7 +96,7 @@ def _upscale_one(
     place = _picture_device(backbone, plan, image.device)
     own = place != out.device or frame.work != frame.target
     result = out.new_empty((1, 3, height, width), device=place) if own else out
-    padded = pad_to_multiple(enlarged(to_device(image, place), frame, plan.settings.resize), descriptor.multiple_of)
+    padded = pad_to_multiple(at_work_size(to_device(image, place), frame, plan.settings.resize), descriptor.multiple_of)
     latent = encode_tiled(backbone, padded, plan.stripes, exact=plan.exact, steps=steps)
 
     def clean(tiles: Tensor, boxes: tuple[Box, ...]) -> Tensor:

@@ -24,7 +24,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return enlarged.clamp_(0, 1)
 
 
-def enlarged(image: Tensor, frame: Framing, kernel: str) -> Tensor:
+def at_work_size(image: Tensor, frame: Framing, kernel: str) -> Tensor:
     """The part of `image` [N, C, H, W] that `frame` uses, at its `work`, by the `kernel` of `RESIZES`; float32.
 
     ``antialiased`` is `resize`. ``bicubic`` is torch's plain one (a = -0.75), not clamped, to the size of the result;

@@ -30,7 +30,7 @@ SD_FILES = {
 }
 """Where each family's base can be had as one file."""
 HEAD_WIDTH = 64
-"""Channels of an attention head in Stable Diffusion 2; Stable Diffusion 1 has eight heads at every level."""
+"""Channels of an attention head in Stable Diffusion 2 (1 has eight heads at every level) and in both text encoders."""
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 """Our names for the predictions that a diffusers scheduler states."""
 

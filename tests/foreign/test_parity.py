@@ -157,7 +157,7 @@ def test_latent_and_picture_are_those_of_the_relative_s_own_arithmetic(kind, nar
 def test_a_small_result_is_made_at_the_authors_smallest_size_and_resized(narrow, shapes, tmp_path):
     """HYPIR: the plain enlargement, then antialiased to the smallest side."""
     from icmsr_core.upscale.framing import at_least, scaled_frame
-    from icmsr_core.upscale.sizes import enlarged
+    from icmsr_core.upscale.sizes import at_work_size
 
     frame = at_least(scaled_frame((20, 16), 4), 128)
     assert (frame.work, frame.scaled, frame.target) == ((160, 128), (80, 64), (80, 64))
@@ -166,7 +166,7 @@ def test_a_small_result_is_made_at_the_authors_smallest_size_and_resized(narrow,
     picture = torch.rand(1, 3, 20, 16, generator=torch.Generator().manual_seed(1))
     plain = F.interpolate(picture, (80, 64), mode="bicubic")
     torch.testing.assert_close(
-        enlarged(picture, frame, "bicubic"), F.interpolate(plain, (160, 128), mode="bicubic", antialias=True)
+        at_work_size(picture, frame, "bicubic"), F.interpolate(plain, (160, 128), mode="bicubic", antialias=True)
     )
     case = write_case("hypir", tmp_path, narrow.path, shapes)
     layouts = {"sd21": {part: narrow.shapes(part) for part in ("unet", "vae")}}
