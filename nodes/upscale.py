@@ -13,9 +13,11 @@ from comfy_api.latest import io
 from ..icmsr_core.errors import IcmsrError
 from ..icmsr_core.steps import Steps
 from ..icmsr_core.upscale.framing import MAX_SCALE, MIN_SCALE
+from ..icmsr_core.upscale.masking import checked_mask, plan_mask
 from ..icmsr_core.upscale.one_step import run_plan
 from ..icmsr_core.upscale.out_of_memory import TooLittleMemory, is_out_of_memory, retries_of, until_it_fits, words
 from ..icmsr_core.upscale.plan import UpscalePlan
+from ..icmsr_core.upscale.preview import LONGEST, Preview
 from ..icmsr_core.upscale.settings import COLOR_FIXES, TILE_MULTIPLE, VAE_MODES, UpscaleSettings
 from ..icmsr_core.upscale.sizes import resized_into
 from ..icmsr_core.upscale.tile_choice import Automatic, change_for_memory, needed_memory, plan_for_memory
@@ -150,6 +152,14 @@ class Upscale(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Optional: upscale only where the mask is 1; elsewhere the result is the image, resized. One "
+                        "mask for all images or one for each, of any size. A mask that is all 0 means the whole image."
+                    ),
+                ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The upscaled pictures.")],
         )
@@ -177,6 +187,7 @@ class Upscale(io.ComfyNode):
         height: int = 0,
         fit: str = UpscaleSettings.fit,
         authors_settings: bool = True,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = UpscaleSettings(
             scale=scale,
@@ -188,6 +199,7 @@ class Upscale(io.ComfyNode):
             **size_settings(longest, shortest, megapixels, width, height, fit),
         )
         check_image("image", image)
+        maps = None if mask is None else checked_mask(mask, image.shape[0])
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
         if strength == 0:
             condition = None
@@ -202,7 +214,7 @@ class Upscale(io.ComfyNode):
             plan = _plan(backbone, image.shape[1], image.shape[2], settings)
             if tile_batch == 0:
                 plan = plan.with_batch(backbone.tiles_together(plan.tiles))
-            return io.NodeOutput(_Batch(backbone, image, plan, condition).upscaled())
+            return io.NodeOutput(_Batch(backbone, image, plan, condition, maps).upscaled())
 
 
 def _plan(backbone: ComfyBackbone, height: int, width: int, settings: UpscaleSettings) -> UpscalePlan:
@@ -223,13 +235,21 @@ class _Batch:
     """
 
     def __init__(
-        self, backbone: ComfyBackbone, image: torch.Tensor, plan: UpscalePlan, condition: Condition | None
+        self,
+        backbone: ComfyBackbone,
+        image: torch.Tensor,
+        plan: UpscalePlan,
+        condition: Condition | None,
+        masks: torch.Tensor | None,
     ) -> None:
-        self._backbone, self._image, self._condition = backbone, image, condition
+        """`masks` are those of `checked_mask`."""
+        self._backbone, self._image, self._condition, self._masks = backbone, image, condition, masks
         self._plan = plan  # for the next picture
         self._features: AdapterFeatures | None = None
         self._bar = comfy.utils.ProgressBar(image.shape[0])
+        self._preview = Preview(self._show_picture)
         self._done = 0  # steps of the bar, for the pictures that are finished
+        self._own_steps = 0  # those of the picture that runs
 
     def upscaled(self) -> torch.Tensor:
         """The results as one IMAGE, which is the only memory that grows with the batch."""
@@ -238,6 +258,10 @@ class _Batch:
         channels = 4 if self._image.shape[-1] == 4 else 3
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         log.info("ICM-SR Upscale: %s, %s", pictures, self._plan.words())
+        if self._masks is not None:
+            masked = plan_mask(self._backbone.descriptor, self._plan, self._masks[:1])
+            if masked is not None:
+                log.info("ICM-SR Upscale: the mask of the first needs %s", masked.words(self._plan))
         gigabytes = count * height * width * channels * 4 / 1e9
         if count > 1 and gigabytes > WORTH_A_WORD:
             log.info("ICM-SR Upscale: the results of all %d pictures take %.1f GB of main memory", count, gigabytes)
@@ -245,7 +269,7 @@ class _Batch:
         check_values("image", self._image)
         for index in range(count):
             result[index] = self._upscale_until_it_fits(index)
-            self._done += self._plan.steps
+            self._done += self._own_steps
         log.info("ICM-SR Upscale: %s in %.1f s", pictures, time.perf_counter() - started)
         return result
 
@@ -277,17 +301,34 @@ class _Batch:
         condition = self._condition
         if condition is not None and (self._features is None or not condition.shared):
             self._features = condition.features(index, plan.frame, self._backbone)
-        total = self._done + (self._image.shape[0] - index) * plan.steps
+        following = (self._image.shape[0] - index - 1) * plan.steps
 
-        def show(done: int, _own: int) -> None:
+        def show(done: int, own: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            self._bar.update_absolute(self._done + done, total)
+            self._own_steps = own  # with a mask, every picture has its own number
+            self._bar.update_absolute(self._done + done, self._done + own + following)
 
         picture, alpha = visible_picture(self._image[index : index + 1])
-        upscaled = run_plan(self._backbone, picture, plan, steps=Steps(show), features=self._features)
+        masks = self._masks
+        upscaled = run_plan(
+            self._backbone,
+            picture,
+            plan,
+            steps=Steps(show),
+            features=self._features,
+            preview=self._preview,
+            mask=masks if masks is None or len(masks) == 1 else masks[index : index + 1],
+        )
         if alpha is not None:
             upscaled = torch.cat([upscaled, resized_into(alpha, plan.frame).to(upscaled)], dim=1)
         return to_image(upscaled)[0]
+
+    def _show_picture(self, pixels: torch.Tensor) -> None:
+        """Shows a preview, uint8 [h, w, 3], on the node; raises if the user has cancelled."""
+        from PIL import Image
+
+        bar = self._bar
+        bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(pixels.numpy()), LONGEST))
 
 
 def _empty_image(count: int, height: int, width: int, channels: int) -> torch.Tensor:

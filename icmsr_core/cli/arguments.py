@@ -48,6 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_files(upscale)
     add_weights(upscale)
     add_size(upscale)
+    upscale.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="a picture that is white where to upscale; where it is black or transparent the result is the input, "
+        "resized. Any size; for every input. All black: the whole picture",
+    )
     add_tiles(upscale)
     add_device(upscale)
     add_measuring(command)

@@ -100,7 +100,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     from ..upscale.free_memory import free_system_memory
     from ..upscale.tile_choice import Automatic
     from .job_list import Job, NamingRules, plan_jobs, too_large_results, too_much_memory
-    from .picture_jobs import UntilItFits, planner, upscale_jobs
+    from .picture_jobs import UntilItFits, planner, read_mask, upscale_jobs
     from .start_line import Announcer
 
     recipe = recipe_of(options)
@@ -117,11 +117,12 @@ def run_upscale(options: argparse.Namespace) -> int:
         print(f"icmsr: error: {reason}", file=sys.stderr)
     if not jobs:
         return 1 if too_large else 0
+    mask = None if options.mask is None else read_mask(options.mask)
     started = time.perf_counter()
     backbone = load_networks(recipe)
     told = [name for name in SETTINGS_OF_A_FILE if getattr(options, name) is not None]
     settings = settings.following(backbone.descriptor.recommended, told)
-    announcer = Announcer(backbone.descriptor, settings)
+    announcer = Announcer(backbone.descriptor, settings, mask)
     line = announcer.start_line([job.source for job in jobs])
     if line is not None:
         print(line, flush=True)
@@ -138,7 +139,7 @@ def run_upscale(options: argparse.Namespace) -> int:
 
         plan_for = planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype)
         failed = upscale_jobs(
-            UntilItFits(backbone, plan_for, tile_too=not isinstance(options.tile, int)),
+            UntilItFits(backbone, plan_for, tile_too=not isinstance(options.tile, int), mask=mask),
             jobs,
             report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
             steps=steps,

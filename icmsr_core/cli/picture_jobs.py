@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..backbone.protocol import Backbone, BackboneDescriptor
@@ -19,6 +21,7 @@ from ..pictures.files import Picture, from_tensor, read_picture, to_tensor, writ
 from ..pictures.transparency import fill_hidden
 from ..steps import Steps
 from ..upscale.free_memory import free_memory, free_system_memory
+from ..upscale.masking import checked_mask
 from ..upscale.one_step import run_plan
 from ..upscale.out_of_memory import retries_of, until_it_fits, words
 from ..upscale.plan import UpscalePlan, plan_upscale
@@ -30,17 +33,37 @@ from .job_list import Job
 log = logging.getLogger(__name__)
 
 
-def upscale_picture(backbone: Backbone, picture: Picture, plan: UpscalePlan, steps: Steps | None = None) -> Picture:
+def upscale_picture(
+    backbone: Backbone,
+    picture: Picture,
+    plan: UpscalePlan,
+    steps: Steps | None = None,
+    mask: torch.Tensor | None = None,
+) -> Picture:
     """`picture` at the plan's target size: colours through the model, alpha by bicubic resizing, metadata kept.
 
-    Colours under alpha 0 are replaced by those of visible pixels first (`fill_hidden`).
+    With `mask` [1, 1, H, W] only where that is 1 (`run_plan`). Colours under alpha 0 are replaced by those of visible
+    pixels first (`fill_hidden`).
     """
     alpha = picture.alpha
     visible = picture.rgb if alpha is None else fill_hidden(picture.rgb, alpha)
-    result = from_tensor(run_plan(backbone, to_tensor(visible), plan, steps=steps))
+    result = from_tensor(run_plan(backbone, to_tensor(visible), plan, steps=steps, mask=mask))
     if alpha is not None:
         alpha = from_tensor(resized_into(to_tensor(alpha), plan.frame))
     return replace(picture, rgb=result, alpha=alpha)
+
+
+def read_mask(path: Path) -> torch.Tensor:
+    """The mask [1, 1, H, W] in [0, 1] in a picture file: its brightness (BT.601), 0 where it is transparent.
+
+    Raises `IcmsrError` for a file that cannot be read; logs it when the mask is all 0.
+    """
+    picture = read_picture(path)
+    values = picture.rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    if picture.alpha is not None:
+        values = values * picture.alpha
+    # White is 1, whatever rounding says.
+    return checked_mask(torch.from_numpy(np.ascontiguousarray(values)).mul(255).round().div(255), 1)
 
 
 PlanFor = Callable[[int, int], UpscalePlan]
@@ -78,9 +101,11 @@ def planner(
 class UntilItFits:
     """Upscales pictures; where memory runs out, once more with less, and so from then on for pictures of that size."""
 
-    def __init__(self, backbone: Backbone, plan_for: PlanFor, *, tile_too: bool = True) -> None:
-        """Smaller tiles are tried only with `tile_too`."""
-        self._backbone, self._plan_for, self._tile_too = backbone, plan_for, tile_too
+    def __init__(
+        self, backbone: Backbone, plan_for: PlanFor, *, tile_too: bool = True, mask: torch.Tensor | None = None
+    ) -> None:
+        """Smaller tiles are tried only with `tile_too`. `mask` is that of `upscale_picture`, for every picture."""
+        self._backbone, self._plan_for, self._tile_too, self._mask = backbone, plan_for, tile_too, mask
         self._reduced: dict[tuple[int, int], UpscalePlan] = {}
 
     def upscale(self, name: str, picture: Picture, steps: Steps | None = None) -> Picture:
@@ -95,7 +120,7 @@ class UntilItFits:
             self._reduced[size] = following
 
         def run(plan: UpscalePlan) -> Picture:
-            return upscale_picture(self._backbone, picture, plan, steps)
+            return upscale_picture(self._backbone, picture, plan, steps, self._mask)
 
         return until_it_fits(run, plan, retries_of(self._backbone.descriptor, plan, self._tile_too), again)
 

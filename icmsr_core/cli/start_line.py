@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from torch import Tensor
+
 from ..backbone.protocol import BackboneDescriptor
 from ..pictures.files import stored_size
+from ..upscale.masking import plan_mask
 from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
 
@@ -16,7 +19,8 @@ from ..upscale.settings import UpscaleSettings
 class Announcer:
     """Knows from the headers of pictures what their results will be. Where memory runs short, tiles may be smaller."""
 
-    def __init__(self, descriptor: BackboneDescriptor, settings: UpscaleSettings) -> None:
+    def __init__(self, descriptor: BackboneDescriptor, settings: UpscaleSettings, mask: Tensor | None = None) -> None:
+        self._descriptor, self._mask = descriptor, mask
         self._plan_of = lru_cache(maxsize=64)(
             lambda width, height: plan_upscale(descriptor, height, width, settings)  # the order of `stored_size`
         )
@@ -39,7 +43,7 @@ class Announcer:
         if not plans:
             return None
         if len(paths) == 1:
-            return f"{paths[0]}: {plans[0].words()}"
+            return "; ".join([f"{paths[0]}: {plans[0].words()}", *self._mask_words(plans[0])])
         smallest, largest = (pick(plans, key=_pixels).target for pick in (min, max))
         sizes = f"{smallest[1]} x {smallest[0]}"
         if largest != smallest:
@@ -48,6 +52,10 @@ class Announcer:
         # By kind: the sizes in a remark differ from picture to picture.
         kinds = Counter(remark.kind for plan in plans for remark in plan.frame.remarks())
         return "; ".join([line, *(f"{count} {kind}" for kind, count in kinds.items())])
+
+    def _mask_words(self, plan: UpscalePlan) -> list[str]:
+        masked = None if self._mask is None else plan_mask(self._descriptor, plan, self._mask)
+        return [] if masked is None else [f"the mask needs {masked.words(plan)}"]
 
 
 def _pixels(plan: UpscalePlan) -> int:

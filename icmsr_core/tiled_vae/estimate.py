@@ -69,16 +69,28 @@ def estimate_whole(half: VaeHalf, source: Tensor, unit: int, factor: int, tile: 
     need the memory of a tile of `tile` x `tile` cells.
     """
     fields = draw_fields(source, unit, factor)
-    frame = Frame(fields, (source.shape[2] // unit, source.shape[3] // unit), unit, FIELD_MARGIN * unit)
-    stream = _SampledStream(half, frame)
+    cells = source.shape[2] // unit, source.shape[3] // unit
+    return estimate_fields(half, Frame.at(fields, cells, unit), field_windows(source, fields, unit), tile)[0]
+
+
+def field_windows(source: Tensor, fields: Fields, unit: int) -> Tensor:
+    """The windows of `fields` in `source` [1, C, H, W], `unit` samples to a cell: [N, C, h, w]."""
+    frame = Frame.at(fields, (source.shape[2] // unit, source.shape[3] // unit), unit)
     rows, columns = frame.window
-    crops = torch.cat(
+    return torch.cat(
         [source[:, :, top : top + rows, left : left + columns] for top, left in map(frame.start, fields.corners)]
     )
-    nominal = unit * max(1, tile * tile * unit // (len(fields.corners) * columns))
-    for _ in stream.through(half.steps, stream.source(crops, nominal)).chunks:
-        pass
-    return Estimate(stream.statistics, stream.samples)
+
+
+def estimate_fields(half: VaeHalf, frame: Frame, windows: Tensor, tile: int) -> tuple[Estimate, Tensor]:
+    """`estimate_whole` from `windows` [N, C, h, w] that lie as in `frame`, and what `half` makes of them.
+
+    Of an encoder that is the windows of the same fields in the latent, [N, C', h', w'].
+    """
+    stream = _SampledStream(half, frame)
+    nominal = frame.scale * max(1, tile * tile * frame.scale // (windows.shape[0] * windows.shape[3]))
+    found = torch.cat(list(stream.through(half.steps, stream.source(windows, nominal)).chunks), 2)
+    return Estimate(stream.statistics, stream.samples), found
 
 
 class Frame(NamedTuple):
@@ -91,6 +103,11 @@ class Frame(NamedTuple):
     """Samples of a map per cell, along each axis."""
     margin: int
     """Samples of a map on each side of a field."""
+
+    @classmethod
+    def at(cls, fields: Fields, cells: tuple[int, int], unit: int) -> Frame:
+        """Where `fields` lie in what a half of the VAE is given, `unit` samples to a cell."""
+        return cls(fields, cells, unit, FIELD_MARGIN * unit)
 
     @property
     def window(self) -> tuple[int, int]:

@@ -30,6 +30,9 @@ ATTENTION_WINDOW, ATTENTION_MARGIN = 64, 16
 """Attention in bounded mode, in latent cells: side of its windows, and how much each sees around itself. 512 and 128
 pixels at Stable Diffusion's factor of 8, about what its VAE was trained with."""
 
+Written = Callable[[Tensor, int, int], None]
+"""Called with a finished part of a picture [1, 3, h, w], and the row and the column of pixels where it begins."""
+
 Result = TypeVar("Result")
 
 
@@ -102,11 +105,12 @@ def decode_tiled(
     *,
     exact: bool = True,
     steps: Steps | None = None,
+    written: Written | None = None,
 ) -> None:
     """Writes the picture of the scaled `latent` [1, C, h, w] into `out` [1, 3, H, W]: in [0, 1], not clamped.
 
     H <= h*f and W <= w*f: the rest of the picture is padding and is dropped. `stripes` is the plan for h x w cells; all
-    else is as in `encode_tiled`.
+    else is as in `encode_tiled`. `written` is told of every part of `out` that has come.
     """
     run = _Run(backbone, "decoder", latent, stripes, exact, (steps or Steps()).portion(stripes.number))
     height, width = out.shape[2:]
@@ -116,12 +120,16 @@ def decode_tiled(
         if half is None:
             out.copy_(signed_to_unit(backbone.decode(latent)[:, :, :height, :width]))
             run.done.reach(1)
+            if written is not None:
+                written(out, 0, 0)
             return
         for position, chunk in run.chunks(half):
             room = min(out.shape[stripes.axis] - position, chunk.shape[stripes.axis])
             if room > 0:
                 part = chunk.narrow(stripes.axis, 0, room)[:, :, :height, :width]
-                out.narrow(stripes.axis, position, room).copy_(signed_to_unit(part.float()))
+                place = out.narrow(stripes.axis, position, room).copy_(signed_to_unit(part.float()))
+                if written is not None:
+                    written(place, *((position, 0) if stripes.axis == 2 else (0, position)))
 
     again_when_widened(decode)
 

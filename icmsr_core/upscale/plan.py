@@ -68,13 +68,13 @@ def plan_upscale(descriptor: BackboneDescriptor, height: int, width: int, settin
         settings=settings,
         frame=frame,
         padded=padded,
-        tiles=_unet_tiles(descriptor, rows, columns, settings),
+        tiles=unet_tiles(descriptor, rows, columns, settings),
         stripes=plan_stripes(rows, columns, settings.tile // factor),
         exact=is_exact(settings.vae, *padded),
     )
 
 
-def _unet_tiles(descriptor: BackboneDescriptor, rows: int, columns: int, settings: UpscaleSettings) -> TilePlan:
+def unet_tiles(descriptor: BackboneDescriptor, rows: int, columns: int, settings: UpscaleSettings) -> TilePlan:
     """The UNet's tiles of a latent of `rows` x `columns` cells."""
     factor = descriptor.latent_factor
     multiple = descriptor.multiple_of // factor

@@ -38,6 +38,11 @@ class Span:
         down = 1 - _ramp(position, *self.fade_out)
         return (up * down).float()
 
+    def moved(self, cells: int) -> Span:
+        """The same tile `cells` further on."""
+        (up, full), (down, gone) = self.fade_in, self.fade_out
+        return Span(self.start + cells, self.stop + cells, (up + cells, full + cells), (down + cells, gone + cells))
+
 
 def _ramp(position: Tensor, begin: int, end: int) -> Tensor:
     """Raised cosine from 0 at `begin` to 1 at `end`; a step where both are equal."""
@@ -105,6 +110,10 @@ class Box:
             slice(self.rows.start * scale, self.rows.stop * scale),
             slice(self.columns.start * scale, self.columns.stop * scale),
         )
+
+    def moved(self, down: int, right: int) -> Box:
+        """The same tile in a map that begins so many cells above and to the left."""
+        return Box(self.rows.moved(down), self.columns.moved(right))
 
 
 @dataclass(frozen=True)

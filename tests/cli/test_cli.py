@@ -19,8 +19,9 @@ import tqdm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from icmsr_core.cli import main as main_module
 from icmsr_core.cli.main import main
-from icmsr_core.pictures.files import read_picture, to_tensor
+from icmsr_core.pictures.files import Picture, read_picture, to_tensor, write_picture
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.upscale.one_step import upscale
@@ -159,6 +160,34 @@ def test_scale_or_size_decides_the_size_of_the_result(tmp_path, model, flags, si
     assert main(["upscale", str(source), str(target), *model, *flags]) == 0
     assert Image.open(target).size == size
     assert capsys.readouterr().out.startswith(f"{source}: 20 x 12 to {size[0]} x {size[1]} pixels, 1 tile")
+
+
+def test_a_mask_says_where_to_work(tmp_path, model, capsys):
+    """White, at another size than the picture; elsewhere the result is the enlarged picture."""
+    source, target, mask = (
+        write_random_picture(tmp_path / "in.png", 60, 40),
+        tmp_path / "out.png",
+        tmp_path / "mask.png",
+    )
+    white = np.zeros((20, 30, 3), np.float32)
+    white[8:12, 2:6] = 1
+    write_picture(mask, Picture(white))
+    assert main(["upscale", str(source), str(target), *model, "--mask", str(mask)]) == 0
+    said = capsys.readouterr().out
+    assert "; the mask needs 1 tile instead of 1; the VAE runs over all of it" in said
+    result = to_tensor(read_picture(target).rgb)
+    enlarged = resize(to_tensor(read_picture(source).rgb), 160, 240)
+    assert (result - enlarged)[..., 64:96, 16:48].abs().mean() > 2 / 255
+    assert (result - enlarged)[..., 120:].abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_an_empty_mask_is_said_and_a_missing_one_comes_before_a_model(tmp_path, model, capsys, caplog, monkeypatch):
+    source, target, mask = write_random_picture(tmp_path / "in.png"), tmp_path / "out.png", tmp_path / "mask.png"
+    write_picture(mask, Picture(np.zeros((5, 5, 3), np.float32)))
+    assert main(["upscale", str(source), str(target), *model, "--mask", str(mask)]) == 0
+    assert caplog.messages == ["the mask is all 0: the whole picture is upscaled"]
+    monkeypatch.setattr(main_module, "load_networks", lambda _: pytest.fail("loaded"))
+    fails(capsys, ["upscale", source, target, *model, "--mask", tmp_path / "none.png"], 1, "none.png", "no such file")
 
 
 def test_alpha_and_grey_survive(tmp_path, model):

@@ -129,6 +129,7 @@ def test_input_names_and_their_order_are_kept(object_info):
             *("control_net", "hint", "strength", "conditioning", "vae_mode"),
             *("longest", "shortest", "megapixels", "width", "height", "fit"),
             "authors_settings",
+            "mask",
         ],
     }
     assert object_info["ICMSR_LoadEmbedded"]["input_order"] == {"required": ["generator"], "optional": ["fidelity"]}
