@@ -75,6 +75,22 @@ def choose(page, a: Path, b: Path, participant: str = "p1", **others: Path) -> N
         page.set_input_files(f"#folder-{which}", folder)
 
 
+def drop(page, selector: str, *paths: Path) -> None:
+    """Drops files or folders onto an element, as the browser itself does it for a person."""
+    page.locator(selector).scroll_into_view_if_needed()
+    box = page.locator(selector).bounding_box()
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "data": data}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **place})
+    session.detach()
+
+
+def wait_for_report(page, text: str) -> None:
+    page.wait_for_function("(text) => document.querySelector('#report').innerText.includes(text)", arg=text)
+
+
 def start(page) -> None:
     page.click("#start")
     page.wait_for_selector(READY)
@@ -157,12 +173,18 @@ def test_answers_map_to_folders_and_the_page_is_blind(page, folders: Path):
 
     page.click("#reveal")
     totals = page.inner_text("#totals")
-    assert [line.split("\t")[:2] for line in totals.splitlines() if "%" in line] == [
+    assert [line.split("\t")[:2] for line in totals.splitlines() if "%\t" in line] == [
         ["cold", "1"],
         ["warm", "4"],
         ["no difference", "1"],
     ]
     assert f"5 decided answers: p = {binomtest(4, 5).pvalue:.4f}" in totals
+    interval = binomtest(4, 5).proportion_ci(method="exact")
+    assert (
+        "warm was preferred in 80.0% of 5 decided answers "
+        f"(95% confidence interval {100 * interval.low:.1f}% to {100 * interval.high:.1f}%), "
+        "which shows no preference: 50% is inside the interval." in totals
+    )
     assert not page.is_visible("#end-back"), "answers cannot be changed once the totals are known"
 
 
@@ -173,6 +195,85 @@ def test_sign_test_is_the_binomial_one(page):
         found = page.evaluate("([a, b]) => signTest(a, b)", [a, b])
         assert found == pytest.approx(binomtest(a, a + b).pvalue, rel=1e-9)
     assert page.evaluate("Number.isNaN(signTest(0, 0))")
+
+
+def test_confidence_interval_is_the_exact_one(page):
+    from scipy.stats import binomtest
+
+    for times, decided in ((0, 5), (5, 5), (1, 1), (7, 14), (12, 15), (270, 480), (2900, 2900), (1500, 2900)):
+        found = page.evaluate("([k, n]) => confidenceInterval(k, n)", [times, decided])
+        expected = binomtest(times, decided).proportion_ci(method="exact")
+        assert found == pytest.approx([expected.low, expected.high], abs=1e-9)
+
+
+def test_a_preference_is_stated_when_the_interval_leaves_out_one_half(page):
+    sentence = page.evaluate("preferenceOf(['warm', 14], 16)")
+    assert sentence == (
+        "warm was preferred in 87.5% of 16 decided answers (95% confidence interval 61.7% to 98.4%), "
+        "which shows a preference."
+    )
+
+
+def test_two_folders_are_dropped_and_the_keyboard_does_the_rest(page, folders: Path):
+    """A whole comparison without the mouse, but for the drop."""
+    drop(page, "#drop", folders / "warm", folders / "cold")
+    wait_for_report(page, "6 pairs")
+    assert page.inner_text("#dropped-a") == "warm (dropped)"
+    assert page.inner_text("#dropped-b") == "cold (dropped)"
+    assert page.evaluate("document.activeElement.id") == "participant"
+    page.keyboard.type("p1")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(READY)
+    for _ in NAMES:
+        page.keyboard.press({"left": "1", "right": "3"}[side_of(page, "warm")])
+        page.wait_for_selector(READY)
+    for button in ("save", "end-back", "reveal"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == button
+    page.keyboard.press("Enter")
+    totals = page.inner_text("#totals")
+    assert "warm was preferred in 100.0% of 6 decided answers (95% confidence interval 54.1% to 100.0%)" in totals
+    assert "which shows a preference." in totals
+
+
+def test_folders_are_dropped_one_by_one_and_onto_their_fields(page, folders: Path, tmp_path: Path):
+    many = tmp_path / "many"  # a browser lists a folder in parts of a hundred
+    (many / "below").mkdir(parents=True)
+    for number in range(130):
+        shutil.copy(folders / "cold" / "photo_0.png", many / f"photo_{number}.png")
+    shutil.copy(folders / "cold" / "photo_0.png", many / "below" / "deep.png")
+    drop(page, "#drop", folders / "warm")
+    wait_for_report(page, "Folder A: warm, 6 pictures")
+    drop(page, "#setup h1", many)
+    wait_for_report(page, "Folder B: many, 130 pictures")
+    drop(page, "#folder-input", folders / "small")
+    wait_for_report(page, "Inputs: small, 6 pictures")
+    drop(page, "#folder-truth", folders / "truths")
+    wait_for_report(page, "Originals: truths, 6 pictures")
+    assert "6 pairs" in page.inner_text("#report")
+    assert page.is_enabled("#faithful")
+    page.set_input_files("#folder-b", folders / "cold")  # the button's choice takes its place
+    assert "Folder B: cold, 6 pictures" in page.inner_text("#report")
+    assert page.inner_text("#dropped-b") == ""
+    page.fill("#participant", "p1")
+    start(page)
+    assert seen(page, "middle")[::2] == (90, 90)
+
+
+def test_a_drop_that_cannot_be_understood_changes_nothing(page, folders: Path):
+    drop(page, "#drop", folders / "warm" / "photo_0.png")
+    wait_for_report(page, "Drop folders of pictures, not single files.")
+    drop(page, "#drop", folders / "warm", folders / "cold", folders / "small")
+    wait_for_report(page, "each other folder onto its own field")
+    drop(page, "#folder-input", folders / "warm", folders / "cold")
+    wait_for_report(page, "each other folder onto its own field")
+    assert [page.inner_text(f"#dropped-{which}") for which in ("a", "b", "input", "truth")] == [""] * 4
+    drop(page, "#drop", folders / "warm", folders / "cold", folders / "warm" / "photo_0.png")
+    wait_for_report(page, "1 file outside of the folders left out")
+    page.fill("#participant", "p1")
+    start(page)
+    drop(page, "#question", folders / "small")  # during the comparison a drop does nothing, and the page stays
+    assert "Picture 1 of 6" in page.inner_text("#trial")
 
 
 def test_order_is_the_participants(page, folders: Path):
