@@ -55,7 +55,7 @@ LAYOUTS = (
 def text_layout(path: Path, keys: Collection[str]) -> TextLayout:
     """Where the checkpoint at `path` with these keys has its text encoder. Raises `IcmsrError` if it has none."""
     for layout in LAYOUTS:
-        if layout.prefix + layout.tokens in keys:
+        if layout.prefix + layout.tokens in keys and layout.prefix + layout.positions in keys:
             return layout
     raise IcmsrError(
         f"{path}: this checkpoint holds no text encoder, which even the empty prompt needs: take a full checkpoint, or "

@@ -106,12 +106,20 @@ def test_without_a_prompt_the_error_says_how_to_give_one(base, promptless, sourc
 
 def test_a_base_without_a_text_encoder_takes_no_prompt(promptless, source, tmp_path, capsys):
     file = write_sd_checkpoint(tmp_path / "one file.safetensors", "sd21", 10)
-    for base, name in ((str(file), "random sd21"), ("nano", "nano-2")):
+    for base, prompt, words in (
+        (
+            str(file),
+            "a",
+            "the prompt 'a' needs a tokenizer, which a checkpoint in one file does not have",
+        ),
+        (str(file), "", "holds no text encoder, which even the empty prompt needs: take a full checkpoint"),
+        ("nano", "a", "text prompt needs a base with a text encoder, and nano-2 has no text_encoder/"),
+        ("nano", "a", "choose a full Stable Diffusion folder or a hub id"),
+    ):
         model = ["--model", str(promptless)] if base != "nano" else []
-        assert main(["upscale", str(source), str(tmp_path / "o.png"), "--base", base, *model, "--prompt", "a"]) == 1
+        assert main(["upscale", str(source), str(tmp_path / "o.png"), "--base", base, *model, "--prompt", prompt]) == 1
         error = capsys.readouterr().err
-        assert f"text prompt needs a base with a text encoder, and {name} has no text_encoder/" in error
-        assert "choose a full Stable Diffusion folder or a hub id" in error
+        assert words in error
         assert error.count("\n") == 1
 
 
