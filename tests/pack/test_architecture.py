@@ -32,7 +32,7 @@ FLOORS = (
     ("nodes.native",),
     ("nodes",),
     ("train",),
-    ("benchmarks",),
+    ("benchmarks", "release"),
 )
 """The rooms, from the lowest floor up. A file imports from its own room and from lower floors only."""
 
@@ -41,16 +41,18 @@ CLOSED = {
     "nodes": ("icmsr_core.runtime", "icmsr_core.exchange", "icmsr_core.cli", "icmsr_core.train"),
     "train": ("nodes",),
     "benchmarks": ("nodes", "train"),
+    "release": ("nodes", "train"),
 }
 """Lower rooms that are closed to a room all the same."""
 
 ENTRIES = {
     ("__init__.py", "nodes.extension.IcmsrExtension"),
+    ("__init__.py", "nodes.core_version.refuse_older_core"),
     ("icmsr_core/__main__.py", "icmsr_core.cli.main.run"),
 }
 """What the files outside of all rooms import."""
 
-TOP_LEVEL = ("nodes", "icmsr_core", "train", "benchmarks")
+TOP_LEVEL = ("nodes", "icmsr_core", "train", "benchmarks", "release")
 DIFFUSERS = {"diffusers", "peft", "accelerate", "transformers"}
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution"}
 DIFFUSERS_BACKBONE = "icmsr_core/runtime/diffusers_backbone.py"

@@ -10,7 +10,9 @@ import pytest
 from tests.pack.test_architecture import FLOORS
 from tests.support.places import ROOT
 
-FOLDERS = "icmsr_core|nodes|train|tests|benchmarks|docs|web|locales|example_workflows|.ci|.github".replace(".", r"\.")
+FOLDERS = "icmsr_core|nodes|train|tests|benchmarks|release|docs|web|locales|example_workflows|.ci|.github".replace(
+    ".", r"\."
+)
 NAMED_PATH = re.compile(rf"(?<![\w/.~-])(?:{FOLDERS})/[\w./*-]*")
 NAMED_FILE = re.compile(r"`([\w.-]+\.(?:md|toml|txt|yaml))`")
 PLACEHOLDER = re.compile(r"[A-Z_]{4,}")

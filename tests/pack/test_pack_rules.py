@@ -170,6 +170,8 @@ def test_name_version_and_licence_are_what_the_registry_asks_for():
     assert "comfyui" not in entry["name"].lower()
     assert "comfyui" not in project()["tool"]["comfy"]["DisplayName"].lower()
     assert "Operating System :: OS Independent" in entry["classifiers"]
+    accelerators = {name for name in entry["classifiers"] if name.startswith("Environment :: ")}
+    assert accelerators <= {f"Environment :: GPU :: {name}" for name in ("NVIDIA CUDA", "AMD ROCm", "Apple Metal")}
     assert re.fullmatch(r"\d+\.\d+\.\d+", entry["version"])
     assert (ROOT / entry["license"]["file"]).is_file()
     assert (ROOT / entry["readme"]).is_file()

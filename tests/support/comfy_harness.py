@@ -85,12 +85,18 @@ def prepare_python(comfyui: Path) -> Path:
     return python
 
 
-def make_base_directory(folder: Path) -> Path:
-    """A base directory for ComfyUI with this checkout among its custom nodes; returns the pack's place in it."""
+def make_base_directory(folder: Path, archive: Path | None = None) -> Path:
+    """A base directory for ComfyUI with this checkout among its custom nodes; returns the pack's place in it.
+
+    With `archive`, a zip, what it holds takes the checkout's place.
+    """
     for name in ("custom_nodes", "input", "output", "temp", "user", "models/icmsr", "models/controlnet"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     pack = folder / "custom_nodes" / PACK_NAME
-    pack.symlink_to(ROOT, target_is_directory=True)
+    if archive is None:
+        pack.symlink_to(ROOT, target_is_directory=True)
+    else:
+        shutil.unpack_archive(archive, pack)
     return pack
 
 
@@ -146,9 +152,9 @@ def run_script(python: Path, comfyui: Path, name: str, job: Path, timeout: float
 class Server:
     """A ComfyUI server on a free port. It ends with the test process, however that ends."""
 
-    def __init__(self, python: Path, comfyui: Path, base: Path) -> None:
+    def __init__(self, python: Path, comfyui: Path, base: Path, archive: Path | None = None) -> None:
         self.base = base
-        make_base_directory(base)
+        make_base_directory(base, archive)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
