@@ -69,6 +69,12 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         "--skip-existing", action="store_true", help="leave out pictures whose result exists: to go on with a folder"
     )
     parser.add_argument(
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="the I-th of N parts of the pictures, by a hash of their paths inside the folder: for N machines or jobs",
+    )
+    parser.add_argument(
         "--format",
         choices=FORMATS,
         help="format of all results (default: that of each input, PNG where it is read only)",
@@ -313,6 +319,14 @@ def parse_size(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1920x1080, got {text!r}") from None
     return width, height
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``I/N`` as (I, N), with 1 <= I <= N."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 3/8, got {text!r}")
+    return int(number), int(count)
 
 
 def parse_auto(text: str) -> int | str:

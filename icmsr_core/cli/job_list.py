@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import IcmsrError
@@ -27,6 +28,8 @@ class Job:
     """The file to read."""
     target: Path
     """The file to write."""
+    inside: str = field(default="", compare=False)
+    """The source's path inside the folder that was named, with slashes; its name if it was named itself."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class NamingRules:
     """Take sub-folders too; results keep their place in them."""
     skip_existing: bool = False
     """Leave out pictures whose result exists."""
+    shard: tuple[int, int] | None = None
+    """(number, count): only the pictures of that shard, 1 to count; see `shard_of`."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,14 @@ class JobList:
     """Files in the folders that are not pictures, by extension in lower case."""
     folders: int = 0
     """Sub-folders that were not entered."""
+    elsewhere: int = 0
+    """Pictures that belong to other shards."""
 
     def passed_over(self) -> str:
         """What was passed over, in one line; empty if nothing was."""
         parts = []
+        if self.elsewhere:
+            parts.append(f"{self.elsewhere} of other shards")
         if self.existing:
             parts.append(f"{self.existing} whose result exists")
         if self.others:
@@ -65,6 +74,15 @@ class JobList:
         if self.folders:
             parts.append(f"{self.folders} sub-folders (--recursive takes them)")
         return "skipped: " + ", ".join(parts) if parts else ""
+
+
+def shard_of(inside: str, count: int) -> int:
+    """The shard, 1 to `count`, of the picture at the path `inside` its folder (ours: SHA-256 modulo the count).
+
+    It depends on nothing else: every machine agrees on it, wherever the folder is mounted and whatever else is in it.
+    """
+    digest = hashlib.sha256(inside.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") % count + 1
 
 
 def plan_jobs(sources: Sequence[str | Path], target: str | Path, rules: NamingRules | None = None) -> JobList:
@@ -88,12 +106,17 @@ def plan_jobs(sources: Sequence[str | Path], target: str | Path, rules: NamingRu
     else:
         if rules.extension and target.suffix.lower() not in ("", rules.extension):
             raise IcmsrError(f"{target}: the output's extension is not that of --format {rules.extension.lstrip('.')}")
-        found = JobList([Job(paths[0], target.with_suffix(rules.extension) if rules.extension else target)])
-    _check(found.jobs)
-    if not rules.skip_existing:
-        return found
-    left = [job for job in found.jobs if not job.target.exists()]
-    return JobList(left, len(found.jobs) - len(left), found.others, found.folders)
+        named = target.with_suffix(rules.extension) if rules.extension else target
+        found = JobList([Job(paths[0], named, paths[0].name)])
+    _check(found.jobs)  # all of them, so that shards agree
+    if rules.shard is not None:
+        number, count = rules.shard
+        own = [job for job in found.jobs if shard_of(job.inside, count) == number]
+        found = replace(found, jobs=own, elsewhere=len(found.jobs) - len(own))
+    if rules.skip_existing:
+        left = [job for job in found.jobs if not job.target.exists()]
+        found = replace(found, jobs=left, existing=len(found.jobs) - len(left))
+    return found
 
 
 def too_large_results(jobs: Sequence[Job], settings: UpscaleSettings) -> dict[Job, str]:
@@ -171,9 +194,8 @@ def _means_folder(target: str | Path) -> bool:
 def _with_source(found: JobList, source: Path, target: Path, rules: NamingRules) -> JobList:
     """`found` with the pictures of `source`, a picture or a folder, whose results go into the folder `target`."""
     if not source.is_dir():
-        return JobList(
-            [*found.jobs, Job(source, target / _writable(Path(source.name), rules))], 0, found.others, found.folders
-        )
+        job = Job(source, target / result_name(Path(source.name), rules), source.name)
+        return replace(found, jobs=[*found.jobs, job])
     others, folders = Counter(found.others), found.folders
     if rules.recursive:
         names = []
@@ -195,14 +217,15 @@ def _with_source(found: JobList, source: Path, target: Path, rules: NamingRules)
         raise IcmsrError(
             f"{source}: no pictures in this folder{'' if rules.recursive or not folders else _SUB_FOLDERS}"
         )
-    jobs = [Job(source / name, target / _writable(name, rules)) for name in names]
+    jobs = [Job(source / name, target / result_name(name, rules), name.as_posix()) for name in names]
     return JobList([*found.jobs, *jobs], 0, others, folders)
 
 
 _SUB_FOLDERS = ", only sub-folders: use --recursive"
 
 
-def _writable(name: Path, rules: NamingRules) -> Path:
+def result_name(name: Path, rules: NamingRules) -> Path:
+    """The name of the result of the picture `name`: that name, in a format that can be written."""
     if rules.extension:
         return name.with_suffix(rules.extension)
     return name if name.suffix.lower() in WRITE_EXTENSIONS else name.with_suffix(".png")

@@ -106,7 +106,7 @@ def run_upscale(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     check_recipe(recipe)
     extension = f".{options.format}" if options.format else ""
-    rules = NamingRules(extension, options.recursive, options.skip_existing)
+    rules = NamingRules(extension, options.recursive, options.skip_existing, options.shard)
     listed = plan_jobs(options.inputs, options.output, rules)
     if listed.passed_over():
         print(listed.passed_over(), file=sys.stderr)

@@ -282,6 +282,8 @@ def test_what_is_known_beforehand_is_said_before_the_model_is_loaded(tmp_path, c
     fails(capsys, ["upscale", wide, wide, tmp_path / "out.png"], 1, "several pictures need a folder")
     fails(capsys, ["upscale", wide], 2, "output")
     fails(capsys, ["upscale", wide, tmp_path / "o.jpg", "--quality", "0"], 2, "1 to 100", "0")
+    for shard in ("0/4", "5/4", "2", "a/b", "1/0"):
+        fails(capsys, ["upscale", wide, tmp_path / "o.jpg", "--shard", shard], 2, "I from 1 to N", shard)
     (tmp_path / "out.png").touch()
     assert main(["upscale", str(wide), str(tmp_path / "out.png"), "--skip-existing"]) == 0
     assert capsys.readouterr().err == "skipped: 1 whose result exists\n"

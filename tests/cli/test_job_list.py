@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from icmsr_core.cli.job_list import Job, JobList, NamingRules, plan_jobs, too_large_results, too_much_memory
+from icmsr_core.cli.job_list import Job, JobList, NamingRules, plan_jobs, shard_of, too_large_results, too_much_memory
 from icmsr_core.cli.main import main
 from icmsr_core.errors import IcmsrError
 from icmsr_core.upscale.settings import UpscaleSettings
@@ -173,3 +173,53 @@ def test_the_command_says_it_before_a_model_is_loaded(tmp_path: Path, monkeypatc
     assert main(["upscale", str(tmp_path / "large.png"), str(tmp_path / "out.png")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "large.png: from 20000 x 20000 to 80000 x 80000 pixels takes at least 158.4 GB of memory, 8.0 GB" in line
+
+
+def test_shards_hold_every_picture_once_wherever_the_folder_is(tmp_path):
+    names = {f"{folder}/{number}.png" for folder in ("a", "b/c") for number in range(40)}
+    found = {}
+    for place in ("here", "mounted/elsewhere"):
+        for name in names:
+            path = tmp_path / place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        for number in (1, 2, 3):
+            rules = NamingRules(recursive=True, shard=(number, 3))
+            listed = plan_jobs([tmp_path / place], tmp_path / "out", rules)
+            found[place, number] = {job.inside for job in listed.jobs}
+            assert listed.elsewhere == 80 - len(listed.jobs)
+            assert listed.passed_over() == f"skipped: {listed.elsewhere} of other shards"
+            assert len(listed.jobs) > 15, "about as many in each"
+    shards = [found["here", number] for number in (1, 2, 3)]
+    assert set().union(*shards) == names
+    assert sum(map(len, shards)) == 80
+    assert [found["mounted/elsewhere", number] for number in (1, 2, 3)] == shards
+
+
+def test_a_picture_s_shard_never_changes():
+    """Parts of one folder may be done by different versions."""
+    assert [shard_of(name, 5) for name in ("a.png", "b/c.png", "\u00e4.png", "\udce4.png")] == [3, 1, 3, 2]
+
+
+def test_a_shard_counts_its_own_existing_results_only(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for number in range(12):
+        (source / f"{number}.png").touch()
+        (out / f"{number}.png").touch()
+    listed = plan_jobs([source], out, NamingRules(skip_existing=True, shard=(1, 2)))
+    assert listed.jobs == []
+    assert listed.existing + listed.elsewhere == 12
+    assert listed.existing == sum(shard_of(f"{number}.png", 2) == 1 for number in range(12))
+
+
+def test_pictures_of_different_shards_that_would_become_one_file_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ("one.jpg", "one.png")
+    assert {shard_of(name, 7) for name in names} != {shard_of(names[0], 7)}
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    for number in range(1, 8):
+        with pytest.raises(IcmsrError, match="would both be written"):
+            plan_jobs([tmp_path / "in"], tmp_path / "out", NamingRules(".png", shard=(number, 7)))
