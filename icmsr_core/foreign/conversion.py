@@ -21,6 +21,7 @@ from ..weights.generator_file import (
     PartWeights,
     check_coeff_t,
     load_generator,
+    parse_info,
 )
 from ..weights.merging import misfit, not_for_this_base
 from ..weights.tensor_files import read_head
@@ -55,6 +56,7 @@ def load_any_generator(
         generator, found = load_generator(path, name), ""
         generator = replace(generator, info=with_told(generator.info, "this generator", told))
     else:
+        check_head(path)
         folder = omgsr_folder(path)
         file = None if folder is not None else read_container(lora_file(path))
         kind = "omgsr" if file is None else recognise(file)
@@ -71,6 +73,19 @@ def load_any_generator(
 def is_generator_file(path: Path) -> bool:
     """Whether the file at `path` is one of our own. Raises `IcmsrError` for a damaged .safetensors."""
     return path.is_file() and path.suffix.lower() == SAFE and read_head(path)[1].get("format") == GENERATOR_FORMAT
+
+
+def check_head(path: Path) -> None:
+    """Raises `IcmsrError` for what the head of a .safetensors at `path` shows to be neither a generator nor a LoRA.
+
+    Also for a path that does not exist. Pickles have no head to look at.
+    """
+    if not path.exists():
+        raise IcmsrError(f"{path}: no such file: give a generator file, or foreign weights")
+    if path.is_file() and path.suffix.lower() == SAFE:
+        keys, metadata = read_head(path)
+        if not any("lora" in key for key in keys):
+            parse_info(path, metadata, keys)
 
 
 def stored_dtype(generator: Generator) -> torch.dtype:

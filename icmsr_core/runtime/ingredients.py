@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
-from ..foreign.conversion import is_generator_file, load_any_generator
+from ..foreign.conversion import check_head, is_generator_file, load_any_generator
 from ..foreign.told import Told
 from ..weights.base import BaseFolder, open_base
 from ..weights.fidelity import check_fidelity_applies
@@ -59,8 +59,8 @@ def check_recipe(recipe: Recipe) -> None:
     if isinstance(generator, Path):
         if is_generator_file(generator):
             check_fidelity_applies(str(generator), holds_two_sets(generator), recipe.fidelity)
-        elif not generator.exists():
-            raise IcmsrError(f"{generator}: no such file: give a generator file, or foreign weights")
+        else:
+            check_head(generator)
     elif generator is not None:
         generator.at_fidelity(recipe.fidelity)
     else:

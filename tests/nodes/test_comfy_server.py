@@ -526,7 +526,7 @@ def _damaged(folder: Path, kind: str) -> str:
         ("nan", "NaN or infinite values in unet.conv_in.bias"),
         ("truncated", "not a readable .safetensors file"),
         ("foreign", "a LoRA of which nothing else is known. If it is that of a one-step upscaling model, say"),
-        ("vae", "not the weights of a one-step model, it holds a VAE alone"),
+        ("vae", "not an ICM-SR generator file (a VAE alone; "),
         (
             "code",
             "not a readable .safetensors file (a pickle, which can run code when it is read; no code in it was run)",
