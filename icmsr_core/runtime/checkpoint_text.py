@@ -19,7 +19,7 @@ from ..errors import IcmsrError
 from ..weights.sd_families import HEAD_WIDTH
 from ..weights.tensor_files import TensorFile, open_tensors
 
-START, END = 49406, 49407
+START_TOKEN, END_TOKEN = 49406, 49407
 """The tokens around every prompt."""
 VOCABULARY = 49408
 
@@ -113,8 +113,8 @@ class _Encoder:
                 f"{self._path}: its text encoder has {words.shape[0]} words instead of {VOCABULARY}: take another "
                 "checkpoint"
             )
-        padding = 0 if self._second else END
-        ids = torch.tensor([START, END, *[padding] * (positions.shape[0] - 2)])
+        padding = 0 if self._second else END_TOKEN
+        ids = torch.tensor([START_TOKEN, END_TOKEN, *[padding] * (positions.shape[0] - 2)])
         return words[ids] + positions
 
     def layer(self, hidden: Tensor, number: int) -> Tensor:

@@ -56,4 +56,4 @@ def test_kernel_overlap_padding_and_the_order_of_the_colours_change_little(backb
     found["colours"] = decibels(before, wavelet_color_fix(raw, resize(small, 128, 128)).clamp(0, 1))
     print(", ".join(f"{name} {value:.1f} dB" for name, value in found.items()))
     assert min(found.values()) > 25
-    assert max(found.values()) < 90  # each of them is a change
+    assert max(found.values()) < 110  # each of them is a change
