@@ -133,7 +133,7 @@ class _Run:
         multiple = self.backbone.descriptor.multiple_of
         padded = pad_to_multiple(at_work_size(to_device(image, place), frame, plan.settings.resize), multiple)
         if self.preview is not None:
-            self.preview.start(padded)
+            self.preview.start(padded, frame.work)
         if mask is not None and mask.regions:
             self._parts(padded, result, mask)
         else:

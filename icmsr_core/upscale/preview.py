@@ -41,7 +41,7 @@ class Preview:
 
     def __init__(self, send: Send, clock: Callable[[], float] = time.perf_counter) -> None:
         self._send, self._clock = send, clock
-        self._canvas, self._scale = torch.empty(0), (1.0, 1.0)
+        self._canvas, self._scale, self._shown = torch.empty(0), (1.0, 1.0), (1, 1)
         self._map: Tensor | None = None
         self._next, self._spent = 0.0, 0.0
 
@@ -50,14 +50,18 @@ class Preview:
         """Seconds that painting and sending have taken so far, as the CPU sees it."""
         return self._spent
 
-    def start(self, enlarged: Tensor) -> None:
-        """Begins a run with its enlarged input [1, 3, H, W] in [0, 1], padding included; sends it."""
+    def start(self, enlarged: Tensor, size: tuple[int, int]) -> None:
+        """Begins a run with its enlarged input [1, 3, H, W] in [0, 1]; sends it.
+
+        The picture has `size` (height, width); what is below and at the right of that is padding and is not shown.
+        """
         begun = self._clock()
         height, width = enlarged.shape[2:]
         shrink = min(1.0, LONGEST / max(height, width))
-        size = max(1, round(height * shrink)), max(1, round(width * shrink))
-        self._scale = size[0] / height, size[1] / width
-        self._canvas, self._map = _shrunk(enlarged, *size)[0], None
+        rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
+        self._scale = rows / height, columns / width
+        self._shown = max(1, round(size[0] * self._scale[0])), max(1, round(size[1] * self._scale[1]))
+        self._canvas, self._map = _shrunk(enlarged, rows, columns)[0], None
         self._spent += self._clock() - begun
         self._show()
 
@@ -115,7 +119,9 @@ class Preview:
         now = self._clock()
         if now < self._next:
             return
-        picture = self._canvas.clamp(0, 1).mul(255).round_().to(torch.uint8).movedim(0, -1).cpu()
+        rows, columns = self._shown
+        picture = self._canvas[:, :rows, :columns].clamp(0, 1).mul(255).round_().to(torch.uint8)
+        picture = picture.movedim(0, -1).contiguous().cpu()
         self._send(picture)
         took = self._clock() - now
         self._spent += took

@@ -114,7 +114,7 @@ def test_thin_stripes_leave_no_gap(axis: int, thickness: int) -> None:
     white, shown = torch.ones(1, 3, 1500, 900), []
     clock = Clock()
     preview = Preview(shown.append, clock)
-    preview.start(torch.zeros_like(white))
+    preview.start(torch.zeros_like(white), (1500, 900))
     for position in range(0, white.shape[axis], thickness):
         clock.now += 1
         stripe = white.narrow(axis, position, min(thickness, white.shape[axis] - position))
@@ -131,6 +131,12 @@ def test_the_map_is_found_and_is_the_mean_colour_where_nothing_differs() -> None
     assert torch.allclose(found, torch.cat([weights, shift], 1), atol=1e-3)
     flat = linear_map(torch.ones(4, 9), shift.expand(3, 9))
     assert torch.allclose(flat @ torch.ones(5, 1), shift, atol=1e-5)
+
+
+def test_padding_is_not_shown() -> None:
+    """37 x 50 enlarged twice, 74 x 100, is 80 x 112 for the networks."""
+    _, shown, _ = watched(photo(37, 50), 1.0, scale=2, tile=64, overlap=16)
+    assert {picture.shape for picture in shown} == {(3, 74, 100)}
 
 
 def test_a_picture_of_one_pixel_and_a_strip_have_previews() -> None:

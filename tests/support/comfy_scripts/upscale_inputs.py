@@ -38,7 +38,9 @@ logging.getLogger().addHandler(lines)
 
 def upscaled(pictures: torch.Tensor, **settings) -> torch.Tensor:
     lines.texts.clear()
-    return upscale_node.execute(model, vae, pictures, **{"scale": 4.0, "tile": 64, "overlap": 32, **settings}).result[0]
+    return upscale_node.execute(model, vae, pictures, **{"scale": 4.0, "tile": 128, "overlap": 32, **settings}).result[
+        0
+    ]
 
 
 def refused(pictures: torch.Tensor, **settings) -> str:
@@ -114,7 +116,7 @@ def previews() -> None:
     original = upscale_module.comfy.utils.ProgressBar
     upscale_module.comfy.utils.ProgressBar = Bar
     try:
-        upscaled(torch.rand(1, 160, 200, 3), scale=4.0, tile=128)
+        upscaled(torch.rand(1, 160, 200, 3), scale=4.0, tile=512)
     finally:
         upscale_module.comfy.utils.ProgressBar = original
     report["previews"] = [shown for _, _, shown in calls if shown is not None]
