@@ -188,6 +188,11 @@ class Server:
         self.stop()
         raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-6000:]}")
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def stop(self) -> None:
         """Ends the server."""
         self._process.stdin.close()

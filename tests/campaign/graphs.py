@@ -1,0 +1,337 @@
+"""Runs random graphs on one real ComfyUI process and compares every result with the library's.
+
+    python -m tests.campaign.graphs --graphs 500 --prompts 500 --seed 0 --minutes 110 --side 64
+
+A graph has random widgets, one to three pictures of up to `--side` pixels, and one of three models. In one of six runs
+it is interrupted at a random time, in one of six memory runs out one to three times in it. Damaged prompts are posted
+in between. A finding is: a result of which a value is over 1/255 from the library's with the tile that was used in the
+end; an interrupted run that ends otherwise; a prompt that is answered with anything but an id or a refusal; an end of
+the process; the first ten graphs, run again at the end, with other results or over 50 MB more memory than at first;
+memory that grows by over 50 MB over the last half of the runs.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone, silence_diffusers
+from icmsr_core.runtime.recipe import Recipe
+from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.settings import COLOR_FIXES, VAE_MODES, UpscaleSettings
+from icmsr_core.weights.embedded import embedded_base
+from tests.campaign.mutation import mutated_json
+from tests.support.comfy_harness import Server, find_comfyui, prepare_python
+from tests.support.model_files import write_generator
+
+MODELS = ("embedded", "a.safetensors", "b.safetensors")
+CLOSE = 1 / 255
+FIRST = 10
+"""Graphs that are run again at the end."""
+GROWTH = 50 << 20
+"""Bytes of memory that count as growth."""
+
+
+@dataclass
+class Report:
+    """What came of the campaign."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Runs by their kind: plain, out of memory, interrupted; refused and accepted prompts."""
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    furthest: float = 0.0
+    """Largest difference of a value from the library's."""
+    memory: list[int] = field(default_factory=list)
+    """Resident bytes of the server after each graph."""
+    first: list[int] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    """The same after the first ten graphs, and after the same ten at the end."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One random graph."""
+
+    number: int
+    model: str
+    sizes: tuple[int, int, int]
+    """Pictures, height, width."""
+    settings: UpscaleSettings
+    tile_batch: int
+    kind: str
+    errors: int = 0
+    """Times that memory runs out."""
+    delay: float = 0.0
+    """Seconds after which it is interrupted."""
+
+    def picture(self) -> np.ndarray:
+        """The pictures, uint8 [count, height, width, 3]."""
+        count, height, width = self.sizes
+        numbers = np.random.default_rng(self.number)
+        coarse = numbers.integers(0, 256, (count, 5, 5, 3), np.uint8)
+        whole = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in coarse]
+        return np.stack([np.asarray(one) for one in whole])
+
+
+def random_graph(random: Random, number: int, side: int) -> Graph:
+    """Widgets as a user may set them, such that the graph is valid."""
+    tile = random.choice((0, 64, 128, 256, 512))
+    overlap = random.choice((0, 16, tile // 4)) if tile else 0
+    settings = UpscaleSettings(
+        scale=random.choice((1.0, 1.5, 2.0, 3.0, 4.0, 4.0)),
+        tile=tile,
+        overlap=overlap,
+        color_fix=random.choice(COLOR_FIXES),
+        vae=random.choice(VAE_MODES),
+    )
+    sizes = random.choice((1, 1, 1, 2, 3)), random.randint(8, side), random.randint(8, side)
+    kind = random.choice(("plain",) * 4 + ("out of memory", "interrupted"))
+    return Graph(
+        number,
+        random.choice(MODELS),
+        sizes,
+        settings,
+        random.choice((0, 1, 1, 4)),
+        kind,
+        errors=random.randint(1, 3) if kind == "out of memory" else 0,
+        delay=random.uniform(0, 3),
+    )
+
+
+def prompt_of(graph: Graph, images: list[str]) -> dict[str, Any]:
+    """`graph` in the form that POST /prompt takes; `images` are the names of the uploaded pictures."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    prompt = {f"image{index}": node("LoadImage", image=name) for index, name in enumerate(images)}
+    last = "image0"
+    for index in range(1, len(images)):
+        prompt[f"batch{index}"] = node("ImageBatch", image1=[last, 0], image2=[f"image{index}", 0])
+        last = f"batch{index}"
+    if graph.model == "embedded":
+        prompt["model"] = node("ICMSR_LoadEmbedded", generator="embedded")
+    else:
+        prompt["base"] = node("ICMSR_LoadEmbedded", generator="none")
+        prompt["model"] = node(
+            "ICMSR_ApplyGenerator", model=["base", 0], vae=["base", 1], generator=graph.model, strength=1.0
+        )
+    prompt["plant"] = node("CampaignPlant", images=[last, 0], errors=graph.errors, run=graph.number)
+    own = graph.settings
+    prompt["upscale"] = node(
+        "ICMSR_Upscale",
+        model=["model", 0],
+        vae=["model", 1],
+        image=["plant", 0],
+        scale=own.scale,
+        tile=own.tile,
+        overlap=own.overlap,
+        color_fix=own.color_fix,
+        tile_batch=graph.tile_batch,
+        vae_mode=own.vae,
+    )
+    prompt["keep"] = node("CampaignKeep", images=["upscale", 0], run=graph.number)
+    return prompt
+
+
+class Campaign:
+    """A running server, the library's networks, and what was found so far."""
+
+    def __init__(self, server: Server, folder: Path, seed: int) -> None:
+        self.server, self.seed, self.report = server, seed, Report()
+        self._folder = folder
+        self._backbones: dict[str, DiffusersBackbone] = {}
+
+    def run(self, graph: Graph, repeated: bool = False) -> np.ndarray | None:
+        """Runs `graph`, compares its result, and returns it; None where it was interrupted."""
+        pictures = graph.picture()
+        names = [
+            self.server.upload(Image.fromarray(one), f"{graph.number}_{index}.png")
+            for index, one in enumerate(pictures)
+        ]
+        prompt = prompt_of(graph, names)
+        if repeated:  # else core gives what it remembers
+            prompt["plant"]["inputs"]["run"] = prompt["keep"]["inputs"]["run"] = graph.number + 1_000_000
+        result = None
+        if graph.kind == "interrupted":
+            queued = self.server.post("/prompt", {"prompt": prompt})
+            time.sleep(graph.delay)
+            self.server.post("/interrupt", {})
+            status = self._end_of(queued["prompt_id"])
+            if status not in ("success", "interrupted"):
+                self.find(graph, f"an interrupted run ended with {status}")
+        else:
+            kind, data, _ = self.server.run(prompt, timeout=600)
+            if kind != "execution_success":
+                self.find(graph, f"{kind}: {json.dumps(data)[:1500]}")
+            else:
+                result = self._compare(graph, pictures, prompt["keep"]["inputs"]["run"])
+        self.report.counts[graph.kind] += 1
+        self.report.memory.append(self.resident())
+        return result
+
+    def _end_of(self, prompt: str) -> str:
+        for _ in range(3000):
+            history = self.server.get(f"/history/{prompt}")
+            if prompt in history:
+                messages = [kind for kind, _ in history[prompt]["status"]["messages"]]
+                return "interrupted" if "execution_interrupted" in messages else history[prompt]["status"]["status_str"]
+            time.sleep(0.1)
+        return "nothing after five minutes"
+
+    def _compare(self, graph: Graph, pictures: np.ndarray, run: int) -> np.ndarray:
+        path = self.server.base / "output" / f"run_{run}.safetensors"
+        with safe_open(str(path), framework="pt") as file:
+            found, plans = file.get_tensor("images"), json.loads(file.metadata()["plans"])
+        path.unlink()
+        for index, (one, plan) in enumerate(zip(pictures, plans)):
+            settings = replace(graph.settings, **plan)
+            image = torch.from_numpy(one.copy()).movedim(-1, 0)[None].float() / 255
+            wanted = upscale(self._backbone(graph.model), image, settings)[0].movedim(0, -1)
+            if wanted.shape != found[index].shape:
+                self.find(graph, f"picture {index} is {list(found[index].shape)}, expected {list(wanted.shape)}")
+                continue
+            apart = float((wanted.clamp(0, 1) - found[index].clamp(0, 1)).abs().max())
+            self.report.furthest = max(self.report.furthest, apart)
+            if apart > CLOSE:
+                self.find(graph, f"picture {index} is {255 * apart:.2f}/255 from the library's, with {plan}")
+        if len(plans) != len(pictures):
+            self.find(graph, f"{len(pictures)} pictures, {len(plans)} plans")
+        return found.numpy()
+
+    def _backbone(self, model: str) -> DiffusersBackbone:
+        if model not in self._backbones:
+            own = {} if model == "embedded" else {"generator": self._folder / model}
+            self._backbones[model] = load_backbone(Recipe(device="cpu", dtype="fp32", **own))
+        return self._backbones[model]
+
+    def post_damaged(self, random: Random) -> None:
+        """A prompt with a changed value; it is refused, or runs and ends in whatever way."""
+        graph = random_graph(random, 0, 16)
+        name = self.server.upload(Image.fromarray(graph.picture()[0]), "damaged.png")
+        prompt = mutated_json(random, prompt_of(replace(graph, sizes=(1, 8, 8), errors=0), [name]))
+        try:
+            answer = self.server.post("/prompt", {"prompt": prompt})
+        except Exception as error:
+            self.report.findings.append({"prompt": repr(prompt)[:1500], "finding": f"{type(error).__name__}: {error}"})
+            return
+        if "prompt_id" in answer:
+            self.report.counts["damaged prompts that ran"] += 1
+            self._end_of(answer["prompt_id"])
+        else:
+            self.report.counts["damaged prompts that were refused"] += 1
+
+    def find(self, graph: Graph, text: str) -> None:
+        """Notes a finding."""
+        self.report.findings.append({"graph": graph.number, "seed": self.seed, "kind": graph.kind, "finding": text})
+
+    def resident(self) -> int:
+        """Resident bytes of the server."""
+        lines = Path(f"/proc/{self.server.pid}/status").read_text("utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
+
+
+@contextmanager
+def start_comfyui(base: Path) -> Iterator[Server]:
+    """A running ComfyUI with the pack, the campaign's nodes and two more generators, in the folder `base`."""
+    comfyui = find_comfyui()
+    assert comfyui is not None, "no ComfyUI: set COMFYUI_PATH"
+    nodes, models = base / "custom_nodes" / "campaign", base / "models" / "icmsr"
+    shutil.copytree(Path(__file__).with_name("graph_nodes"), nodes)
+    models.mkdir(parents=True)
+    for number, name in enumerate(MODELS[1:]):
+        write_generator(models / name, embedded_base(), seed=number)
+    server = Server(prepare_python(comfyui), comfyui, base)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def run_graphs(graphs: int, prompts: int, seed: int, minutes: float, side: int, say: Callable[[str], None]) -> Report:
+    """The campaign: `graphs` and `prompts` on one server, within `minutes`."""
+    silence_diffusers()
+    ends = time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory(prefix="icmsr-graphs-") as place, start_comfyui(Path(place) / "comfy") as server:
+        campaign = Campaign(server, server.base / "models" / "icmsr", seed)
+        _run_all(campaign, graphs, prompts, side, ends, say)
+    return campaign.report
+
+
+def _run_all(campaign: Campaign, graphs: int, prompts: int, side: int, ends: float, say: Callable[[str], None]) -> None:
+    random, report = Random(campaign.seed), campaign.report
+    planned = [random_graph(random, number, side) for number in range(graphs)]
+    first = [replace(graph, kind="plain", errors=0) for graph in planned[:FIRST]]
+    results = []
+    for graph in first:
+        results.append(campaign.run(graph))
+        report.first.append(report.memory[-1])
+    for graph in planned[FIRST:]:
+        if time.monotonic() > ends:
+            break
+        campaign.run(graph)
+        if random.random() < prompts / max(1, graphs):
+            campaign.post_damaged(random)
+        if graph.number % 25 == 0:
+            say(f"{graph.number} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
+    half = report.memory[len(report.memory) // 2 :]
+    for graph, before in zip(first, results):
+        after = campaign.run(graph, repeated=True)
+        report.again.append(report.memory[-1])
+        if before is not None and after is not None and not np.array_equal(before, after):
+            campaign.find(graph, f"another result at the end: {255 * np.abs(before - after).max():.3f}/255 apart")
+    growth = float(np.polyfit(np.arange(len(half)), half, 1)[0]) * len(half)
+    if growth > GROWTH:
+        report.findings.append({"finding": f"memory grows: {growth / 1e6:.0f} MB over the last {len(half)} graphs"})
+    if max(report.again) - max(report.first) > GROWTH:
+        text = f"the first graphs took {max(report.first) / 1e6:.0f} MB, at the end {max(report.again) / 1e6:.0f} MB"
+        report.findings.append({"finding": text})
+
+
+def main() -> int:
+    """The command line; 0 without findings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=500, help="damaged prompts in between")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=110, help="no new graph after this long")
+    parser.add_argument(
+        "--side", type=int, default=64, help="largest side of a picture; results are up to 4 times that"
+    )
+    options = parser.parse_args()
+    print(f"seed {options.seed}, at most {options.minutes:g} minutes", flush=True)
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    report = run_graphs(options.graphs, options.prompts, options.seed, options.minutes, options.side, say)
+    for finding in report.findings:
+        print(json.dumps(finding))
+    for kind, count in sorted(report.counts.items()):
+        print(f"{kind:<40}{count:>6}")
+    print(
+        f"{(time.monotonic() - started) / 60:.1f} minutes, {len(report.findings)} findings, at most "
+        f"{255 * report.furthest:.3f}/255 from the library, memory {max(report.first) / 1e6:.0f} MB in the first "
+        f"{len(report.first)} graphs, {max(report.again) / 1e6:.0f} MB in the same at the end"
+    )
+    return 1 if report.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
