@@ -409,3 +409,23 @@ def test_artefacts_measures_edges_and_patterns(load_benchmark, monkeypatch, tmp_
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--out", str(tmp_path)])
     assert stopped.value.code == 2
+
+
+def test_flicker_is_told_of_the_input_of_bicubic_and_of_nano(
+    load_benchmark, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--frames", "6", "--noise", "4", "--width", "24", "--height", "16", "--threads", "1"]
+    assert load_benchmark("flicker").main(options) == 0
+    rows = {row["frames"]: float(row["flicker"]) for row in table(capsys.readouterr().out)}
+    assert list(rows) == ["input", "bicubic", "nano, fidelity 0", "nano, fidelity 1"]
+    assert rows["input"] == pytest.approx(4, rel=0.1)  # what was added; white and black are clipped
+    assert 0.4 * rows["input"] < rows["bicubic"] < rows["input"]  # interpolation averages noise
+    assert min(rows.values()) > 0.5
+
+
+def test_flicker_of_a_scene_without_noise_is_none(load_benchmark) -> None:
+    frames = torch.rand(1, 3, 4, 4).repeat(5, 1, 1, 1)
+    flicker = load_benchmark("flicker").flicker
+    assert flicker(frames) == 0
+    swing = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    assert flicker(swing) == pytest.approx(255 * 0.5**0.5)
