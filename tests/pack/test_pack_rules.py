@@ -243,6 +243,7 @@ def test_every_workflow_has_a_picture_known_nodes_and_a_note(path):
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 180
+    assert path.with_suffix(".jpg").stat().st_size <= 100_000
     workflow = json.loads(path.read_text())
     types = [node["type"] for node in workflow["nodes"]]
     own = {name for name in types if name.startswith("ICMSR_")}
@@ -267,6 +268,7 @@ SHIPPED = {
     "nodes",
     "pyproject.toml",
     "requirements.txt",
+    "subgraphs",
     "web",
 }
 """What a user's ComfyUI gets: the only names at the top of the registry's archive."""
@@ -300,5 +302,5 @@ def test_every_version_of_python_that_is_promised_is_tested():
 
 
 def test_the_pack_has_no_symbolic_links():
-    for folder in ("nodes", "icmsr_core", "web", "locales", "example_workflows"):
+    for folder in ("nodes", "icmsr_core", "web", "locales", "example_workflows", "subgraphs"):
         assert not [path for path in (ROOT / folder).rglob("*") if path.is_symlink()]

@@ -34,7 +34,7 @@ SCRIPTS = Path(__file__).resolve().parent / "comfy_scripts"
 PACK_NAME = "icm-sr"
 # The newest set of three that exists together.
 CONSTRAINTS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 def find_comfyui() -> Path | None:
@@ -301,13 +301,16 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
             continue
         known = {**object_info[node["type"]]["input"].get("required", {})}
         known |= object_info[node["type"]]["input"].get("optional", {})
-        values = iter(node.get("widgets_values", []))
+        # By name where names are saved: some widgets, such as "control after generate" of a seed, are no inputs.
+        named, values = node.get("widgets_values_named"), iter(node.get("widgets_values", []))
         inputs = {}
         for entry in node["inputs"]:
-            value = next(values) if "widget" in entry else None
+            value = None
+            if "widget" in entry:
+                value = next(values, None) if named is None else named.get(entry["name"])
             if entry.get("link") is not None:
                 inputs[entry["name"]] = source[entry["link"]]
-            elif "widget" in entry and entry["name"] in known:
+            elif "widget" in entry and entry["name"].split(".")[0] in known and value is not None:
                 inputs[entry["name"]] = value
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
