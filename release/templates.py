@@ -154,8 +154,9 @@ def fixed_ids(workflow: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_screenshot(frontend: Any, path: Path) -> None:
-    """Opens the template upscale, runs it and writes what the editor shows."""
+    """Opens the template upscale in Nodes 2.0, runs it and writes what the editor shows."""
     template = next(one for one in TEMPLATES if one.name == "upscale")
+    frontend.use_vue_nodes(True)
     frontend.load(workflow_of(frontend, template))
     frontend.run()
     frontend.screenshot(path)

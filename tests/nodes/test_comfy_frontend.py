@@ -172,6 +172,8 @@ def test_templates_hold_what_is_described_and_defaults_otherwise(comfy_server):
     assert {template.name for template in TEMPLATES} <= {path.stem for path in WORKFLOWS}
     for template in TEMPLATES:
         name = template.name
+        (note,) = (node for node in named(name)["nodes"] if node["type"] == "MarkdownNote")
+        assert note["widgets_values"] == [template.graph()["nodes"][0]["values"]["text"]], "run release/templates.py"
         nodes = [node for node in named(name)["nodes"] if node["type"] != "MarkdownNote"]
         assert [node["type"] for node in nodes] == [node.type for node in template.nodes]
         for saved, node in zip(nodes, template.nodes):
