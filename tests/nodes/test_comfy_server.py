@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from icmsr_core.weights.embedded import embedded_adapter, embedded_base, embedde
 from icmsr_core.weights.generator_file import load_generator, save_generator
 from tests.support.comfy_harness import PACK_NAME, ROOT, to_prompt
 from tests.support.hostile_pickle import HostileValue
+from tests.support.locales import LOCALES
 from tests.support.model_files import random_generator, write_generator
 
 pytestmark = pytest.mark.comfy
@@ -198,6 +200,29 @@ def test_english_names_are_those_of_the_nodes(object_info):
             },
         }
     assert texts == expected
+
+
+def test_locales_are_those_of_the_frontend(comfy_python):
+    """Of the installed frontend: a newer one may know more languages, whose texts are then to be written."""
+    where = "import comfyui_frontend_package; print(comfyui_frontend_package.__path__[0])"
+    package = subprocess.run([str(comfy_python), "-c", where], capture_output=True, text=True, check=True).stdout
+    bundles = (Path(package.strip()) / "static" / "assets").glob("i18n-*.js")
+    code = "".join(path.read_text(encoding="utf-8") for path in bundles)
+    assert set(re.findall(r'"\./([\w-]+)/nodeDefs\.json"', code)) == {"en", *LOCALES}
+
+
+def test_comfyui_serves_the_texts_and_help_pages_of_every_language(comfy_server):
+    """Where the frontend looks for them: /i18n and /extensions/PACK/docs/NODE/LOCALE.md."""
+    served = comfy_server.get("/i18n")
+    for locale in ("en", *LOCALES):
+        assert served[locale]["nodeDefs"] == json.loads(
+            (ROOT / "locales" / locale / "nodeDefs.json").read_text("utf-8")
+        )
+    for page in sorted((ROOT / "web" / "docs").rglob("*.md")):
+        address = f"{comfy_server.url}/extensions/{PACK_NAME}/{page.relative_to(ROOT / 'web').as_posix()}"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert answer.read() == page.read_bytes()
+            assert "html" not in answer.headers["Content-Type"], "the frontend takes HTML for a missing page"
 
 
 def needs_files(path: Path) -> bool:
