@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.nodes.test_comfy_frontend import FLAGS
+from tests.support.comfy_frontend import FLAGS
 from tests.support.comfy_harness import ROOT
 
 pytestmark = pytest.mark.long
