@@ -119,7 +119,7 @@ def write_graphs(frontend: Any, out: Path, only: Sequence[str] | None) -> None:
 def workflow_of(frontend: Any, template: Template) -> dict[str, Any]:
     """The template as the frontend saves it."""
     ids = frontend.build(template.graph())
-    saved = frontend.load(fixed_ids(frontend.saved(), template.name))["saved"]
+    saved: dict[str, Any] = frontend.load(fixed_ids(frontend.saved(), template.name))["saved"]
     saved["extra"] = {"ds": VIEW}
     if template.app is not None:
         inputs, outputs = template.app

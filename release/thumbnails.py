@@ -69,12 +69,13 @@ THUMBNAILS = {
 
 def small_picture(crop: Crop, width: int, height: int) -> Picture:
     """The crop before it is upscaled, `width` x `height` pixels."""
+    whole: Any
     if crop.source == "demo":
         whole = read_picture(demo_picture()).rgb
     else:
         import skimage.data
 
-        loaded: Any = getattr(skimage.data, crop.source)()
+        loaded = getattr(skimage.data, crop.source)()
         array = loaded[0] if isinstance(loaded, tuple) else loaded
         whole = np.asarray(array, np.float32)[..., :3] / np.float32(255)
     if crop.reduce > 1:
