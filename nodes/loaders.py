@@ -59,7 +59,7 @@ class LoadEmbedded(io.ComfyNode):
                     **{**FIDELITY_RANGE, "default": EMBEDDED_FIDELITY},
                     optional=True,  # workflows saved before this input existed still run
                     tooltip=(
-                        "0: crisp, closest to your image. 1: softer, with more faint texture. Values between mix the "
+                        "0: closest to your image. 1: more invented detail. Values between mix the "
                         "two, values up to 2 exaggerate. No effect when generator is none."
                     ),
                 ),

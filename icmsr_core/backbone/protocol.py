@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from .noise_schedule import NoiseSchedule
@@ -57,9 +56,6 @@ class BackboneDescriptor:
     """What the network's output means at that timestep."""
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     """The base model's noise schedule."""
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    """Precisions in which the networks are known to give finite, correct results, best first. Others are never chosen,
-    only computed in when the user asks for them."""
     coeff_t: int | None = None
     """The timestep of the closed form; None: the input timestep, as with all but some imported generators."""
     recommended: Recommended = field(default_factory=Recommended)

@@ -202,7 +202,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         type=parse_fidelity,
         metavar="0..2",
         help="0: faithful, 1: realistic, up to 2: more so; for generators with both sets of weights (default: what "
-        "the file states, 0 for nano)",
+        "the file states, 1 for nano)",
     )
     parser.add_argument(
         "--prompt",

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import IcmsrError
-
-DoubleArray = npt.NDArray[np.float64]
+from .metrics import DoubleArray
 
 _NEAR, _AROUND = 1, 8  # frequency bins: what counts as the peak itself, and how far its surroundings reach
 

@@ -38,8 +38,7 @@ def choose_dtype(device_type: str, descriptor: BackboneDescriptor, native_bf16: 
     """
     if device_type == "cpu":
         return torch.bfloat16 if native_bf16 and descriptor.family in LARGE_FAMILIES else torch.float32
-    fastest = torch.bfloat16 if native_bf16 else torch.float16
-    return fastest if fastest in descriptor.dtypes else torch.float32
+    return torch.bfloat16 if native_bf16 else torch.float16
 
 
 def computes_bf16(device: torch.device) -> bool:

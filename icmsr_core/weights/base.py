@@ -31,7 +31,7 @@ from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FIL
 from .file_kinds import AGAIN
 from .generator_file import Generator
 from .generator_fit import check_family, check_prior
-from .sd_families import SD_FAMILIES, SD_FILES, SD_SCALING, published_values
+from .sd_families import SD_FILES, SD_SCALING, published_values
 from .single_file import diffusers_name, diffusers_shape, diffusers_tensor, read_checkpoint
 from .tensor_files import open_tensors, read_tensors
 
@@ -69,16 +69,6 @@ class BaseInfo:
     """Training timesteps."""
     licence: str = ""
     """Licence of the weights (SPDX)."""
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Precisions in which the networks are known to work, best first.
-
-        float16 only for Stable Diffusion: nano's UNet reaches 2.7 million inside (`up_blocks.1.resnets.2`), and float16
-        ends at 65504.
-        """
-        safe = (torch.float32, torch.bfloat16)
-        return (*safe, torch.float16) if self.family in SD_FAMILIES.values() else safe
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -222,7 +212,6 @@ class BaseFolder:
             timestep=0,
             prediction=self.info.prediction,
             schedule=self.schedule,
-            dtypes=self.info.dtypes,
         )
         return descriptor if generator is None else descriptor.with_generator(generator.info)
 

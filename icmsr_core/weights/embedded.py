@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-EMBEDDED_FIDELITY = 0.0
-"""Default fidelity of the embedded generator, as its file states: the faithful set is the sharper one."""
+EMBEDDED_FIDELITY = 1.0
+"""Default fidelity of the embedded generator, as its file states: the realistic set, which has more detail."""
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 

@@ -98,9 +98,9 @@ def test_a_recipe_whose_base_holds_no_prompt_says_which_base(tmp_path, base) -> 
         resolve(Recipe(other))
 
 
-def test_the_embedded_generator_is_faithful_unless_asked_for_more(tmp_path) -> None:
+def test_the_embedded_generator_is_realistic_unless_asked_for_less(tmp_path) -> None:
     found = resolve(Recipe(generator=embedded_generator()))
-    assert found.generator.fidelity == 0.0
+    assert found.generator.fidelity == 1.0
     copy = tmp_path / "copy.safetensors"
-    save_generator(copy, found.generator.at_fidelity(1.0))  # a choice is not written into a file
-    assert load_generator(copy).fidelity == 0.0
+    save_generator(copy, found.generator.at_fidelity(0.0))  # a choice is not written into a file
+    assert load_generator(copy).fidelity == 1.0

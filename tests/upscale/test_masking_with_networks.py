@@ -19,7 +19,7 @@ def nano() -> DiffusersBackbone:
     return load_backbone(Recipe(generator=embedded_generator()))
 
 
-@pytest.mark.parametrize(("vae", "levels"), [("exact", 1.0), ("bounded", 3.0)])
+@pytest.mark.parametrize(("vae", "levels"), [("exact", 1.0), ("bounded", 6.0)])
 def test_with_real_networks_the_inside_is_as_without_a_mask(nano: DiffusersBackbone, vae: str, levels: float) -> None:
     """Exact within 1 of 255; bounded within its own error, the tiles' and that of the statistics (performance.md)."""
     image, mask = photo(96, 96), torch.zeros(1, 1, 96, 96)
@@ -33,4 +33,5 @@ def test_with_real_networks_the_inside_is_as_without_a_mask(nano: DiffusersBackb
     difference = 255 * (part - whole)[..., 144:240, 160:272].abs()
     print(f"{vae}: largest {float(difference.max()):.3f}, mean {float(difference.mean()):.4f} of 255")
     assert float(difference.max()) < levels
+    assert float(difference.mean()) < levels / 10
     assert torch.equal(part[..., :64, :64], resize(image, 384, 384)[..., :64, :64])

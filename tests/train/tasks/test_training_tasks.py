@@ -255,7 +255,7 @@ def test_averaged_puts_the_live_weights_back_even_after_an_error():
     layer = nn.Linear(2, 2)
     live = layer.weight.detach().clone()
     players = [Player("a", {"weight": layer.weight}), Player("b", {"bias": layer.bias}, averaged=False)]
-    state = RunState(players, LoopConfig(), 8, "")
+    state = RunState(players, LoopConfig(), 8, "{}")
     assert list(state.averages) == ["a"]
     state.averages["a"]["weight"].zero_()
     seen = []
