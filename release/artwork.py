@@ -166,7 +166,7 @@ def _words(text: str, x: float, baseline: float, size: float, color: str, bold: 
     }
     parts = []
     for points, code in TextPath((0, 0), text, size=size, prop=font).iter_segments():
-        pairs = [] if code == Outline.CLOSEPOLY else np.asarray(points).reshape(-1, 2)
+        pairs = np.asarray([] if code == Outline.CLOSEPOLY else points).reshape(-1, 2)
         parts.append(letters[code] + " ".join(f"{x + dx:.2f} {baseline - dy:.2f}" for dx, dy in pairs))
     return f'<path d="{"".join(parts)}" fill="{color}"/>\n'
 
