@@ -228,9 +228,8 @@ VIDEO_FRAMES = Template(
 2. **Trim Video** takes the first two seconds: *start_time* and *duration* choose the part.
 3. Press **Run**. Sound and frame rate are kept.
 
-**Frames are upscaled one by one and know nothing of each other**, so fine detail can flicker. On a still scene with
-noise the result flickers as much as the frames plainly enlarged at *fidelity* 0, and an eighth more at *fidelity* 1
-(measured by benchmarks/flicker.py on 2026-11-29).
+**Frames are upscaled one by one and know nothing of each other**, so fine detail can flicker. What that is
+on a still scene with noise: docs/performance.md, by benchmarks/flicker.py.
 
 **Memory:** the results of all frames are in main memory at once, *frames x height x width x 12 bytes*. Five seconds
 of 640 x 360 at 24 frames a second, upscaled 4 times, take 5.3 GB. So run a long video in parts, by *start_time*, and
