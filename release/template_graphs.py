@@ -130,8 +130,8 @@ UPSCALE = Template(
 3. Move the pointer over **Compare Images**: left of it is your picture, right of it the result. (It needs *Nodes 2.0*,
    in the menu under the ComfyUI logo. **Save Image** shows the result anyway.)
 
-**ICM-SR Load Embedded** loads nano, the small model inside this pack: nothing is downloaded. *fidelity* 0 is crisp
-and close to your picture, 1 is softer with more faint texture.
+**ICM-SR Load Embedded** loads nano, the small model inside this pack: nothing is downloaded. *fidelity* 0 is closest
+to your picture, 1 has more invented detail.
 
 **Out of memory?** Choose a smaller *tile*. **Colours are off?** Set *color_fix* to **wavelet**.
 """,
@@ -147,8 +147,8 @@ APP = Template(
 This is the template *upscale* in ComfyUI's app mode: it shows a picture to choose, three settings and the result.
 Leave app mode in the menu beside its name to see the graph.
 
-*scale*: how many times wider and higher. *fidelity*: 0 is crisp and close to your picture, 1 is softer with more
-faint texture.
+*scale*: how many times wider and higher. *fidelity*: 0 is closest to your picture, 1 has more invented
+detail.
 """,
     (_picture(), _nano(), _upscale(), _save(3)),
     app=((("image", "image"), ("upscale", "scale"), ("nano", "fidelity"), ("upscale", "color_fix")), ("save",)),
