@@ -217,7 +217,7 @@ def test_a_generator_without_a_prompt_asks_for_one(server, outcome, whole):
     kind, data, _ = server.run(prompt, timeout=300)
     assert kind == "execution_error"
     assert data["node_type"] == "ICMSR_Upscale"
-    assert "connect CLIP Text Encode to conditioning (an empty prompt will do)" in data["exception_message"]
+    assert "has no prompt of its own: connect CLIP of Load Checkpoint to" in data["exception_message"]
 
 
 def test_a_widget_runs_only_what_depends_on_it(server, outcome):
