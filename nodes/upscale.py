@@ -246,7 +246,7 @@ class _Batch:
         self._backbone, self._image, self._condition, self._masks = backbone, image, condition, masks
         self._plan = plan  # for the next picture
         self._features: AdapterFeatures | None = None
-        self._bar = comfy.utils.ProgressBar(image.shape[0])
+        self._bar = comfy.utils.ProgressBar(image.shape[0] * plan.steps)
         self._preview = Preview(self._show_picture)
         self._done = 0  # steps of the bar, for the pictures that are finished
         self._own_steps = 0  # those of the picture that runs
