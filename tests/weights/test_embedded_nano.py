@@ -131,7 +131,7 @@ def test_the_result_has_no_tint(results) -> None:
 
 
 def test_the_result_shows_no_grid_of_the_input_s_pixels(results) -> None:
-    """Along the lattice of the input's pixels, energy of the gradients varies at most a third more than bicubic's does."""
+    """Along the lattice of the input's pixels, the gradients' energy varies at most a third more than bicubic's."""
 
     def spread(picture: torch.Tensor) -> float:
         energy = picture.diff(dim=-1).abs().mean((0, 1, 2))[:156].view(-1, FACTOR).mean(0)
