@@ -16,8 +16,8 @@ CHOSEN = ("chosen by core", "chosen by core, MPS", "chosen by core, DynamicVRAM"
 FORCED = ("forced", "forced, DynamicVRAM", "forced, --novram")
 EVERYTHING = ("chosen by core", "forced", "forced, DynamicVRAM")
 """Where the adapter and the grid run, too."""
-ROUNDING = 0.01
-"""Largest difference that rounding to float16 makes."""
+ROUNDING = 0.05
+"""Largest difference that rounding makes, of the VAE to bfloat16 included."""
 
 
 class Outcome(NamedTuple):
@@ -65,7 +65,7 @@ def test_a_unet_that_overflows_goes_on_in_float32(outcome: Outcome, way: str) ->
         assert len(warnings) == 1, warnings
         assert warnings[0].startswith("the UNet gave NaN or infinite values in float16 and runs in float32")
     for run in pictures(way):
-        assert 0 < off_by(outcome, f"{way}{run}", f"CPU{run}") < ROUNDING
+        assert 0 < off_by(outcome, f"{way}{run}", f"CPU, forced{run}") < ROUNDING
 
 
 @pytest.mark.parametrize("way", [*CHOSEN, *FORCED])

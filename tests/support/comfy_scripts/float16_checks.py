@@ -28,7 +28,7 @@ WAYS = {
     "forced, DynamicVRAM": Card(half=True, dynamic=True, options=FORCED),
     "forced, --novram": Card(half=True, state="NO_VRAM", options=FORCED),
 }
-EVERYTHING = ("CPU", "chosen by core", "forced", "forced, DynamicVRAM")
+EVERYTHING = ("CPU", "CPU, forced", "chosen by core", "forced", "forced, DynamicVRAM")
 """Where the adapter and the grid run, too."""
 TOO_MUCH = 1e6
 """The largest value of a map that leaves float16's range."""
@@ -90,6 +90,7 @@ def overflowing_vae(part: str, forced: bool) -> None:
 
 with torch.inference_mode():
     with_nodes("CPU")
+    with_nodes("CPU, forced")
     management.unload_all_models()
     for way, given in WAYS.items():
         with card(given):
