@@ -110,6 +110,12 @@ def _compare(column: int) -> Node:
     return Node("compare", "ImageCompare", column, links, box=(520, 460))
 
 
+def _inspect(**values: object) -> Node:
+    links = {name: f"nano.{name.upper()}" for name in ("model", "vae")}
+    links |= {"image": "image.IMAGE", "control_net": "adapter.CONTROL_NET", "hint": "extract.hint"}
+    return Node("inspect", "ICMSR_InspectManifold", 2, links, values)
+
+
 HELP = "Every node has a help page: select it and press **?**."
 """The end of every note."""
 
@@ -306,19 +312,7 @@ Upscaling itself needs no condition: the generators have never seen one.
             {"image": "image.IMAGE"},
             {"low_threshold": 60.0, "high_threshold": 160.0},
         ),
-        Node(
-            "inspect",
-            "ICMSR_InspectManifold",
-            2,
-            {
-                "model": "nano.MODEL",
-                "vae": "nano.VAE",
-                "image": "image.IMAGE",
-                "control_net": "adapter.CONTROL_NET",
-                "hint": "extract.hint",
-            },
-            {"timesteps": "600, 999"},
-        ),
+        _inspect(timesteps="600, 999"),
         Node("colormap", "PreviewImage", 3, {"images": "extract.colormap"}, title="Colormap", box=(300, 300)),
         Node("edges", "PreviewImage", 3, {"images": "extract.edges"}, title="Edges", box=(300, 300)),
         _save(4, "ICM-SR_conditions", "inspect.IMAGE"),
@@ -428,18 +422,7 @@ and an empty prompt from CLIP Text Encode.
         _nano(generator="none"),
         Node("adapter", "ICMSR_LoadAdapter", 1),
         Node("extract", "ICMSR_ExtractCondition", 2, {"image": "image.IMAGE"}),
-        Node(
-            "inspect",
-            "ICMSR_InspectManifold",
-            2,
-            {
-                "model": "nano.MODEL",
-                "vae": "nano.VAE",
-                "image": "image.IMAGE",
-                "control_net": "adapter.CONTROL_NET",
-                "hint": "extract.hint",
-            },
-        ),
+        _inspect(),
         _save(3, "ICM-SR_manifold", "inspect.IMAGE"),
     ),
 )

@@ -250,6 +250,7 @@ def readable_formats() -> tuple[str, ...]:
 
 def _stated_size(data: bytes) -> str:
     """What the header of the file `data` says of its size, for an error."""
+    # As in `stored_size`: parsers of damaged files raise nearly everything, and this is only part of an error.
     with suppress(Exception), Image.open(io.BytesIO(data), formats=readable_formats()) as image:
         return f" ({image.width} x {image.height} pixels)"
     return ""
