@@ -91,5 +91,5 @@ def test_a_model_of_dynamic_loading_has_a_plain_copy(outcome: Outcome) -> None:
 
 def test_weights_in_8_bits_give_a_rough_result(outcome: Outcome) -> None:
     assert outcome.report["kept"] == "torch.float8_e4m3fn"
-    assert 10 * TOLERANCE < outcome.off_by("8 bits", "plain") < 0.01
+    assert 10 * TOLERANCE < outcome.off_by("8 bits", "plain") < 0.03
     assert outcome.off_by("8 bits, again", "8 bits") == 0

@@ -17,7 +17,7 @@ def load(recipe: Recipe, device: str) -> DiffusersBackbone:
 
 
 def condition_well(folder: Path) -> None:
-    """Gives the layers of the networks in `folder` a gain of about 1 and no biases, and each residual branch a tenth.
+    """Gives the layers of the networks in `folder` a gain of about 1 and no biases, and each residual branch a twentieth.
 
     The usual small weights let the signal fade from layer to layer while biases stay. A GroupNorm then sees a mean of
     many deviations, and makes large errors of rounding errors, which trained networks do not.
@@ -31,5 +31,5 @@ def condition_well(folder: Path) -> None:
             elif key.endswith(".bias"):
                 value.zero_()
             if key.rpartition(".")[0].endswith(branches):
-                value.mul_(0.1)
+                value.mul_(0.05)
         save_file(tensors, path)

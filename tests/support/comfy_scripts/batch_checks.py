@@ -274,7 +274,7 @@ def extra_model_paths() -> None:
         (job / folder / "notes.txt").touch()
     (own / "LOUD.SAFETENSORS").touch()
     folder_paths.filename_list_cache.clear()
-    found = {name: model_folders.find_file(name, "icmsr") for name in model_folders.list_files("icmsr")}
+    found = {name: model_folders.find_file(name, "icmsr") for name in model_folders.list_generators()}
     report["extra paths"] = {name: str(path.relative_to(job)) for name, path in found.items()}
 
 

@@ -30,7 +30,7 @@ for script, *flags in json.loads(sys.stdin.read()):
             sys.exit(f"{script} ended with {end.code}")
 """
 """One process for all scripts, as the imports of each take ten seconds; their data workers and jobs are new ones."""
-STARTING_NONE = {"metric_weights.py", "teacher_view.py"}
+STARTING_NONE = {"metric_weights.py", "pack_photographs.py", "teacher_view.py"}
 """Scripts that start no process."""
 
 
