@@ -14,7 +14,13 @@ from tests.support.script_process import load_script
 
 OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
 CAME_LATER = {
-    "distill": {"latents.pairs", "teacher_test", "generator.networks.train_encoder", "generator.losses.latent"}
+    "distill": {
+        "latents.pairs",
+        "teacher_test",
+        "generator.networks.train_encoder",
+        "generator.networks.continue_realistic",
+        "generator.losses.latent",
+    }
 }
 NEW_AND_FREE = {"loop.changed_photographs"}
 FREE_IN_A_LOOP = {
@@ -54,12 +60,13 @@ def test_a_resume_compares_everything_but_what_changes_no_weight(script, loops, 
         "--latents.pairs=8",
         "--teacher_test=true",
         "--generator.networks.train_encoder=false",
+        "--generator.networks.continue_realistic=true",
         "--generator.losses.latent=1",
     ],
 )
 def test_a_setting_that_came_later_is_compared_once_it_leaves_its_default(flag, monkeypatch):
-    kind = load_script("distill", monkeypatch).Config
-    old, new = (compared_settings(parse_config(kind, ["--run=a", *flags])) for flags in ([], [flag]))
+    kind, basis = load_script("distill", monkeypatch).Config, ["--run=a", "--generator.networks.start=generator.st"]
+    old, new = (compared_settings(parse_config(kind, [*basis, *flags])) for flags in ([], [flag]))
     assert names(new) - names(old) == {flag.removeprefix("--").split("=")[0]}
     assert all(names(new) >= {name} for name in names(old))
 

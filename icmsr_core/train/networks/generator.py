@@ -40,6 +40,9 @@ class NetworksConfig:
     start: str = ""
     """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
     on top of it, and exported as the realistic set of a file whose faithful set is this one."""
+    continue_realistic: bool = field(default=False, metadata=ADDED)
+    """With lora and `start`: go on from the realistic set of that file, whose LoRA must have this rank. False: a new
+    realistic set begins."""
     train_encoder: bool = field(default=True, metadata=ADDED)
     """Train the VAE's encoder too. False: the generator's input is encoded as the truth is, by the base's own encoder,
     and the VAE is frozen."""
@@ -65,6 +68,11 @@ class NetworksConfig:
         for name in ("train_decoder", "zero_output"):
             if self.weights == "lora" and getattr(self, name):
                 raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
+        if self.continue_realistic and (self.weights != "lora" or not self.start):
+            raise IcmsrError(
+                "networks.continue_realistic goes on from the realistic set of networks.start: set networks.weights to "
+                "lora and networks.start to a generator file with two sets"
+            )
 
 
 class GeneratorNetworks(nn.Module):
@@ -101,6 +109,10 @@ class GeneratorNetworks(nn.Module):
         # The role in which the generator's encoder runs.
         self._encoder: Role = "generator" if encoder else "teacher"
         self._generator: Role = "teacher" if whole else "generator"  # the role in which the generator's networks run
+        if config.continue_realistic and start is not None:
+            for part, roles in (("unet", self.generator_roles), ("vae", self.vae_roles)):
+                realistic = start.sets(part)[1]
+                roles.load_lora("generator", realistic.lora, start.info.realistic_alpha / start.info.realistic_rank)
         if whole:
             self._train_whole()
         if config.checkpointing:

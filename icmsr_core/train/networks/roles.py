@@ -128,6 +128,26 @@ class Roles:
                 pairs[name] = LoraPair(down.detach(), up.detach())
         return pairs
 
+    @torch.no_grad()
+    def load_lora(self, role: Role, pairs: Mapping[str, LoraPair], scale: float = 1.0) -> None:
+        """Gives the LoRA of `role` the values of `pairs`, by module as `lora` returns them; the update is `scale` times
+        B @ A. Raises `IcmsrError` unless modules and shapes are exactly those of the role."""
+        own = self.lora(role)
+        wrong = sorted(own.keys() ^ pairs.keys())
+        wrong += sorted(
+            name
+            for name in own.keys() & pairs.keys()
+            if any(a.shape != b.shape for a, b in zip(own[name], pairs[name]))
+        )
+        if wrong:
+            raise IcmsrError(
+                f"the LoRA does not fit that of {role}: {len(wrong)} modules differ, the first is {wrong[0]}: "
+                "use the rank and the settings that it was trained with"
+            )
+        for name, (down, up) in own.items():
+            down.copy_(pairs[name].down)
+            up.copy_(pairs[name].up * scale)
+
     def enable_checkpointing(self) -> None:
         """Recomputes activations in the backward pass, in the role that the forward pass ran in.
 

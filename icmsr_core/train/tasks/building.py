@@ -129,6 +129,13 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
                 f"generator.{name} is {getattr(config, name)}, networks.start {path} was trained with "
                 f"{getattr(info, name)}: set it to that"
             )
+    rank = config.networks.rank
+    if config.networks.continue_realistic and info.realistic_rank != rank:
+        has = f"LoRA of rank {info.realistic_rank}" if info.realistic_rank else "no realistic set as LoRA"
+        raise IcmsrError(
+            f"networks.continue_realistic goes on with LoRA of networks.rank {rank}, but {path} has {has}: "
+            "set networks.rank to that, or continue_realistic to false"
+        )
     changed = [*start.vae.tensors, *start.vae.lora]
     if config.losses.icm and any(map(in_decoder, changed)):
         raise IcmsrError(

@@ -157,6 +157,57 @@ def test_lora_on_a_start_is_exported_as_the_realistic_set(base, faithful, tmp_pa
             assert bool((clean - wanted).abs().max() < 0.02 * wanted.abs().max()) is same
 
 
+def test_the_realistic_set_of_a_start_goes_on(base, faithful, tmp_path):
+    settings = config(LossWeights(l2=1, perceptual=0, icm=0), rank=2, start=str(faithful / "generator.safetensors"))
+    task = build(faithful / "base", settings)
+    step(task)
+    task.export(tmp_path, {})
+    made = load_generator(tmp_path / "generator.safetensors")
+    # Another tool's alpha: the update counts, not how it is split.
+    save_generator(tmp_path / "twice.safetensors", replace(made, info=replace(made.info, realistic_alpha=4.0)))
+    wanted = task.networks.trained("generator")
+    for name, factor in (("generator", 1), ("twice", 2)):
+        start = replace(settings.networks, start=str(tmp_path / f"{name}.safetensors"), continue_realistic=True)
+        again = build(faithful / "base", replace(settings, networks=start))
+        found = again.networks.trained("generator")
+        assert found.keys() == wanted.keys()
+        for parameter, value in found.items():
+            stored = wanted[parameter] * (factor if ".lora_B." in parameter else 1)
+            assert (value - stored).abs().max() < 1e-3 * stored.abs().max().clamp_min(1e-3)
+    before = {name: value.detach().clone() for name, value in found.items()}
+    step(again)
+    after = again.networks.trained("generator")
+    assert all(not torch.equal(after[name], value) for name, value in before.items() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize(
+    ("networks", "words"),
+    [
+        ({"rank": 3}, "has LoRA of rank 2: set networks.rank to that"),
+        ({"rank": 2, "start": "FAITHFUL"}, "has no realistic set as LoRA"),
+        ({"rank": 2, "start": ""}, "set networks.weights to lora and networks.start to a generator file with two sets"),
+        ({"weights": "whole"}, "set networks.weights to lora and networks.start to a generator file with two sets"),
+    ],
+)
+def test_a_realistic_set_that_cannot_go_on_is_refused(base, faithful, tmp_path, networks, words):
+    faithful_file, both = faithful / "generator.safetensors", tmp_path / "generator.safetensors"
+    losses = LossWeights(l2=1, perceptual=0, icm=0)
+    build(faithful / "base", config(losses, rank=2, start=str(faithful_file))).export(tmp_path, {})
+    networks = {"start": str(both), **networks, "continue_realistic": True}
+    networks["start"] = networks["start"].replace("FAITHFUL", str(faithful_file))
+    with pytest.raises(IcmsrError, match=words):
+        check_generator(open_base(faithful / "base"), config(losses, **networks), CONDITION)
+
+
+def test_a_realistic_set_that_was_trained_with_an_encoder_does_not_go_on_without_it(base, faithful, tmp_path):
+    losses = LossWeights(l2=1, perceptual=0, icm=0)
+    settings = config(losses, rank=2, start=str(faithful / "generator.safetensors"))
+    build(faithful / "base", settings).export(tmp_path, {})
+    start = str(tmp_path / "generator.safetensors")
+    with pytest.raises(IcmsrError, match="does not fit that of generator: .* modules differ"):
+        build(faithful / "base", config(losses, rank=2, start=start, continue_realistic=True, train_encoder=False))
+
+
 def test_teacher_stays_the_base_when_the_generator_starts_elsewhere(base, faithful):
     settings = config(
         LossWeights(l2=1, perceptual=0, icm=1), weights="lora", rank=2, start=str(faithful / "generator.safetensors")
