@@ -17,7 +17,7 @@ def load(recipe: Recipe, device: str) -> DiffusersBackbone:
 
 
 def condition_well(folder: Path) -> None:
-    """Gives the layers of the networks in `folder` a gain of about 1 and no biases, and each residual branch a twentieth.
+    """Gives the layers of the networks in `folder` a gain of about 1, no biases, each residual branch a twentieth.
 
     The usual small weights let the signal fade from layer to layer while biases stay. A GroupNorm then sees a mean of
     many deviations, and makes large errors of rounding errors, which trained networks do not.

@@ -204,7 +204,7 @@ def test_a_realistic_set_that_was_trained_with_an_encoder_does_not_go_on_without
     settings = config(losses, rank=2, start=str(faithful / "generator.safetensors"))
     build(faithful / "base", settings).export(tmp_path, {})
     start = str(tmp_path / "generator.safetensors")
-    with pytest.raises(IcmsrError, match="does not fit that of generator: .* modules differ"):
+    with pytest.raises(IcmsrError, match=r"does not fit that of generator: .* modules differ"):
         build(faithful / "base", config(losses, rank=2, start=start, continue_realistic=True, train_encoder=False))
 
 
