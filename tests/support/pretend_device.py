@@ -75,6 +75,15 @@ HEAVY = {
     aten.upsample_nearest2d.default,
 }
 """What takes the time on large maps. They all make new tensors."""
+SUMS = {
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+}
+"""What a CPU without arithmetic in 16 bits computes a hundred times as slowly as in float32."""
 GROUP_NORM = {aten.native_group_norm.default, aten.native_group_norm_backward.default}
 FUSED = 2
 """What `_fused_sdp_choice` answers for memory-efficient attention (SDPBackend)."""
@@ -226,6 +235,8 @@ class PretendDevice:
         if func in HEAVY and not self._values:
             shapes = func(*tree_map(_shape_of, raw_args), **tree_map(_shape_of, raw_kwargs))
             result = tree_map(lambda shape: torch.zeros(shape.shape, dtype=shape.dtype), shapes)
+        elif func in SUMS:
+            result = _summed_in_float32(func, raw_args, raw_kwargs)
         else:
             result = func(*raw_args, **raw_kwargs)
         known = {id(leaf.raw): leaf for leaf in on_device}
@@ -294,7 +305,7 @@ class PretendDevice:
         self.trace.launch("scaled_dot_product_attention")
         raw_args, raw_options = tree_map(_raw, args), tree_map(_raw, options)
         if self._values:
-            found = torch.nn.functional.scaled_dot_product_attention(*raw_args, **raw_options)
+            found = _summed_in_float32(torch.nn.functional.scaled_dot_product_attention, raw_args, raw_options)
         else:
             found = torch.zeros(*query.shape[:-1], args[2].shape[-1], dtype=query.dtype)
         return self._placed(found, {}, False)
@@ -394,6 +405,18 @@ def _selects_by_mask(func: Any, args: Any) -> bool:
 def _shape_of(value: Any) -> Any:
     """`value` without data, where it is a tensor."""
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _summed_in_float32(func: Any, args: Any, kwargs: Any) -> Any:
+    """`func` on the CPU; of operands in 16 bits it sums the products in float32 and rounds once, as cards do."""
+    dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16}:
+        return func(*args, **kwargs)  # also of mixed types, which are refused
+
+    def cast(values: Any, dtype: torch.dtype) -> Any:
+        return tree_map(lambda value: value.to(dtype) if isinstance(value, Tensor) else value, values)
+
+    return cast(func(*cast(args, torch.float32), **cast(kwargs, torch.float32)), dtypes.pop())
 
 
 def _raw(value: Any) -> Any:

@@ -44,6 +44,13 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
+def leave_out_plots() -> None:
+    """Trainings in this process draw no plots, which take longer than a toy's steps. test_training.py has them once."""
+    from icmsr_core.train.run import loop  # the server's list has no module of ours
+
+    loop.plot_run = lambda run: []
+
+
 def _stall_fsync(at: int, mark: str) -> None:
     """Makes flush number `at` of a file in an unfinished checkpoint write the file `mark` and hang there for good."""
     calls = iter(range(1, 1 << 30))
@@ -66,6 +73,7 @@ def _run(
     stall: tuple[int, str] | None = None,
     groups: bool = True,
 ) -> None:
+    leave_out_plots()
     os.setsid()
     if not groups:
         del os.setpgrp

@@ -289,7 +289,7 @@ def test_loading_needs_little_more_memory_than_the_result(tmp_path, write, merge
     assert size > 60e6
     # A float32 tensor is twice the bfloat16 one. Merging takes a few of them, and the allocator does not give every
     # one back at once; the networks in float32 and everything that changes in float32 would be four times the result.
-    assert 0.9 * size < peak < (2 if merged else 1) * size + 3 * largest + 25e6
+    assert 0.9 * size < peak < (2 if merged else 1) * size + 3 * largest + 40e6
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -193,9 +193,12 @@ def predict(network: nn.Module, noisy: Tensor, t: Tensor, context: Tensor, featu
     made anew for each call: diffusers consumes it with pop(0), and a second call with the emptied list would run
     unconditioned without a word.
     """
-    # In the network's own precision: float32 added to a bf16 base's activations would make them float32.
-    dtype = network.dtype if isinstance(network.dtype, torch.dtype) else noisy.dtype
-    residuals = None if features is None else [level.to(dtype) for level in features]
+    residuals = features
+    if features is not None:
+        # In the network's own precision, which its first parameter has (LoRA is float32): float32 added to a bf16
+        # base's activations would make them float32. diffusers' `dtype` goes through all parameters.
+        dtype = next(network.parameters(), noisy).dtype
+        residuals = [level.to(dtype) for level in features]
     output: Tensor = network(
         noisy, t, encoder_hidden_states=context, down_intrablock_additional_residuals=residuals
     ).sample

@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 TEACHER_SAMPLES = 8
 """Samples of the probe on which the teacher is asked: its readings take eighteen passes of the UNet for each."""
 
+PROBE_PIXELS = 256 * 256
+"""So many pixels of the probe, or cells where there are latents alone, are measured at once, in little memory."""
+
 AUTOENCODER_STRIDE = 4
 """The autoencoder term looks at every fourth sample: it holds the decoder in place, and a pass costs as much as the
 generator's own."""
@@ -152,8 +155,10 @@ class GeneratorTask(Task):
         if not self.probe:
             return {}
         found, wanted = [], []
-        for number in range(len(self.probe["index"])):
-            low, truth = self.latents_of(self._probe(slice(number, number + 1)))
+        samples = self.probe["low_latent" if "low_latent" in self.probe else "sharp"]
+        together = max(1, PROBE_PIXELS // samples[0, 0].numel())
+        for first in range(0, len(self.probe["index"]), together):
+            low, truth = self.latents_of(self._probe(slice(first, first + together)))
             found.append(self.denoised(low))
             wanted.append(truth)
         agreement = latent_agreement(torch.cat(found), torch.cat(wanted))

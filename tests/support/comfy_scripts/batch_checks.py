@@ -101,7 +101,7 @@ def out_of_memory() -> None:
             for index, tile in enumerate((256, 128, 128))
         ],
         "last progress": bars[-1],
-        "within": all(0 < value <= total for value, total in bars),
+        "within": all(0 <= value <= total for value, total in bars),
     }
 
 

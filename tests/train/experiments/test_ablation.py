@@ -94,7 +94,7 @@ def flags(place: Path, run: str = "run", **more: object) -> list[str]:
 @pytest.fixture(scope="module")
 def made(place: Path) -> Path:
     """A finished run."""
-    process = ScriptProcess("ablation.py", *flags(place, jobs=2), folder=place)
+    process = ScriptProcess("ablation.py", *flags(place, jobs=1), folder=place)
     assert process.wait() == 0, process.output()
     return place / "run"
 

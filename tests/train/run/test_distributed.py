@@ -97,6 +97,7 @@ def run_rank(environment: dict[str, str], before: Callable[[], None] | None, wor
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    script_process.leave_out_plots()
     sys.argv = [str(SCRIPT), *words]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
