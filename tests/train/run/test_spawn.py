@@ -67,7 +67,7 @@ def commands(photographs: Path) -> dict[str, list[str]]:
 
 
 def test_every_script_starts_its_processes_from_nothing(tmp_path):
-    """In a folder with a space, an umlaut and a name that cp1252 lacks. The ablation has the collapse's kind of jobs."""
+    """In a folder with space, umlaut and a name that cp1252 lacks. The ablation has the collapse's kind of jobs."""
     folder, photographs = tmp_path / "Läufe 图", tmp_path / "photos"
     folder.mkdir()
     photographs.mkdir()
