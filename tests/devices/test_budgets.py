@@ -1,6 +1,7 @@
 """What a result may ask of a device, counted instead of timed: launches, synchronisations, bytes.
 
-That is one of 1024 px of nano, and one of 512 px of Stable Diffusion with a tenth of its channels.
+That is one of 1024 px of nano, and one of 512 px of Stable Diffusion with a tenth of its channels (of 1024 px with
+`-m slow`).
 
 U is the number of launches of one pass that is not tiled.
 """
@@ -102,15 +103,21 @@ def count(backbone: DiffusersBackbone, trace: Trace, side: int, mode: str) -> Co
 @pytest.fixture(scope="module")
 def counts(request: pytest.FixtureRequest, stable_diffusion: Recipe) -> dict[str, Counts]:
     """By the VAE's mode. Printed, for docs/performance.md."""
-    recipe, side = {"nano": (NANO, 1024), "sd": (stable_diffusion, 512)}[request.param]
+    name, side = request.param
+    recipe = NANO if name == "nano" else stable_diffusion
     found = apart(counts_of, recipe, side)
     for mode, one in found.items():
         numbers = [f"{name} {value}" for name, value in vars(one).items() if name != "summary"]
-        print(f"\n{request.param}, {mode}: {', '.join(numbers)}")
+        print(f"\n{name}, {mode}: {', '.join(numbers)}")
     return found
 
 
-both_models = pytest.mark.parametrize("counts", ["nano", "sd"], indirect=True)
+both_models = pytest.mark.parametrize(
+    "counts",
+    [("nano", 1024), ("sd", 512), pytest.param(("sd", 1024), marks=pytest.mark.slow)],
+    indirect=True,
+    ids=["nano", "sd", "sd, 1024 px"],
+)
 
 
 @both_models
