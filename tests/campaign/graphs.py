@@ -2,12 +2,15 @@
 
     python -m tests.campaign.graphs --graphs 500 --prompts 500 --seed 0 --minutes 110 --side 64
 
-A graph has random widgets, one to three pictures of up to `--side` pixels, and one of three models. In one of six runs
-it is interrupted at a random time, in one of six memory runs out one to three times in it. Damaged prompts are posted
-in between. A finding is: a result of which a value is over 1/255 from the library's with the tile that was used in the
-end; an interrupted run that ends otherwise; a prompt that is answered with anything but an id or a refusal; an end of
-the process; the first ten graphs, run again at the end, with other results or over 50 MB more memory than at first;
-memory that grows by over 50 MB over the last half of the runs.
+A graph has random widgets, one to three pictures of up to `--side` pixels (in one of twelve graphs twice that), and one
+of three models; one in five has a mask, one in three a wish for a size instead of a scale. In one of six runs it is
+interrupted at a random time, in one of six memory runs out one to three times in it. Damaged prompts are posted in
+between. A finding is: a result of which a value is over 1/255 from the library's with the tile that was used in the
+end; another patch, option or hook on MODEL or VAE than before; a lack of memory that no pass met, or that was given up
+while a plan was left to try; an interrupted run that ends otherwise; a prompt that is answered with anything but an id
+or a refusal, or in which one of our nodes ends in another error than one in words; an end of the process; the first ten
+graphs, run again at the end, with other results or over 50 MB more memory than at first; memory that grows by over
+50 MB over the last half of the runs.
 """
 
 import argparse
@@ -31,7 +34,10 @@ from safetensors import safe_open
 
 from icmsr_core.runtime.diffusers_backbone import DiffusersBackbone, load_backbone, silence_diffusers
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.upscale.one_step import upscale
+from icmsr_core.upscale.framing import FITS
+from icmsr_core.upscale.one_step import run_plan
+from icmsr_core.upscale.out_of_memory import retries_of
+from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import COLOR_FIXES, VAE_MODES, UpscaleSettings
 from icmsr_core.weights.embedded import embedded_base
 from tests.campaign.mutation import mutated_json
@@ -40,6 +46,8 @@ from tests.support.model_files import write_generator
 
 MODELS = ("embedded", "a.safetensors", "b.safetensors")
 CLOSE = 1 / 255
+IN_WORDS = ("IcmsrError", "TooLittleMemory")
+"""Exceptions whose text is meant for users."""
 FIRST = 10
 """Graphs that are run again at the end."""
 GROWTH = 50 << 20
@@ -51,7 +59,9 @@ class Report:
     """What came of the campaign."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Runs by their kind: plain, out of memory, interrupted; refused and accepted prompts."""
+    """Runs by their kind and end; damaged prompts by theirs."""
+    compared: int = 0
+    """Pictures compared with the library's."""
     findings: list[dict[str, Any]] = field(default_factory=list)
     furthest: float = 0.0
     """Largest difference of a value from the library's."""
@@ -77,6 +87,7 @@ class Graph:
     """Times that memory runs out."""
     delay: float = 0.0
     """Seconds after which it is interrupted."""
+    masked: bool = False
 
     def picture(self) -> np.ndarray:
         """The pictures, uint8 [count, height, width, 3]."""
@@ -86,13 +97,22 @@ class Graph:
         whole = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in coarse]
         return np.stack([np.asarray(one) for one in whole])
 
+    def mask(self) -> np.ndarray:
+        """A rectangle of 255 in 0, uint8 [height, width], in a size of its own."""
+        numbers = np.random.default_rng(self.number)
+        mask = np.zeros((24, 32), np.uint8)
+        top, left = numbers.integers(0, 20, 2)
+        mask[top : top + numbers.integers(1, 24), left : left + numbers.integers(1, 32)] = 255
+        return mask
+
 
 def random_graph(random: Random, number: int, side: int) -> Graph:
     """Widgets as a user may set them, such that the graph is valid."""
     tile = random.choice((0, 64, 128, 256, 512))
     overlap = random.choice((0, 16, tile // 4)) if tile else 0
+    side *= 2 if random.random() < 1 / 12 else 1
     settings = UpscaleSettings(
-        scale=random.choice((1.0, 1.5, 2.0, 3.0, 4.0, 4.0)),
+        **_size(random, side),
         tile=tile,
         overlap=overlap,
         color_fix=random.choice(COLOR_FIXES),
@@ -108,12 +128,29 @@ def random_graph(random: Random, number: int, side: int) -> Graph:
         random.choice((0, 1, 1, 4)),
         kind,
         errors=random.randint(1, 3) if kind == "out of memory" else 0,
-        delay=random.uniform(0, 3),
+        delay=random.uniform(0, 2) ** 2,
+        masked=random.random() < 0.2,
     )
 
 
-def prompt_of(graph: Graph, images: list[str]) -> dict[str, Any]:
-    """`graph` in the form that POST /prompt takes; `images` are the names of the uploaded pictures."""
+def _size(random: Random, side: int) -> dict[str, Any]:
+    """Settings for the size of the result."""
+
+    def pixels() -> int:
+        return random.randint(4, 4 * side)
+
+    wishes: tuple[dict[str, Any], ...] = (
+        {"longest": pixels()},
+        {"shortest": random.randint(4, 2 * side)},
+        {"size": (pixels(), pixels()), "fit": random.choice(FITS)},
+    )
+    return (
+        random.choice(wishes) if random.random() < 1 / 3 else {"scale": random.choice((1.0, 1.5, 2.0, 3.0, 4.0, 4.0))}
+    )
+
+
+def prompt_of(graph: Graph, images: list[str], mask: str = "") -> dict[str, Any]:
+    """`graph` in the form that POST /prompt takes; `images` and `mask` are the names of the uploaded pictures."""
 
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
@@ -130,12 +167,18 @@ def prompt_of(graph: Graph, images: list[str]) -> dict[str, Any]:
         prompt["model"] = node(
             "ICMSR_ApplyGenerator", model=["base", 0], vae=["base", 1], generator=graph.model, strength=1.0
         )
-    prompt["plant"] = node("CampaignPlant", images=[last, 0], errors=graph.errors, run=graph.number)
+    originals = {"model": ["model", 0], "vae": ["model", 1]}
+    prompt["plant"] = node("CampaignPlant", images=[last, 0], errors=graph.errors, run=graph.number, **originals)
     own = graph.settings
+    optional: dict[str, Any] = {name: getattr(own, name) for name in ("longest", "shortest") if getattr(own, name)}
+    if own.size is not None:
+        optional |= {"width": own.size[0], "height": own.size[1], "fit": own.fit}
+    if graph.masked:
+        prompt["mask"] = node("LoadImageMask", image=mask, channel="red")
+        optional["mask"] = ["mask", 0]
     prompt["upscale"] = node(
         "ICMSR_Upscale",
-        model=["model", 0],
-        vae=["model", 1],
+        **originals,
         image=["plant", 0],
         scale=own.scale,
         tile=own.tile,
@@ -143,8 +186,9 @@ def prompt_of(graph: Graph, images: list[str]) -> dict[str, Any]:
         color_fix=own.color_fix,
         tile_batch=graph.tile_batch,
         vae_mode=own.vae,
+        **optional,
     )
-    prompt["keep"] = node("CampaignKeep", images=["upscale", 0], run=graph.number)
+    prompt["keep"] = node("CampaignKeep", images=["upscale", 0], run=graph.number, **originals)
     return prompt
 
 
@@ -157,60 +201,94 @@ class Campaign:
         self._backbones: dict[str, DiffusersBackbone] = {}
 
     def run(self, graph: Graph, repeated: bool = False) -> np.ndarray | None:
-        """Runs `graph`, compares its result, and returns it; None where it was interrupted."""
+        """Runs `graph`, compares its result, and returns it; None where it has none."""
+        try:
+            result, end = self._run(graph, repeated)
+        except Exception as error:  # a refusal, no answer, no file: all of them findings
+            self.find(graph, f"{type(error).__name__}: {error}")
+            result, end = None, "failed"
+        self.report.counts[f"{graph.kind}: {end}"] += 1
+        if self.server.alive:
+            self.report.memory.append(self.resident())
+        return result
+
+    def _run(self, graph: Graph, repeated: bool) -> tuple[np.ndarray | None, str]:
         pictures = graph.picture()
         names = [
             self.server.upload(Image.fromarray(one), f"{graph.number}_{index}.png")
             for index, one in enumerate(pictures)
         ]
-        prompt = prompt_of(graph, names)
+        mask = self.server.upload(Image.fromarray(graph.mask()), f"{graph.number}_m.png") if graph.masked else ""
+        prompt = prompt_of(graph, names, mask)
         if repeated:  # else core gives what it remembers
             prompt["plant"]["inputs"]["run"] = prompt["keep"]["inputs"]["run"] = graph.number + 1_000_000
-        result = None
         if graph.kind == "interrupted":
             queued = self.server.post("/prompt", {"prompt": prompt})
             time.sleep(graph.delay)
             self.server.post("/interrupt", {})
-            status = self._end_of(queued["prompt_id"])
-            if status not in ("success", "interrupted"):
-                self.find(graph, f"an interrupted run ended with {status}")
+            status, error = self._end_of(queued["prompt_id"])
+            if status == "interrupted":
+                return None, "interrupted"
+            if status != "success":
+                self.find(graph, f"an interrupted run ended with {status}: {json.dumps(error)[:1500]}")
+                return None, "failed"
         else:
             kind, data, _ = self.server.run(prompt, timeout=600)
             if kind != "execution_success":
+                if graph.errors and data.get("exception_message", "").startswith("out of memory with "):
+                    return None, self._given_up(graph)
                 self.find(graph, f"{kind}: {json.dumps(data)[:1500]}")
-            else:
-                result = self._compare(graph, pictures, prompt["keep"]["inputs"]["run"])
-        self.report.counts[graph.kind] += 1
-        self.report.memory.append(self.resident())
-        return result
+                return None, "failed"
+        return self._compare(graph, pictures, prompt["keep"]["inputs"]["run"]), "compared"
 
-    def _end_of(self, prompt: str) -> str:
+    def _end_of(self, prompt: str) -> tuple[str, dict[str, Any]]:
+        """How a prompt ended, and the data of its error if there is one."""
         for _ in range(3000):
             history = self.server.get(f"/history/{prompt}")
             if prompt in history:
-                messages = [kind for kind, _ in history[prompt]["status"]["messages"]]
-                return "interrupted" if "execution_interrupted" in messages else history[prompt]["status"]["status_str"]
+                messages = dict(history[prompt]["status"]["messages"])
+                ended = (
+                    "interrupted" if "execution_interrupted" in messages else history[prompt]["status"]["status_str"]
+                )
+                return ended, messages.get("execution_error", {})
             time.sleep(0.1)
-        return "nothing after five minutes"
+        return "nothing after five minutes", {}
+
+    def _given_up(self, graph: Graph) -> str:
+        """Whether the node could only give up: memory ran out with every plan that there is."""
+        descriptor = self._backbone(graph.model).descriptor
+        settings = replace(graph.settings, batch=graph.tile_batch or 1)
+        left = len(list(retries_of(descriptor, plan_upscale(descriptor, *graph.sizes[1:], settings))))
+        if left >= graph.errors:
+            self.find(graph, f"gave up after {graph.errors} lacks of memory, of {left} further plans")
+        return "no plan was left"
 
     def _compare(self, graph: Graph, pictures: np.ndarray, run: int) -> np.ndarray:
         path = self.server.base / "output" / f"run_{run}.safetensors"
         with safe_open(str(path), framework="pt") as file:
-            found, plans = file.get_tensor("images"), json.loads(file.metadata()["plans"])
+            found, told = file.get_tensor("images"), json.loads(file.metadata()["told"])
         path.unlink()
-        for index, (one, plan) in enumerate(zip(pictures, plans)):
-            settings = replace(graph.settings, **plan)
+        mask = torch.from_numpy(graph.mask())[None, None].float() / 255 if graph.masked else None
+        backbone = self._backbone(graph.model)
+        for index, (one, used) in enumerate(zip(pictures, told["plans"])):
+            settings = replace(graph.settings, **used)
             image = torch.from_numpy(one.copy()).movedim(-1, 0)[None].float() / 255
-            wanted = upscale(self._backbone(graph.model), image, settings)[0].movedim(0, -1)
+            plan = plan_upscale(backbone.descriptor, *graph.sizes[1:], settings)
+            wanted = run_plan(backbone, image, plan, mask=mask)[0].movedim(0, -1)
             if wanted.shape != found[index].shape:
                 self.find(graph, f"picture {index} is {list(found[index].shape)}, expected {list(wanted.shape)}")
                 continue
-            apart = float((wanted.clamp(0, 1) - found[index].clamp(0, 1)).abs().max())
+            apart = float((wanted - found[index]).abs().max())
+            self.report.compared += 1
             self.report.furthest = max(self.report.furthest, apart)
-            if apart > CLOSE:
-                self.find(graph, f"picture {index} is {255 * apart:.2f}/255 from the library's, with {plan}")
-        if len(plans) != len(pictures):
-            self.find(graph, f"{len(pictures)} pictures, {len(plans)} plans")
+            if not apart <= CLOSE:  # NaN as well
+                self.find(graph, f"picture {index} is {255 * apart:.2f}/255 from the library's, with {used}")
+        if not len(told["plans"]) == len(pictures) == len(found):
+            self.find(graph, f"{len(pictures)} pictures, {len(told['plans'])} plans, {len(found)} results")
+        if told["errors"]:
+            self.find(graph, f"{told['errors']} of {graph.errors} lacks of memory met no pass")
+        if told["changed"]:
+            self.find(graph, f"the originals were changed: {told['changed'][:9]}")
         return found.numpy()
 
     def _backbone(self, model: str) -> DiffusersBackbone:
@@ -220,20 +298,32 @@ class Campaign:
         return self._backbones[model]
 
     def post_damaged(self, random: Random) -> None:
-        """A prompt with a changed value; it is refused, or runs and ends in whatever way."""
-        graph = random_graph(random, 0, 16)
+        """A prompt with a changed value; it is refused, or runs and ends in whatever way that is told in words."""
+        graph = replace(random_graph(random, 0, 16), sizes=(1, 8, 8), errors=0, masked=False)
         name = self.server.upload(Image.fromarray(graph.picture()[0]), "damaged.png")
-        prompt = mutated_json(random, prompt_of(replace(graph, sizes=(1, 8, 8), errors=0), [name]))
+        prompt = mutated_json(random, prompt_of(graph, [name]))
+        try:
+            json.dumps(prompt)
+        except RecursionError:  # cannot be sent
+            return
+        said = len(self.server.log())
         try:
             answer = self.server.post("/prompt", {"prompt": prompt})
         except Exception as error:
-            self.report.findings.append({"prompt": repr(prompt)[:1500], "finding": f"{type(error).__name__}: {error}"})
-            return
-        if "prompt_id" in answer:
-            self.report.counts["damaged prompts that ran"] += 1
-            self._end_of(answer["prompt_id"])
+            if any(name in self.server.log()[said:] for name in ("icmsr_core", "custom_nodes")):
+                self._find_prompt(prompt, f"{type(error).__name__}: {error}: {self.server.log()[said:][-2500:]}")
+            end = "core itself failed"
         else:
-            self.report.counts["damaged prompts that were refused"] += 1
+            end = "refused"
+            if "prompt_id" in answer:
+                end, error_data = self._end_of(answer["prompt_id"])
+                ours = str(error_data.get("node_type")).startswith("ICMSR_")
+                if end.startswith("nothing") or (ours and not error_data["exception_type"].endswith(IN_WORDS)):
+                    self._find_prompt(prompt, f"{end}: {json.dumps(error_data)[:2500]}")
+        self.report.counts[f"damaged prompt: {end}"] += 1
+
+    def _find_prompt(self, prompt: Any, text: str) -> None:
+        self.report.findings.append({"prompt": repr(prompt)[:2500], "seed": self.seed, "finding": text})
 
     def find(self, graph: Graph, text: str) -> None:
         """Notes a finding."""
@@ -281,15 +371,19 @@ def _run_all(campaign: Campaign, graphs: int, prompts: int, side: int, ends: flo
     for graph in first:
         results.append(campaign.run(graph))
         report.first.append(report.memory[-1])
+    say(f"{len(first)} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
     for graph in planned[FIRST:]:
-        if time.monotonic() > ends:
+        if time.monotonic() > ends or not campaign.server.alive:
             break
         campaign.run(graph)
         if random.random() < prompts / max(1, graphs):
             campaign.post_damaged(random)
-        if graph.number % 25 == 0:
+        if graph.number % 10 == 0:
             say(f"{graph.number} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
     half = report.memory[len(report.memory) // 2 :]
+    if not campaign.server.alive:
+        report.findings.append({"finding": f"the process ended: {campaign.server.log()[-3000:]}"})
+        return
     for graph, before in zip(first, results):
         after = campaign.run(graph, repeated=True)
         report.again.append(report.memory[-1])
@@ -326,9 +420,9 @@ def main() -> int:
     for kind, count in sorted(report.counts.items()):
         print(f"{kind:<40}{count:>6}")
     print(
-        f"{(time.monotonic() - started) / 60:.1f} minutes, {len(report.findings)} findings, at most "
-        f"{255 * report.furthest:.3f}/255 from the library, memory {max(report.first) / 1e6:.0f} MB in the first "
-        f"{len(report.first)} graphs, {max(report.again) / 1e6:.0f} MB in the same at the end"
+        f"{(time.monotonic() - started) / 60:.1f} minutes, {len(report.findings)} findings, {report.compared} pictures "
+        f"at most {255 * report.furthest:.3f}/255 from the library's, memory {max(report.first) / 1e6:.0f} MB in the "
+        f"first {len(report.first)} graphs, {max(report.again, default=0) / 1e6:.0f} MB in the same at the end"
     )
     return 1 if report.findings else 0
 

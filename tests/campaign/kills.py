@@ -2,14 +2,18 @@
 
     python -m tests.campaign.kills --runs 10 --kills 20 --failures 4 --seed 0 --minutes 110
 
-Every run is first done once without trouble. Then it is killed (SIGKILL to its process group) after a random part of
-the time that it took, and its disk fails (ENOSPC or EIO, `failing_disk.c`) after a random part of the bytes that it
-wrote, time and again; at last it is left alone. A finding is: a result in its folder that is not whole, at any time; a
-failing disk that ends in a traceback, in no words or in exit code 0; another end than that of the run without trouble:
-weights are compared bit by bit, pictures byte by byte.
+Every run is first done once without trouble. Then it is killed (SIGKILL to its process group), every second time after
+a random part of the time that it took, else in the middle of one of its writes, flushes, renames or removals, and its
+disk fails (ENOSPC or EIO) after a random part of the bytes that it wrote (both by `failing_disk.c`), time and again.
+When it came to its end in spite of that, its results are compared and it begins again in an empty folder; at last it is
+left alone. What came too late, to a run that was over, is not counted. A finding is: a result in its folder that is not
+whole, or a checkpoint that the run itself calls damaged, at any time; a failing disk that ends in a traceback, in no
+words or in exit code 0; another end than that of the run without trouble: weights and training states are compared bit
+by bit, with what the files say of themselves, pictures byte by byte.
 """
 
 import argparse
+import ctypes
 import errno
 import hashlib
 import json
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -35,18 +39,22 @@ from safetensors import safe_open
 
 from icmsr_core.cli.main import main as icmsr
 from icmsr_core.train.networks.adapters import make_adapter, save_adapter
+from icmsr_core.train.run.checkpoint import DAMAGED
+from icmsr_core.train.run.logs import METRICS_FILE, read_metrics
 from tests.support.generators import TINY
 from tests.support.model_files import write_base, write_generator
 from tests.support.places import ROOT
 from tests.support.script_process import CONTEXT
 
-UNFINISHED = re.compile(r"\.partial(/|$)|\.part$|\.lock|\.damaged(/|$)")
+UNFINISHED = re.compile(r"\.partial(/|$)|\.part$|\.lock|(^|/)\.tmp[^/]*$")
 """What names a file that is not a result: it may be cut short."""
 DISK_ERRORS = (errno.ENOSPC, errno.EIO)
 DATA = ["--data.synthetic=1", "--data.crop=32", "--data.folders=[]", "--device=cpu"]
 SHAPES = ["--networks.latent_channels=4", "--networks.vae_channels=[32,32]", "--networks.unet_channels=[32,32]"]
 SLOWEST = 600
 """Seconds after which a run counts as hanging."""
+MOST_LATE = 5
+"""Times that a kill or a failing disk is tried when it comes too late."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,17 @@ class Report:
     """What came of the campaign."""
 
     kills: int = 0
+    """Of a run that was not over."""
+    writing: int = 0
+    """Those of them in the middle of a write, a flush, a rename or a removal."""
     failures: int = 0
-    """Starts on a disk that fails."""
+    """Starts that the disk failed."""
+    late: int = 0
+    """Kills and failing disks that came after the end of the run, or to one that wrote less than there was room for."""
     runs: int = 0
-    """Runs that came to their end."""
+    """Commands that came to their end."""
+    compared: int = 0
+    """Ends whose results were compared with those of the run without trouble."""
     findings: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -144,11 +159,11 @@ class Process:
     """A run in a process group of its own, forked from a Python that has imported everything."""
 
     def __init__(
-        self, command: Command, folder: Path, disk: tuple[int, int] | None = None, log: str = "log.txt"
+        self, command: Command, folder: Path, disk: Mapping[str, int] | None = None, log: str = "log.txt"
     ) -> None:
-        """`disk` is the number of bytes that can be written, and the error after them."""
+        """`disk` are the variables that `failing_disk.c` reads, without their ``ICMSR_``."""
         self.log = folder / log
-        self._process = CONTEXT.Process(target=_run, args=(command, str(folder), str(self.log), disk))
+        self._process = CONTEXT.Process(target=_run, args=(command, str(folder), str(self.log), dict(disk or {})))
         self._process.start()
 
     def wait(self, seconds: float) -> int | None:
@@ -170,20 +185,32 @@ class Process:
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
-def _run(command: Command, folder: str, log: str, disk: tuple[int, int] | None) -> None:
+def _run(command: Command, folder: str, log: str, disk: dict[str, int]) -> None:
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    if disk is not None:
-        os.environ["ICMSR_DISK_BYTES"], os.environ["ICMSR_DISK_ERRNO"] = map(str, disk)
-        os.environ["ICMSR_DISK_FOLDER"] = str(Path(folder, "run"))
-    if command.script == "icmsr":
-        sys.exit(icmsr(list(command.arguments)))
-    sys.argv = [command.script, *command.arguments]
-    runpy.run_path(str(ROOT / "train" / command.script), run_name="__main__")
+    os.environ["ICMSR_DISK_FOLDER"] = str(Path(folder, "run"))
+    os.environ.update({f"ICMSR_{name}": str(value) for name, value in disk.items()})
+    try:
+        if command.script == "icmsr":
+            sys.exit(icmsr(list(command.arguments)))
+        sys.argv = [command.script, *command.arguments]
+        runpy.run_path(str(ROOT / "train" / command.script), run_name="__main__")
+    finally:
+        Path(f"{log}.calls").write_text(str(_disk_calls()), "utf-8")
+
+
+def _disk_calls() -> int:
+    """How many calls `failing_disk.c` has counted in this process; 0 without it."""
+    calls = getattr(ctypes.CDLL(None), "icmsr_disk_calls", None) if sys.platform == "linux" else None
+    return int(calls()) if calls is not None else 0
+
+
+def _nothing() -> None:
+    """What the server of forks runs first, so that no run has to wait for its imports."""
 
 
 def run_kills(
@@ -195,68 +222,109 @@ def run_kills(
         stock = Path(place) / "stock"
         stock.mkdir()
         preloaded = _preload(Path(place))
+        warm = CONTEXT.Process(target=_nothing)
+        warm.start()
+        warm.join()
         for command in commands(stock)[:runs]:
             if time.monotonic() > ends or (only and command.name != only):
                 continue
-            random = Random(f"{seed}/{command.name}")
-            whole = Path(place) / "whole"
-            whole.mkdir()
-            started = time.monotonic()
-            process = Process(command, whole)
-            if process.wait(SLOWEST) != 0:
-                process.kill()
-                raise RuntimeError(f"{command.name} does not run: {process.output()}")
-            seconds = time.monotonic() - started
-            folder = Path(place) / "killed"
-            folder.mkdir()
+            victim = Victim(command, Path(place) / "runs", seed, report, preloaded)
             incidents = ["kill"] * kills + ["disk"] * (failures if preloaded else 0)
-            random.shuffle(incidents)
-            written = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+            victim.random.shuffle(incidents)
             for incident in incidents:
-                if time.monotonic() > ends:
-                    break
-                if incident == "kill":
-                    found = _kill(command, folder, random.uniform(0, 1) ** 1.5 * seconds)
-                    report.kills += 1
-                else:
-                    disk = int(random.uniform(0, 0.7) * written), random.choice(DISK_ERRORS)
-                    found = _fail(command, folder, disk)
-                    report.failures += 1
-                for text in [*found, *broken_files(folder)]:
-                    report.findings.append({"run": command.name, "seed": seed, "after": incident, "finding": text})
-            process = Process(command, folder)
-            code = process.wait(SLOWEST)
-            if code != 0:
-                process.kill()
-                text = f"the last start ended with {code}: {process.output()[-2000:]}"
-                report.findings.append({"run": command.name, "seed": seed, "after": "all", "finding": text})
-            for text in [*broken_files(folder), *differences(results(whole), results(folder))]:
-                report.findings.append({"run": command.name, "seed": seed, "after": "all", "finding": text})
+                for _ in range(MOST_LATE):
+                    if time.monotonic() > ends or victim.meets(incident):
+                        break
+            victim.finish("all")
             report.runs += 1
-            say(f"{command.name}: {seconds:.0f} s; {report.kills} kills and {report.failures} failing disks until here")
-            shutil.rmtree(whole)
-            shutil.rmtree(folder)
+            say(
+                f"{command.name}: {victim.seconds:.1f} s, {victim.calls} calls; until here {report.kills} kills, "
+                f"{report.writing} of them in a call, {report.failures} failing disks, {report.late} too late, "
+                f"{report.compared} ends compared, {len(report.findings)} findings"
+            )
+            shutil.rmtree(victim.place)
     return report
 
 
-def _kill(command: Command, folder: Path, seconds: float) -> list[str]:
-    process = Process(command, folder)
-    code = process.wait(seconds)
-    process.kill()
-    return [] if code in (None, 0) else [f"ended with {code}: {process.output()[-2000:]}"]
+class Victim:
+    """A command that was run once without trouble, and now has it in a folder of its own."""
 
+    def __init__(self, command: Command, place: Path, seed: int, report: Report, preloaded: bool) -> None:
+        self.command, self.place, self.seed, self.report, self._preloaded = command, place, seed, report, preloaded
+        self.random = Random(f"{seed}/{command.name}")
+        whole, self._folder = place / "whole", place / "killed"
+        for folder in (whole, self._folder):
+            folder.mkdir(parents=True)
+        started = time.monotonic()
+        process = Process(command, whole)
+        if process.wait(SLOWEST) != 0:
+            process.kill()
+            raise RuntimeError(f"{command.name} does not run: {process.output()}")
+        self.seconds = time.monotonic() - started
+        self.calls = int(Path(f"{process.log}.calls").read_text("utf-8"))
+        """Writes, flushes, renames and removals of the whole run."""
+        self._bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        self._wanted = results(whole)
+        if not self._wanted:
+            raise RuntimeError(f"{command.name} has no results: {process.output()}")
 
-def _fail(command: Command, folder: Path, disk: tuple[int, int]) -> list[str]:
-    process = Process(command, folder, disk)
-    code = process.wait(SLOWEST)
-    output = process.output()
-    process.kill()
-    reason = os.strerror(disk[1])
-    if code == 0 and reason not in output:
-        return []  # it wrote less than there was room for
-    if code != 1 or "Traceback" in output or reason not in output:
-        return [f"disk of {disk[0]} bytes, {reason}: ended with {code}: {output[-3000:]}"]
-    return []
+    def meets(self, incident: str) -> bool:
+        """Lets the run meet a ``kill`` or a failing ``disk``; False where that came too late: the run was over."""
+        random, report = self.random, self.report
+        if incident == "disk":
+            error = random.choice(DISK_ERRORS)
+            met = self._fails({"DISK_BYTES": int(random.uniform(0, 0.7) * self._bytes), "DISK_ERRNO": error})
+            report.failures += met
+        elif self._preloaded and random.random() < 0.5:
+            met = self._killed(SLOWEST, {"KILL_CALL": random.randint(1, max(1, self.calls))})
+            report.kills += met
+            report.writing += met
+        else:
+            met = self._killed(random.uniform(0, self.seconds), {})
+            report.kills += met
+        report.late += not met
+        self._find(incident, broken_files(self._folder))
+        if not met:
+            self.finish(incident)
+        return met
+
+    def finish(self, after: str) -> None:
+        """Lets the run come to its end, compares its results, and empties the folder."""
+        process = Process(self.command, self._folder)
+        code = process.wait(SLOWEST)
+        if code != 0:
+            process.kill()
+            self._find(after, [f"the last start ended with {code}: {process.output()[-2000:]}"])
+        self._find(after, [*broken_files(self._folder), *differences(self._wanted, results(self._folder))])
+        self.report.compared += 1
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
+
+    def _killed(self, seconds: float, disk: Mapping[str, int]) -> bool:
+        process = Process(self.command, self._folder, disk)
+        code = process.wait(seconds)
+        process.kill()
+        if code not in (None, 0, -signal.SIGKILL) or (code is None and disk):
+            self._find("kill", [f"ended with {code}: {process.output()[-2000:]}"])
+        return code != 0
+
+    def _fails(self, disk: Mapping[str, int]) -> bool:
+        process = Process(self.command, self._folder, disk)
+        code = process.wait(SLOWEST)
+        output = process.output()
+        process.kill()
+        reason = os.strerror(disk["DISK_ERRNO"])
+        if code == 0 and reason not in output:
+            return False
+        if code != 1 or "Traceback" in output or reason not in output:
+            text = f"disk of {disk['DISK_BYTES']} bytes, {reason}: ended with {code}: {output[-3000:]}"
+            self._find("disk", [text])
+        return True
+
+    def _find(self, after: str, texts: list[str]) -> None:
+        self.report.findings += [
+            {"run": self.command.name, "seed": self.seed, "after": after, "finding": text} for text in texts
+        ]
 
 
 def broken_files(folder: Path) -> list[str]:
@@ -264,6 +332,8 @@ def broken_files(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.name.endswith(DAMAGED):
+            found.append(f"{name}: the run itself found it damaged")
         if not path.is_file() or UNFINISHED.search(name):
             continue
         try:
@@ -292,6 +362,8 @@ def results(folder: Path) -> dict[str, str]:
             found[name] = _weights_digest(path)
         elif path.suffix in (".png", ".jpg", ".webp", ".tif") and "plots" not in name:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.name == METRICS_FILE:
+            found[name] = json.dumps([row["images"] for row in read_metrics(path)])
         elif "/results/" in name and path.suffix == ".json":
             values = json.loads(path.read_text("utf-8"))
             found[name] = json.dumps({key: value for key, value in values.items() if key != "seconds"}, sort_keys=True)
@@ -349,7 +421,8 @@ def main() -> int:
     for finding in report.findings:
         print(json.dumps(finding))
     print(
-        f"{report.runs} runs, {report.kills} kills, {report.failures} failing disks in "
+        f"{report.runs} runs, {report.kills} kills ({report.writing} in a call), {report.failures} failing disks, "
+        f"{report.late} too late, {report.compared} ends compared in "
         f"{(time.monotonic() - started) / 60:.1f} minutes, {len(report.findings)} findings"
     )
     return 1 if report.findings else 0

@@ -63,7 +63,8 @@ def test_the_fuzz_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_killed_run_and_a_failing_disk_change_no_result() -> None:
     report = run_kills(1, kills=2, failures=1, seed=3, minutes=60, say=silent)
     assert report.findings == []
-    assert (report.runs, report.kills) == (1, 2)
+    assert (report.runs, report.kills, report.failures) == (1, 2, 1)
+    assert report.compared >= 1
 
 
 def test_the_kills_find_what_is_not_whole(tmp_path: Path) -> None:
@@ -76,11 +77,18 @@ def test_the_kills_find_what_is_not_whole(tmp_path: Path) -> None:
     (other / "a.png").write_bytes((whole / "a.png").read_bytes()[:60])
     (other / "b.json").write_text("{", encoding="utf-8")
     (other / ".icmsr-x.part").write_bytes(b"half")
-    assert [text.split(":")[0] for text in broken_files(other)] == ["a.png is not whole", "b.json is not whole"]
-    for folder in (whole, other):
-        save_file({"x": torch.arange(3.0)}, folder / "w.safetensors", {"b": "1", "a": "2"})
+    (other / "7.damaged").mkdir()
+    said = ["7.damaged", "a.png is not whole", "b.json is not whole"]
+    assert [text.split(":")[0] for text in broken_files(other)] == said
     (other / "a.png").write_bytes((whole / "a.png").read_bytes())
+    save_file({"x": torch.arange(3.0)}, whole / "w.safetensors", {"b": "1", "a": "2"})
+    data = (whole / "w.safetensors").read_bytes()
+    one, two = b'{"b":"1","a":"2"}', b'{"a":"2","b":"1"}'  # the library writes the metadata in any order
+    (other / "w.safetensors").write_bytes(data.replace(one, two) if one in data else data.replace(two, one))
+    assert (other / "w.safetensors").read_bytes() != data
     assert differences(results(whole.parent), results(other.parent)) == []
+    save_file({"x": torch.arange(3.0)}, other / "w.safetensors", {"b": "1", "a": "3"})
+    assert differences(results(whole.parent), results(other.parent)) == ["run/w.safetensors differs"]
     save_file({"x": torch.arange(1, 4.0)}, other / "w.safetensors", {"b": "1", "a": "2"})
     assert differences(results(whole.parent), results(other.parent)) == ["run/w.safetensors differs"]
 
@@ -97,5 +105,6 @@ def test_programs_at_once_do_not_disturb_each_other() -> None:
 def test_random_graphs_give_the_librarys_results(comfyui: Path, comfy_python: Path) -> None:
     report = run_graphs(12, prompts=12, seed=1, minutes=60, side=24, say=silent)
     assert [finding for finding in report.findings if "memory" not in str(finding.get("finding"))] == []
-    assert report.counts["plain"] >= 20, "the first ten and their repeats"
+    assert report.counts["plain: compared"] >= 20, "the first ten and their repeats"
+    assert report.compared >= 20
     assert 0 < report.furthest <= 1 / 255

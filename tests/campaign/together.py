@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,19 +40,23 @@ def run_together(rounds: int, seed: int, minutes: float, clients: int) -> Report
         stock.mkdir()
         known = {command.name: command for command in commands(stock)}
         training, folder = known["adapter"], known["folder, all again"]
-        alone = {}
-        for command in (training, folder):
-            where = Path(place) / f"{command.script} alone"
-            where.mkdir()
-            _wait([Process(command, where)], report, "alone")
-            alone[command.name] = results(where)
+        alone, seconds = {}, {}
+        for again in ("first", "then"):  # the first process of all waits for imports
+            for command in (training, folder):
+                where = Path(place) / f"{command.script} {again}"
+                where.mkdir()
+                started = time.monotonic()
+                _wait([Process(command, where)], report, "alone")
+                seconds[command.name], alone[command.name] = time.monotonic() - started, results(where)
+                if not alone[command.name]:
+                    raise RuntimeError(f"{command.name} has no results")
         for number in range(rounds):
             if time.monotonic() > ends:
                 break
             for pair in ((folder, folder), (training, folder)):
                 where = Path(place) / f"{number} {pair[0].name}"
                 where.mkdir()
-                _pair(pair, where, random.uniform(0, 2), alone, report)
+                _pair(pair, where, random.uniform(0, 0.8) * seconds[pair[0].name], alone, report)
         if clients:
             _clients(Path(place) / "comfy", clients, rounds, seed, ends, report)
     return report
@@ -67,8 +71,9 @@ def _pair(
     for folder in {one, other}:
         folder.mkdir()
     first = Process(pair[0], one, log="first.txt")
-    time.sleep(delay)
     name = f"{pair[0].name} and {pair[1].name}"
+    if first.wait(delay) is not None:
+        name += ", one after the other"
     _wait([first, Process(pair[1], other, log="second.txt")], report, name)
     for command, folder in zip(pair, (one, other)):
         for text in [*broken_files(folder), *differences(alone[command.name], results(folder))]:
@@ -103,13 +108,13 @@ def _clients(base: Path, clients: int, rounds: int, seed: int, ends: float, repo
                 thread.start()
             for thread in threads:
                 thread.join()
-            report.counts["prompts of several clients"] += 2 * clients
+        report.counts.update({f"client's prompt, {end}": count for end, count in campaign.report.counts.items()})
         report.findings += campaign.report.findings
 
 
 def _plain(random: Random, number: int) -> Graph:
     graph = random_graph(random, number, 32)
-    return Graph(number, graph.model, graph.sizes, graph.settings, graph.tile_batch, "plain")
+    return replace(graph, number=number, kind="plain", errors=0)
 
 
 def _run_each(campaign: Campaign, graphs: list[Graph]) -> None:

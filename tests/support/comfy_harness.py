@@ -193,6 +193,11 @@ class Server:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """Ends the server."""
         self._process.stdin.close()

@@ -2,13 +2,46 @@
 
 import json
 import sys
+import weakref
 
 import folder_paths
 import torch
 from safetensors.torch import save_file
 
-planted = {"errors": 0}
+planted: dict = {"errors": 0, "changed": []}
 plans: list[dict] = []
+first_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _changed(model, vae) -> list[str]:
+    """What of the patchers of MODEL and VAE is not as it was when they were first seen."""
+    found = []
+    for name, patcher in (("MODEL", model), ("VAE", vae.patcher)):
+        now = _marks(patcher)
+        before = first_seen.setdefault(patcher, now)
+        found += [f"{name}: {key}" for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+    return found
+
+
+def _marks(patcher) -> dict[str, str]:
+    """Patches of a patcher by their place, and what hangs on the modules of its network."""
+    marks = {f"patches of {key}": str(len(value)) for key, value in patcher.patches.items()}
+    marks |= {f"object patch {key}": str(id(value)) for key, value in patcher.object_patches.items()}
+    marks["options"] = repr(_keys(patcher.model_options))
+    for name in ("attachments", "additional_models", "callbacks", "wrappers", "injections"):
+        marks[name] = repr(_keys(getattr(patcher, name, None)))
+    for name, module in patcher.model.named_modules():
+        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)]
+        if any(hooks):
+            marks[f"hooks of {name}"] = str(hooks)
+    return marks
+
+
+def _keys(value):
+    """The keys of nested mappings, and how many entries lists have."""
+    if isinstance(value, dict):
+        return sorted((str(key), _keys(entry)) for key, entry in value.items())
+    return len(value) if isinstance(value, (list, tuple)) else None
 
 
 def _upscale_module():
@@ -34,6 +67,9 @@ def _wrap() -> None:
     module.run_plan = run_plan
 
 
+ORIGINALS = {"model": ("MODEL",), "vae": ("VAE",)}
+
+
 class Plant:
     """Passes an IMAGE on; the next passes of ICM-SR Upscale run out of memory so many times."""
 
@@ -41,27 +77,29 @@ class Plant:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"images": ("IMAGE",), "errors": ("INT", {"default": 0}), "run": ("INT", {"default": 0})}}
+        own = {"images": ("IMAGE",), "errors": ("INT", {"default": 0}), "run": ("INT", {"default": 0})}
+        return {"required": {**own, **ORIGINALS}}
 
-    def plant(self, images, errors, run):
+    def plant(self, images, errors, run, model, vae):
         _wrap()
-        planted["errors"] = errors
+        planted.update(errors=errors, changed=_changed(model, vae))  # also by a run before that was interrupted
         plans.clear()
         return (images,)
 
 
 class Keep:
-    """Writes an IMAGE, and the plan of each of its pictures, into the output folder."""
+    """Writes an IMAGE into the output folder, the plan of each of its pictures, and what became of the originals."""
 
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "keep", "campaign", True
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"images": ("IMAGE",), "run": ("INT", {"default": 0})}}
+        return {"required": {"images": ("IMAGE",), "run": ("INT", {"default": 0}), **ORIGINALS}}
 
-    def keep(self, images, run):
+    def keep(self, images, run, model, vae):
         name = f"{folder_paths.get_output_directory()}/run_{run}.safetensors"
-        save_file({"images": images.to(torch.float32).contiguous()}, name, {"plans": json.dumps(plans)})
+        told = {"plans": plans, "errors": planted["errors"], "changed": planted["changed"] + _changed(model, vae)}
+        save_file({"images": images.to(torch.float32).contiguous()}, name, {"told": json.dumps(told)})
         return {"ui": {"text": [name]}}
 
 
