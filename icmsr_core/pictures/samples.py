@@ -55,7 +55,8 @@ def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.ND
 def _depth(image: Image.Image, data: bytes) -> int:
     """Bits per sample in the file, which Pillow's mode does not say."""
     if image.format == "PNG":
-        return data[24]
+        # Pillow reads files in which the header is not the first chunk, and then byte 24 is another.
+        return 16 if image.mode.startswith("I") else data[24]
     if image.format == "TIFF":
         return int(max(_tag(image, _TIFF_BITS, (1,))))
     return 8

@@ -157,6 +157,14 @@ def test_a_color_key_of_16_bits_becomes_alpha(tmp_path: Path, channels: int) -> 
     assert ((picture.alpha == 0) | (picture.alpha == 1)).all()
 
 
+def test_16_bit_grey_is_read_where_the_header_is_not_the_first_chunk(tmp_path: Path) -> None:
+    rows = b"".join(b"\0" + struct.pack(">2H", *row) for row in ((0, 65535), (257, 1)))
+    whole = png_file(2, 2, 16, 0, rows)
+    (tmp_path / "a.png").write_bytes(whole[:8] + png_chunk(b"prVt", b"0123456789abcdefgh") + whole[8:])
+    grey = read_picture(tmp_path / "a.png").rgb[..., 0]
+    np.testing.assert_allclose(grey, np.array([[0, 65535], [257, 1]]) / 65535, rtol=1e-6)
+
+
 def test_grey_and_alpha_of_16_bits_are_read_from_a_foreign_png(tmp_path: Path) -> None:
     samples = noise(2, 16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
