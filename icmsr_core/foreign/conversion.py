@@ -54,7 +54,7 @@ def load_any_generator(
     """
     if is_generator_file(path):
         generator, found = load_generator(path, name), ""
-        generator = replace(generator, info=with_told(generator.info, "this generator", told))
+        generator = replace(generator, info=with_told(generator.info, name or str(path), told))
     else:
         check_head(path)
         folder = omgsr_folder(path)
@@ -62,7 +62,10 @@ def load_any_generator(
         kind = "omgsr" if file is None else recognise(file)
         if kind == LORA_KIND:
             _check_told(path, told)
-        family = told_info(kind, told).family
+        try:
+            family = told_info(kind, told).family
+        except IcmsrError as error:
+            raise IcmsrError(f"{name or path}: {error}") from None
         layout = (layouts or {}).get(family) or published_layout(family)
         generator = read_foreign(kind, folder or path, told, layout, file)
         generator = replace(generator, name=name or str(path))

@@ -11,6 +11,7 @@ from icmsr_core.foreign.conversion import load_any_generator
 from icmsr_core.foreign.layouts import published_layout
 from icmsr_core.foreign.recognition import omgsr_folder
 from icmsr_core.foreign.told import Told
+from icmsr_core.weights.embedded import embedded_generator
 from icmsr_core.weights.generator_file import load_generator
 from tests.support.foreign_files import HYPIR_TARGETS, OMGSR_TARGETS, Q, hypir_checkpoint, shapes_ending, write_omgsr
 from tests.support.merging import merged_part
@@ -98,8 +99,10 @@ def test_hypir_of_another_rank_is_refused_and_so_are_other_values_than_its_own(n
         load_any_generator(tmp_path / "small.pth", NOTHING, layouts=layouts_of(narrow))
     torch.save(hypir, tmp_path / "h.pth")
     for told, words in ((Told(timestep=999), "timestep of hypir is always 200, got 999"), (Told("sd15"), "family")):
-        with pytest.raises(IcmsrError, match=words):
+        with pytest.raises(IcmsrError, match=rf"h\.pth.*{words}"):
             load_any_generator(tmp_path / "h.pth", told, layouts=layouts_of(narrow))
+    with pytest.raises(IcmsrError, match=r"the family of .*generator\.safetensors is always nano, got sd21"):
+        load_any_generator(embedded_generator(), Told("sd21"))
     with pytest.raises(IcmsrError, match="timestep must be between 0 and 999, got 1000"):
         load_any_generator(tmp_path / "h.pth", Told(coeff_t=1000), layouts=layouts_of(narrow))
     assert (
