@@ -4,8 +4,8 @@
 
 Each input is read in a process that is watched from outside. A finding is: any other exception than `IcmsrError`; an
 error of several lines, or one that does not name the file; over 20 s of processor time, or three minutes of the clock;
-more memory than the larger of 2 GB and six times the decoded picture (float32, as it is kept); a file left behind that
-nobody asked for; code in a pickle that ran; the end of the process. A finding's input is kept, and made again by
+more memory than the larger of 2 GB and six times the decoded picture (float32, as it is kept); a half file, or any file
+after a refusal; code in a pickle that ran; the end of the process. A finding's input is kept, and made again by
 ``--only "KIND NUMBER"`` with the same seed.
 """
 
@@ -31,6 +31,7 @@ import torch
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.files import stored_size
+from icmsr_core.train.run.checkpoint import DAMAGED
 from tests.campaign.fuzz_kinds import KINDS, MARK, Wrong, make_stock, shares
 
 SECONDS = 20
@@ -178,6 +179,8 @@ def _read(kind: str, number: int, case: Path, stock: Path, seed: int) -> dict:
         outcome = "code was run"
     elif any(path.name.endswith(".part") for path in left):
         outcome = "a half file stays"
+    elif outcome == REFUSED and not all(DAMAGED in str(path) for path in left):
+        outcome = "a file stays after a refusal"
     elif outcome in (RESULT, REFUSED) and seconds > SECONDS:
         outcome = f"over {SECONDS} s"
     elif outcome in (RESULT, REFUSED) and memory > max(MEMORY, 6 * decoded):

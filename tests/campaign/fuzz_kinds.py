@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from types import ModuleType
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -45,6 +46,8 @@ from tests.support.places import ROOT
 
 MARK = "code-was-run"
 """A file of this name in a case's folder: something ran the code in a pickle."""
+EXACT = (".png", ".tif", ".tiff")
+"""Formats in which a picture keeps its values."""
 SMALL = 64
 """Pixels a side of the pictures that are upscaled."""
 
@@ -112,14 +115,21 @@ def picture(random: Random, folder: Path, stock: Path) -> Case:
         height, width = found.rgb.shape[:2]
         if stored_size(path) != (width, height):
             raise Wrong(f"the header says {stored_size(path)}, the picture is {width} x {height}")
+        for values in (found.rgb, found.alpha):
+            if values is not None and not (values.min() >= 0 and values.max() <= 1):  # NaN as well
+                raise Wrong(f"values from {values.min()} to {values.max()}")
         if max(height, width) > 4 * SMALL:
             return found
         try:
             write_picture(copy, found)
         except IcmsrError as error:
             raise Wrong(f"was read, cannot be written: {error}") from error
-        if read_picture(copy).rgb.shape != found.rgb.shape:
+        again = read_picture(copy)
+        if again.rgb.shape != found.rgb.shape:
             raise Wrong("another size after writing")
+        apart = float(np.abs(again.rgb - found.rgb).max())
+        if copy.suffix in EXACT and apart > 0.51 / (2**found.bits - 1):
+            raise Wrong(f"{255 * apart:.2f}/255 apart after writing {found.bits} bits as {copy.suffix}")
         return found
 
     return Case(read, (str(path),))
@@ -308,7 +318,10 @@ def configuration(random: Random, folder: Path, stock: Path) -> Case:
             if stop.code == 2 and "error:" in said.getvalue() and "Traceback" not in said.getvalue():
                 raise IcmsrError("usage") from None  # jsonargparse's own words, of several lines
             raise Wrong(f"exit code {stop.code}: {said.getvalue()}") from None
-        return getattr(script, kinds[name])(config)
+        try:
+            return getattr(script, kinds[name])(config)
+        except OSError as error:  # a path that cannot be; `run_script` says it in one line
+            raise IcmsrError(str(error)) from None
 
     return Case(read, ("",))  # a configuration's error names the setting
 

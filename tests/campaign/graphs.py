@@ -39,7 +39,7 @@ from icmsr_core.upscale.one_step import run_plan
 from icmsr_core.upscale.out_of_memory import retries_of
 from icmsr_core.upscale.plan import plan_upscale
 from icmsr_core.upscale.settings import COLOR_FIXES, VAE_MODES, UpscaleSettings
-from icmsr_core.weights.embedded import embedded_base
+from icmsr_core.weights.embedded import embedded_base, embedded_generator
 from tests.campaign.mutation import mutated_json
 from tests.support.comfy_harness import Server, find_comfyui, prepare_python
 from tests.support.model_files import write_generator
@@ -293,8 +293,8 @@ class Campaign:
 
     def _backbone(self, model: str) -> DiffusersBackbone:
         if model not in self._backbones:
-            own = {} if model == "embedded" else {"generator": self._folder / model}
-            self._backbones[model] = load_backbone(Recipe(device="cpu", dtype="fp32", **own))
+            generator = embedded_generator() if model == "embedded" else self._folder / model
+            self._backbones[model] = load_backbone(Recipe(generator=generator, device="cpu", dtype="fp32"))
         return self._backbones[model]
 
     def post_damaged(self, random: Random) -> None:
@@ -356,8 +356,8 @@ def start_comfyui(base: Path) -> Iterator[Server]:
 def run_graphs(graphs: int, prompts: int, seed: int, minutes: float, side: int, say: Callable[[str], None]) -> Report:
     """The campaign: `graphs` and `prompts` on one server, within `minutes`."""
     silence_diffusers()
-    ends = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="icmsr-graphs-") as place, start_comfyui(Path(place) / "comfy") as server:
+        ends = time.monotonic() + 60 * minutes  # a busy machine needs minutes for the start
         campaign = Campaign(server, server.base / "models" / "icmsr", seed)
         _run_all(campaign, graphs, prompts, side, ends, say)
     return campaign.report

@@ -132,7 +132,11 @@ def commands(stock: Path) -> list[Command]:
         ),
         Command("folder", "icmsr", (*upscaled, "--skip-existing", "--device", "cpu")),
         Command("folder, all again", "icmsr", (*upscaled, "--device", "cpu")),
-        Command("adapter with workers and plots", "adapter.py", (*start, *_loop("loop", 12, workers=1, log_every=4))),
+        Command(
+            "adapter with workers and plots",
+            "adapter.py",
+            (*start, *_loop("loop", 12, workers=1, log_every=4, tensorboard=True)),
+        ),
         Command("distillation on latents", "distill.py", (*made, *_latents(), *_loop("loop", 12))),
     ]
 
@@ -217,7 +221,7 @@ def run_kills(
     runs: int, kills: int, failures: int, seed: int, minutes: float, say: Callable[[str], None], only: str = ""
 ) -> Report:
     """The campaign: `kills` and `failures` in each of the first `runs` commands, within `minutes`."""
-    report, ends = Report(), time.monotonic() + 60 * minutes
+    report = Report()
     with tempfile.TemporaryDirectory(prefix="icmsr-kills-") as place:
         stock = Path(place) / "stock"
         stock.mkdir()
@@ -225,7 +229,8 @@ def run_kills(
         warm = CONTEXT.Process(target=_nothing)
         warm.start()
         warm.join()
-        for command in commands(stock)[:runs]:
+        known, ends = commands(stock)[:runs], time.monotonic() + 60 * minutes
+        for command in known:
             if time.monotonic() > ends or (only and command.name != only):
                 continue
             victim = Victim(command, Path(place) / "runs", seed, report, preloaded)
