@@ -43,7 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("icmsr-demo"), metavar="DIR", help="folder for the pictures")
     add_device(demo)
     upscale = command("upscale", "Upscale pictures, or folders of pictures.")
-    upscale.add_argument("inputs", nargs="+", metavar="input", help="a picture, a folder of them, or several")
+    upscale.add_argument(
+        "inputs", nargs="+", metavar="input", help="a picture, a folder of them, or several; also s3://..."
+    )
     upscale.add_argument("output", help="the file to write, or a folder (made if it is missing; end it with a slash)")
     add_files(upscale)
     add_weights(upscale)
@@ -73,6 +75,16 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         type=parse_shard,
         metavar="I/N",
         help="the I-th of N parts of the pictures, by a hash of their paths inside the folder: for N machines or jobs",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        type=parse_address,
+        metavar="ADDRESS",
+        help="on a Ray cluster (extra ray): HOST:PORT, or local for the processors of this machine (default: "
+        "$RAY_ADDRESS, else a cluster that runs here, else local). After IN and OUT; these may be in a storage "
+        "(s3://bucket/folder), or must be where all machines see them",
     )
     parser.add_argument(
         "--format",
@@ -327,6 +339,17 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 3/8, got {text!r}")
     return int(number), int(count)
+
+
+def parse_address(text: str) -> str:
+    """An address of a Ray cluster: auto, local, HOST:PORT, or empty for the default."""
+    host, _, port = text.rpartition(":")
+    if text in ("", "auto", "local") or (host and "/" not in host and port.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"expected HOST:PORT or local, got {text!r}: with another machine's ray:// run the command there "
+        "(ray job submit); without an address put --ray last"
+    )
 
 
 def parse_auto(text: str) -> int | str:

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..console import escape_unprintable
@@ -22,15 +23,20 @@ from ..errors import IcmsrError
 from ..foreign.told import Told
 from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
-from ..weights.embedded import embedded_base, embedded_generator
+from ..weights.embedded import embedded_generator
 from .arguments import AUTO, make_parser
+from .asked import check_cluster, for_workers, recipe_of, settings_of
 
 SETTINGS_OF_A_FILE = ("color_fix", "tile", "overlap", "smallest", "resize")
 """Options that a generator file may recommend a value for."""
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..runtime.diffusers_backbone import DiffusersBackbone
     from ..steps import Steps
+    from .job_list import Job
+    from .picture_jobs import UntilItFits
 
 
 def run() -> None:
@@ -93,23 +99,27 @@ def run_demo_command(options: argparse.Namespace) -> int:
 def run_upscale(options: argparse.Namespace) -> int:
     """``icmsr upscale``."""
     settings = settings_of(options)
+    if options.ray is not None:
+        check_cluster(options)
 
     from tqdm import tqdm
 
     from ..runtime.ingredients import check_recipe
     from ..upscale.free_memory import free_system_memory
-    from ..upscale.tile_choice import Automatic
-    from .job_list import Job, NamingRules, plan_jobs, too_large_results, too_much_memory
-    from .picture_jobs import UntilItFits, planner, read_mask, upscale_jobs
+    from .job_list import NamingRules, plan_jobs, too_large_results, too_much_memory
+    from .picture_jobs import read_mask, upscale_jobs
     from .start_line import Announcer
 
     recipe = recipe_of(options)
-    check_recipe(recipe)
+    # Another machine may have the card and the compiler.
+    check_recipe(recipe if options.ray is None else replace(recipe, device="cpu", compile_unet=False))
     extension = f".{options.format}" if options.format else ""
     rules = NamingRules(extension, options.recursive, options.skip_existing, options.shard)
     listed = plan_jobs(options.inputs, options.output, rules)
     if listed.passed_over():
         print(listed.passed_over(), file=sys.stderr)
+    if options.ray is not None:
+        return upscale_on_cluster(options, settings, listed.jobs)
     too_large = too_large_results(listed.jobs, settings)
     too_large |= too_much_memory(listed.jobs, settings, free_system_memory())
     jobs = [job for job in listed.jobs if job not in too_large]
@@ -119,14 +129,11 @@ def run_upscale(options: argparse.Namespace) -> int:
         return 1 if too_large else 0
     mask = None if options.mask is None else read_mask(options.mask)
     started = time.perf_counter()
-    backbone = load_networks(recipe)
-    told = [name for name in SETTINGS_OF_A_FILE if getattr(options, name) is not None]
-    settings = settings.following(backbone.descriptor.recommended, told)
+    fitting, backbone, settings = prepared(options, settings, recipe, mask)
     announcer = Announcer(backbone.descriptor, settings, mask)
     line = announcer.start_line([job.source for job in jobs])
     if line is not None:
         print(line, flush=True)
-    automatic = Automatic(tile=options.tile == AUTO, batch=options.batch == AUTO)
     with (
         tqdm(total=len(jobs), unit="picture", disable=None if len(jobs) > 1 else True) as files,
         tqdm(unit="step", leave=False, disable=None) as tiles,
@@ -137,9 +144,8 @@ def run_upscale(options: argparse.Namespace) -> int:
             tiles.reset()
             return bar_steps(tiles)
 
-        plan_for = planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype)
         failed = upscale_jobs(
-            UntilItFits(backbone, plan_for, tile_too=not isinstance(options.tile, int), mask=mask),
+            fitting,
             jobs,
             report=lambda line: tqdm.write(f"icmsr: error: {line}", file=sys.stderr),
             steps=steps,
@@ -153,29 +159,51 @@ def run_upscale(options: argparse.Namespace) -> int:
     return 1 if failed or too_large else 0
 
 
-def settings_of(options: argparse.Namespace) -> UpscaleSettings:
-    """The settings that ``icmsr upscale`` was given. Leaves through argparse when they are wrong."""
-    if options.fit is not None and options.size is None:
-        options.parser.error(f"--fit {options.fit} is for an exact size: give --size WxH, or leave it out")
-    try:
-        settings = UpscaleSettings(
-            scale=options.scale,
-            size=options.size,
-            overlap=UpscaleSettings.overlap if options.overlap is None else options.overlap,
-            color_fix=options.color_fix or UpscaleSettings.color_fix,
-            tile=options.tile if isinstance(options.tile, int) else UpscaleSettings.tile,
-            batch=options.batch if isinstance(options.batch, int) else UpscaleSettings.batch,
-            vae=options.vae_mode,
-            longest=options.longest,
-            shortest=options.shortest,
-            megapixels=options.megapixels,
-            fit=options.fit or UpscaleSettings.fit,
-            smallest=options.smallest or UpscaleSettings.smallest,
-            resize=options.resize or UpscaleSettings.resize,
-        )
-    except IcmsrError as error:
-        options.parser.error(str(error))
-    return settings
+def prepared(
+    options: argparse.Namespace, settings: UpscaleSettings, recipe: Recipe, mask: Tensor | None = None
+) -> tuple[UntilItFits, DiffusersBackbone, UpscaleSettings]:
+    """What upscales pictures, its networks, and `settings` with what the generator file recommends."""
+    from ..upscale.tile_choice import Automatic
+    from .picture_jobs import UntilItFits, planner
+
+    backbone = load_networks(recipe)
+    told = [name for name in SETTINGS_OF_A_FILE if getattr(options, name) is not None]
+    settings = settings.following(backbone.descriptor.recommended, told)
+    automatic = Automatic(tile=options.tile == AUTO, batch=options.batch == AUTO)
+    plan_for = planner(backbone.descriptor, settings, automatic, backbone.device, backbone.dtype)
+    fitting = UntilItFits(backbone, plan_for, tile_too=not isinstance(options.tile, int), mask=mask)
+    return fitting, backbone, settings
+
+
+def prepared_in_worker(options: argparse.Namespace) -> UntilItFits:
+    """`prepared` in another process, perhaps on another machine: its package has its own embedded files."""
+    return prepared(options, settings_of(options), recipe_of(options))[0]
+
+
+def upscale_on_cluster(options: argparse.Namespace, settings: UpscaleSettings, jobs: list[Job]) -> int:
+    """``icmsr upscale --ray``, from the list of jobs on."""
+    from tqdm import tqdm
+
+    from .cluster import connected
+
+    if not jobs:
+        return 0
+    started, failed = time.perf_counter(), 0
+    jobs = [replace(job, source=job.source.absolute(), target=job.target.absolute()) for job in jobs]
+    prepare = partial(prepared_in_worker, for_workers(options))
+    with connected(options.ray, options.device) as cluster:
+        print(f"{len(jobs)} pictures; {cluster.workers.words()}, {cluster.machines} machines", flush=True)
+        with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
+            for job, line in cluster.upscale(jobs, prepare, settings, options.quality):
+                bar.update(job is not None)
+                failed += bool(job is not None and line)
+                if line:
+                    kind = "WARNING" if job is None else "icmsr: error"
+                    tqdm.write(f"{kind}: {line}", file=sys.stderr)
+    if failed < len(jobs):
+        seconds = time.perf_counter() - started
+        print(f"{len(jobs) - failed} of {len(jobs)} written to {options.output} in {seconds:.1f} s")
+    return 1 if failed else 0
 
 
 def run_conditions(options: argparse.Namespace) -> int:
@@ -264,21 +292,6 @@ def bar_steps(bar: Any) -> Steps:
         bar.update(done - bar.n)
 
     return Steps(show)
-
-
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """What ``icmsr upscale`` was asked to load."""
-    return Recipe(
-        base=embedded_base() if options.base == "nano" else options.base,
-        generator=embedded_generator() if options.model == "nano" else Path(options.model),
-        told=Told(options.family, options.timestep, options.prediction, options.coeff_t),
-        fidelity=options.fidelity,
-        prompt=options.prompt,
-        tiny_vae=options.tiny_vae,
-        device=options.device,
-        dtype=options.dtype,
-        compile_unet=options.compile,
-    )
 
 
 def load_networks(recipe: Recipe) -> DiffusersBackbone:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,6 +140,7 @@ def upscale_jobs(
     report: Callable[[str], None],
     steps: Callable[[Job], Steps | None] = lambda _: None,
     done: Callable[[Job], object] = lambda _: None,
+    read: Callable[[Job], Picture] = lambda job: read_picture(job.source),
     quality: int = 95,
 ) -> int:
     """Runs all of `jobs`, also when some fail; returns how many did.
@@ -149,11 +149,11 @@ def upscale_jobs(
     further ahead or behind: memory holds at most two pictures that were read and two results, however many jobs there
     are. `fitting` upscales each of them.
 
-    The functions are called in this thread, in the order of the jobs: `steps` when a picture's turn comes, for the
-    object that counts its steps; `report` for each picture that failed, for whatever reason
-    (too little memory for it, say), with one line that names the file; `done` when a result has been written or has
-    failed. An interrupt ends the run: what is being read or written at that moment is finished first, so that no file
-    is left half written.
+    `read` is called in the reading thread. The other functions are called in this thread, in the order of the jobs:
+    `steps` when a picture's turn comes, for the object that counts its steps; `report` for each picture that failed,
+    for whatever reason (too little memory for it, say), with one line that names the file; `done` when a result has
+    been written or has failed. An interrupt ends the run: what is being read or written at that moment is finished
+    first, so that no file is left half written.
     """
     failed = 0
     writing: deque[tuple[Job, Future[None]]] = deque()
@@ -162,7 +162,7 @@ def upscale_jobs(
         nonlocal failed
         failed += 1
         message = str(error) or type(error).__name__
-        report(message if os.fspath(job.source) in message else f"{job.source}: {message}")
+        report(message if str(job.source) in message else f"{job.source}: {message}")
         done(job)
 
     def settle() -> None:
@@ -176,11 +176,11 @@ def upscale_jobs(
                 done(job)
 
     with _thread("reader") as reader, _thread("writer") as writer:
-        reading = deque(reader.submit(read_picture, job.source) for job in jobs[:1])
+        reading = deque(reader.submit(read, job) for job in jobs[:1])
         for index, job in enumerate(jobs):
             counted = steps(job)
             picture = reading.popleft()
-            reading.extend(reader.submit(read_picture, following.source) for following in jobs[index + 1 : index + 2])
+            reading.extend(reader.submit(read, following) for following in jobs[index + 1 : index + 2])
             try:
                 result = fitting.upscale(job.source.name, picture.result(), counted)
             except Exception as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from torch import Tensor
 
 from ..backbone.protocol import BackboneDescriptor
 from ..pictures.files import stored_size
+from ..pictures.storage import Place
 from ..upscale.masking import plan_mask
 from ..upscale.plan import UpscalePlan, plan_upscale
 from ..upscale.settings import UpscaleSettings
@@ -25,19 +25,19 @@ class Announcer:
             lambda width, height: plan_upscale(descriptor, height, width, settings)  # the order of `stored_size`
         )
 
-    def plan_of(self, path: Path) -> UpscalePlan | None:
+    def plan_of(self, path: Place) -> UpscalePlan | None:
         """The plan for a picture; None where its header cannot be read."""
         size = stored_size(path)
         return None if size is None else self._plan_of(*size)
 
-    def bar_words(self, path: Path) -> str:
+    def bar_words(self, path: Place) -> str:
         """Name, size of the result and number of tiles, for a bar."""
         plan = self.plan_of(path)
         if plan is None:
             return path.name
         return f"{path.name} {plan.target[1]} x {plan.target[0]}, {len(plan.tiles)} tiles"
 
-    def start_line(self, paths: Sequence[Path]) -> str | None:
+    def start_line(self, paths: Sequence[Place]) -> str | None:
         """One line about one picture or about all of them; None where no header can be read."""
         plans = [plan for plan in map(self.plan_of, paths) if plan is not None]
         if not plans:

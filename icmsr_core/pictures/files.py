@@ -28,6 +28,7 @@ from .metadata import Metadata, orientation_of, read_metadata, save_arguments
 from .png_chunks import PNG_SIGNATURE, color_chunks, with_chunks, without_damaged_chunks, without_pixels
 from .samples import upright_samples
 from .sixteen_bits import encode_png_16bit, encode_tiff_16bit
+from .storage import Place, RemotePath, place_of
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
-def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_picture(path: str | os.PathLike[str] | RemotePath, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """The picture in a PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC file; the content decides, not the extension.
 
     - Of several frames or pages the first is read, with a logged warning.
@@ -143,7 +144,7 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     formats, damaged or incomplete, larger than `max_pixels`, or has samples without a defined black and white (float,
     32-bit). Damage inside JPEG data that leaves the stream decodable cannot be detected.
     """
-    path = Path(path)
+    path = place_of(path)
     data = _read_bytes(path)
     try:
         with _pillow_quiet_and_unlimited():
@@ -176,15 +177,15 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
         raise IcmsrError(f"{path}: the file is damaged or incomplete ({reason})") from error
 
 
-def longest_side(path: Path) -> int | None:
+def longest_side(path: Place) -> int | None:
     """The most pixels that a side can have in the format of `path`; None: no limit that matters, or no such format."""
     return _LONGEST_SIDE.get(_WRITE_FORMATS.get(path.suffix.lower(), ""))
 
 
-def stored_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+def stored_size(path: str | os.PathLike[str] | RemotePath) -> tuple[int, int] | None:
     """(width, height) of the upright picture in a file, from its header; None where `read_picture` will raise."""
     try:
-        with _pillow_quiet_and_unlimited(), open(path, "rb") as file:
+        with _pillow_quiet_and_unlimited(), place_of(path).open("rb") as file:
             png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
             file.seek(0)
             with Image.open(io.BytesIO(without_pixels(file)) if png else file, formats=readable_formats()) as image:
@@ -194,7 +195,7 @@ def stored_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
         return None
 
 
-def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int = 95) -> None:
+def write_picture(path: str | os.PathLike[str] | RemotePath, picture: Picture, quality: int = 95) -> None:
     """Write `picture` in the format that the extension of `path` names (`WRITE_EXTENSIONS`, in any case).
 
     - Samples are clamped to [0, 1] and rounded to the nearest level; `bits` 16 is kept in PNG and TIFF.
@@ -203,12 +204,12 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
     - Metadata is written as far as the format can hold it, see `save_arguments`.
     - `quality`, 1..100, is for JPEG (full colour resolution) and WebP (100, or a `lossless` picture: without loss).
       TIFF is uncompressed.
-    - The file appears whole or not at all, see `replace_file`.
+    - The file appears whole or not at all, see `replace_file` and, for a storage, `RemotePath.write_bytes`.
 
     Raises IcmsrError, which names the file, for an unknown extension, a quality outside 1..100, an output folder that
     is missing or not writable, values that are not finite, and a picture too large for the format.
     """
-    path = Path(path)
+    path = place_of(path)
     file_format = _WRITE_FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise IcmsrError(
@@ -217,9 +218,10 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
         )
     if not 1 <= quality <= 100:
         raise IcmsrError(f"quality must be in 1..100, got {quality}")
-    if path.is_dir():
+    local = isinstance(path, Path)
+    if local and path.is_dir():
         raise IcmsrError(f"{path}: is a folder, not a file to write")
-    if not path.parent.is_dir():
+    if local and not path.parent.is_dir():
         raise IcmsrError(f"{path}: the folder {path.parent} does not exist: create it first")
     height, width = picture.rgb.shape[:2]
     longest = longest_side(path)
@@ -233,6 +235,9 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, quality: int =
         data = _encode(picture, file_format, quality, path)
     except (OSError, ValueError) as error:
         raise IcmsrError(f"{path}: cannot be encoded as {file_format} ({error})") from error
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
     try:
         replace_file(path, data)
     except OSError as error:
@@ -272,7 +277,7 @@ def _why_unknown(data: bytes) -> str:
     return f"not a picture in a known format ({known})"
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Place) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -301,7 +306,7 @@ def _pillow_quiet_and_unlimited() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _decode(image: Image.Image, data: bytes, path: Path) -> Picture:
+def _decode(image: Image.Image, data: bytes, path: Place) -> Picture:
     samples, peak = upright_samples(image, data, path)
     values = samples.astype(np.float32) / np.float32(peak)
     channels = values.shape[2]
@@ -332,7 +337,7 @@ def _riff_chunks(data: bytes) -> Iterator[int]:
         position += 8 + length + length % 2
 
 
-def _encode(picture: Picture, file_format: str, quality: int, path: Path) -> bytes:
+def _encode(picture: Picture, file_format: str, quality: int, path: Place) -> bytes:
     alpha = picture.alpha
     on_white = alpha is not None and file_format == "JPEG"
     if on_white:

@@ -10,10 +10,11 @@ import math
 import re
 import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+
+from .storage import Place
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def orientation_of(image: Image.Image, *, header: bool = False) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def read_metadata(image: Image.Image, path: Path) -> Metadata:
+def read_metadata(image: Image.Image, path: Place) -> Metadata:
     """The metadata of a loaded Pillow image, but `png_color`.
 
     Damaged parts are dropped with a logged warning that says `path`; nothing is raised.
@@ -81,7 +82,7 @@ def read_metadata(image: Image.Image, path: Path) -> Metadata:
     )
 
 
-def save_arguments(metadata: Metadata, file_format: str, *, grey: bool, path: Path) -> dict[str, Any]:
+def save_arguments(metadata: Metadata, file_format: str, *, grey: bool, path: Place) -> dict[str, Any]:
     """Arguments of `PIL.Image.Image.save` that write `metadata` into a "PNG", "JPEG", "WEBP" or "TIFF" file `path`.
 
     What the format cannot hold is dropped: text exists in PNG only, resolution in all but WebP. Three things are
@@ -144,7 +145,7 @@ def _exif_of(image: Image.Image, header: bool) -> Image.Exif:
         return Image.Exif()
 
 
-def _exif_bytes(image: Image.Image, path: Path) -> bytes | None:
+def _exif_bytes(image: Image.Image, path: Place) -> bytes | None:
     try:
         exif = image.getexif()
         for tag in [tag for tag in exif if tag not in _DESCRIPTIVE_TAGS]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image, ImageCms
 from ..errors import IcmsrError
 from .metadata import orientation_of
 from .sixteen_bits import decode_16bit
+from .storage import Place
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 258, 2
 _SIGNED = 2
 
 
-def upright_samples(image: Image.Image, data: bytes, path: Path) -> tuple[npt.NDArray[Any], int]:
+def upright_samples(image: Image.Image, data: bytes, path: Place) -> tuple[npt.NDArray[Any], int]:
     """Samples [height, width, channels] of the opened `image`, turned upright, and the value of white.
 
     `data` is the whole file, `path` its name for messages. Channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha
@@ -79,7 +79,7 @@ def _grey_samples(image: Image.Image, depth: int) -> npt.NDArray[Any]:
 
 
 def _color_samples(
-    image: Image.Image, data: bytes, path: Path, orientation: int, remaining: int
+    image: Image.Image, data: bytes, path: Place, orientation: int, remaining: int
 ) -> npt.NDArray[Any] | None:
     """uint16 [height, width, 2..4], upright, read by OpenCV; None if it cannot read the file.
 
@@ -112,7 +112,7 @@ def _color_samples(
     return decoded[..., [0, 3]] if data[25:26] == b"\x04" and image.format == "PNG" else decoded  # 4: grey, alpha
 
 
-def _eight_bit_samples(image: Image.Image, depth: int, path: Path) -> npt.NDArray[Any]:
+def _eight_bit_samples(image: Image.Image, depth: int, path: Place) -> npt.NDArray[Any]:
     """uint8 [height, width, 1..4]."""
     grey = image.mode in ("1", "L", "LA", "La")
     key = image.info.get("transparency")
@@ -128,7 +128,7 @@ def _eight_bit_samples(image: Image.Image, depth: int, path: Path) -> npt.NDArra
     return samples if samples.ndim == 3 else samples[..., None]
 
 
-def _rgb_from_cmyk(image: Image.Image, path: Path) -> Image.Image:
+def _rgb_from_cmyk(image: Image.Image, path: Place) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile:
         try:
