@@ -140,10 +140,11 @@ class Cluster:
         together = max(1, min(TOGETHER, len(jobs) // (4 * self.workers.count)))
         for size in dict.fromkeys((together, 1)):
             for number, line in self._rows(list(left), size, arguments) if left else ():
-                job = left.pop(number, None)
-                if job is not None or line not in told:
-                    yield job, line
-                told |= {line} if number < 0 else set()
+                if number in left:
+                    yield left.pop(number), line
+                elif number < 0 and line not in told:
+                    told.add(line)
+                    yield None, line
         for job in left.values():
             yield job, f"{job.source}: its worker died each time: too little memory, or see the logs of Ray"
 
@@ -181,7 +182,7 @@ def connected(address: str, device: str) -> Iterator[Cluster]:
     import ray.data
 
     try:
-        ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address or None, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, ...
         reason = " ".join(str(error).split())
         raise IcmsrError(f"--ray {address}: no cluster there ({reason}): start one with ray start --head") from error
