@@ -157,7 +157,7 @@ def test_results_are_those_of_one_process_also_when_a_worker_is_killed(address, 
                     killed.extend(workers()[:1])
                     os.kill(killed[0], signal.SIGKILL)
                     return
-                time.sleep(0.2)
+                time.sleep(2)
 
         killer = threading.Thread(target=kill_one)
         killer.start()
