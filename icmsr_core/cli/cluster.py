@@ -6,6 +6,7 @@ What an actor does with its pictures is what a folder run does (`upscale_jobs`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,6 +171,18 @@ class Cluster:
             raise IcmsrError(f"a worker of the cluster cannot begin: {reason}") from error
 
 
+def _knock(address: str) -> None:
+    """Raises `OSError` where nobody listens at HOST:PORT. Ray itself would try for minutes."""
+
+    async def connect(host: str, port: int) -> None:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout=10)
+        writer.close()
+
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        asyncio.run(connect(host, int(port)))
+
+
 @contextmanager
 def connected(address: str, device: str) -> Iterator[Cluster]:
     """The cluster at `address`: auto, local, or HOST:PORT. Raises `IcmsrError` where there is none.
@@ -182,6 +195,7 @@ def connected(address: str, device: str) -> Iterator[Cluster]:
     import ray.data
 
     try:
+        _knock(address)
         ray.init(address or None, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, ...
         reason = " ".join(str(error).split())

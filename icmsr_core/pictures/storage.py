@@ -146,7 +146,7 @@ def place_of(place: str | os.PathLike[str] | RemotePath) -> Place:
     try:
         from fsspec.core import url_to_fs  # comes with torch
 
-        system, key = url_to_fs(text)
+        system, key = url_to_fs(text, use_listings_cache=False)  # others write there, too
     except ImportError as error:
         raise IcmsrError(f"{text}: {error} (for s3:// pip install 'icm-sr[ray]')") from error
     except ValueError as error:
