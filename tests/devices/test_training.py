@@ -58,9 +58,10 @@ DISTILL = [
     "--condition.cells=2",
     f"--condition.adapters=['{embedded_adapter()}']",
 ]
+WHOLE = "distillation of whole weights"
 RUNS: dict[str, tuple[str, list[str], Sequence[str]]] = {
     "distillation of LoRA": ("distill.py", DISTILL, [""]),
-    "distillation of whole weights": (
+    WHOLE: (
         "distill.py",
         [*DISTILL, "--generator.networks.weights=whole", "--generator.networks.checkpointing=true"],
         [""],
@@ -83,8 +84,8 @@ RUNS: dict[str, tuple[str, list[str], Sequence[str]]] = {
 
 
 def platforms_of(run: str) -> Sequence[Platform]:
-    """Both; but one for whole weights, which differ from LoRA in no layer and take as long."""
-    return ("cuda",) if run == "distillation of whole weights" else PLATFORMS
+    """Both; but one for whole weights, which differ from LoRA in no layer and take as long (with `-m slow`)."""
+    return ("cuda",) if run == WHOLE else PLATFORMS
 
 
 def train_everywhere(run: str, folder: Path) -> list[Trace]:
@@ -138,7 +139,7 @@ def kind_of(name: str) -> str:
     return "/".join(name.split("/")[:2])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=pytest.mark.slow) if run == WHOLE else run for run in RUNS])
 def test_three_steps_give_the_weights_of_the_cpu(run: str, tmp_path: Path) -> None:
     steps = apart(train_everywhere, run, tmp_path)
     for folder, platform in product(RUNS[run][2], platforms_of(run)):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.places import ROOT
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 LEVELS = 1.0
 """Mean difference of two drawings, of 255: browsers differ at edges, processors in the last bits of nano."""

@@ -93,7 +93,7 @@ def test_the_estimate_of_a_step_that_can_be_counted():
     assert memory.total == memory.weights + memory.optimizers + memory.peak
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_pictures_take_more_memory_and_checkpointing_less(base):
     folder = open_base(base)
 

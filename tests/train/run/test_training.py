@@ -136,7 +136,7 @@ def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path)
     assert toy.shape == (80, 120, 3)
     assert np.abs(toy - nano).max() > 2
     rows = read_metrics(toy_run / "toy_distill" / "metrics.jsonl")
-    assert [row["images"] for row in rows[-2:]] == [192, 192]
+    assert [row["images"] for row in rows[-2:]] == [128, 128]
     assert rows[-2]["loss/generator/psnr"] > 12
     assert rows[-1]["latent/error/0"] < 1.1
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=64), 5)
@@ -181,7 +181,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kill", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGKILL, 0)])
+@pytest.mark.parametrize(
+    ("kill", "workers"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 2), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow)],
+)
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninterrupted, kill, workers):
     arguments = distill(base, "run", adapter=adapter, workers=workers)
     process = ScriptProcess("distill.py", *arguments, folder=tmp_path)
@@ -195,7 +198,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninte
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells files by /proc")
-@pytest.mark.parametrize("flush", [1, 2, 6])
+@pytest.mark.parametrize("flush", [1, pytest.param(2, marks=pytest.mark.slow), 6])
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_one_that_was_not(
     tmp_path, base, adapter, uninterrupted, flush
 ):
