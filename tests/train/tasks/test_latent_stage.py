@@ -17,6 +17,7 @@ from icmsr_core.train.data.synthetic import synthetic_picture
 from icmsr_core.train.losses.teacher import TIMESTEPS
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.networks.generator import NetworksConfig
+from icmsr_core.train.tasks import generator as generator_task
 from icmsr_core.train.tasks.building import Loading, build_generator_task, check_latent_pairs
 from icmsr_core.train.tasks.generator import GeneratorTask, input_of
 from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
@@ -117,6 +118,18 @@ def test_pictures_and_their_latents_measure_the_same(base):
     pictures = task.measure()
     task.probe = latents_of(task)
     assert task.measure() == pytest.approx(pictures, rel=1e-4)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_how_many_samples_are_measured_at_once_does_not_matter(base, together, monkeypatch):
+    """Also where the last part is smaller: no sample is left out or counted twice."""
+    task = make_task(base, config(weights="whole"))
+    task.probe = {name: value[[0, 1, 0, 1, 0]] for name, value in PICTURES.items()}
+    whole, seen, denoised = task.measure(), [], task.denoised
+    monkeypatch.setattr(generator_task, "PROBE_PIXELS", together * PICTURES["sharp"][0, 0].numel())
+    monkeypatch.setattr(task, "denoised", lambda low: seen.append(len(low)) or denoised(low))
+    assert task.measure() == pytest.approx(whole, rel=1e-4)
+    assert (max(seen), sum(seen)) == (together, 5)
 
 
 @pytest.mark.parametrize(
