@@ -13,6 +13,9 @@ from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
 from ..weights.embedded import embedded_base, embedded_generator
 
+CLUSTER_DEVICES = ("auto", "cpu", "cuda")
+"""What ``--device`` may be with ``--ray``."""
+
 
 def settings_of(options: argparse.Namespace) -> UpscaleSettings:
     """The settings that ``icmsr upscale`` was given. Leaves through argparse when they are wrong."""
@@ -79,7 +82,3 @@ def for_workers(options: argparse.Namespace) -> argparse.Namespace:
         if kept[name] not in (None, "nano") and Path(kept[name]).exists():  # it may be a hub id
             kept[name] = type(kept[name])(Path(kept[name]).absolute())
     return argparse.Namespace(**kept)
-
-
-CLUSTER_DEVICES = ("auto", "cpu", "cuda")
-"""What ``--device`` may be with ``--ray``."""

@@ -32,10 +32,10 @@ from icmsr_core.upscale.settings import UpscaleSettings
 from tests.support.pictures import write_random_picture
 from tests.support.places import ROOT
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="no Ray: pip install 'icm-sr[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 moto = pytest.importorskip("moto.server", reason='no object store: pip install "moto[server]"')
-pytest.importorskip("s3fs")
+pytest.importorskip("s3fs", reason="no s3fs: pip install 'icm-sr[ray]'")
 
 pytestmark = [
     pytest.mark.slow,
