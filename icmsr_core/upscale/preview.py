@@ -61,7 +61,7 @@ class Preview:
         rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
         self._scale = rows / height, columns / width
         self._shown = max(1, round(size[0] * self._scale[0])), max(1, round(size[1] * self._scale[1]))
-        self._canvas, self._map = _shrunk(enlarged, rows, columns)[0], None
+        self._canvas, self._map = _resized(enlarged, rows, columns)[0].clone(), None  # painted over in place
         self._spent += self._clock() - begun
         self._show()
 
@@ -69,10 +69,10 @@ class Preview:
         """Fits the map from `latent` [1, C, h, w], the encoding of what begins at pixel (`top`, `left`)."""
         begun = self._clock()
         size = [min(FITTED_CELLS, cells) for cells in latent.shape[2:]]
-        cells = _shrunk(latent.float(), *size)[0].flatten(1)
+        cells = _resized(latent.float(), *size)[0].flatten(1)
         height, width = (factor * cells for cells in latent.shape[2:])
         seen = self._canvas[None, :, self._span(0, top, top + height), self._span(1, left, left + width)]
-        colours = _shrunk(seen, *size)[0].flatten(1).to(cells)
+        colours = _resized(seen, *size)[0].flatten(1).to(cells)
         self._map = linear_map(cells, colours)
         self._spent += self._clock() - begun
 
@@ -88,9 +88,9 @@ class Preview:
                 for axis, span in enumerate((box.rows, box.columns))
             )
             weights, shift = self._map[:, :-1], self._map[:, -1:]
-            # Shrunk first, for then there is less to map.
-            latent = _shrunk(one[None], rows.stop - rows.start, columns.stop - columns.start)[0]
-            self._paint(torch.addmm(shift, weights, latent.flatten(1)).unflatten(1, latent.shape[1:]), rows, columns)
+            colours = torch.addmm(shift, weights, one.flatten(1)).unflatten(1, one.shape[1:])
+            size = rows.stop - rows.start, columns.stop - columns.start
+            self._paint(_resized(colours[None], *size)[0], rows, columns)
         self._spent += self._clock() - begun
         self._show()
 
@@ -101,7 +101,7 @@ class Preview:
         columns = self._span(1, left, left + picture.shape[3])
         size = rows.stop - rows.start, columns.stop - columns.start
         if min(size) > 0:  # thin stripes of a large picture: not every one begins a row of the preview
-            self._paint(_shrunk(picture.float(), *size)[0], rows, columns)
+            self._paint(_resized(picture.float(), *size)[0], rows, columns)
         self._spent += self._clock() - begun
         self._show()
 
@@ -142,6 +142,12 @@ def linear_map(cells: Tensor, colours: Tensor) -> Tensor:
     return torch.cat([weights, mean_colour - weights @ mean_cell], 1)
 
 
-def _shrunk(maps: Tensor, height: int, width: int) -> Tensor:
-    """`maps` [N, C, H, W] at `height` x `width`, each sample the mean of what it covers; at least 1 x 1."""
-    return F.adaptive_avg_pool2d(maps, (max(1, height), max(1, width)))
+def _resized(maps: Tensor, height: int, width: int) -> Tensor:
+    """`maps` [N, C, H, W] at `height` x `width`, at least 1 x 1: each sample the mean of what it covers, and in a map
+    that grows what lies under its middle. A map that has that size already is returned itself."""
+    size = max(1, height), max(1, width)
+    if size == maps.shape[2:]:
+        return maps
+    if size[0] >= maps.shape[2] and size[1] >= maps.shape[3]:
+        return F.interpolate(maps, size, mode="nearest-exact")
+    return F.adaptive_avg_pool2d(maps, size)

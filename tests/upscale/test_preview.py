@@ -109,6 +109,15 @@ def test_a_preview_changes_no_result() -> None:
     assert torch.equal(result, run_plan(Toy(), image, plan))
 
 
+def test_painting_leaves_the_enlarged_input_alone() -> None:
+    """One that is as large as the preview is not resized; the run still needs it after parts have been painted."""
+    enlarged = random_picture(64, LONGEST)
+    before, preview = enlarged.clone(), Preview(lambda pixels: None)
+    preview.start(enlarged, (64, LONGEST))
+    preview.written(torch.zeros(1, 3, 64, 100), 0, 0)
+    assert torch.equal(enlarged, before)
+
+
 @pytest.mark.parametrize(("axis", "thickness"), [(2, 1), (2, 3), (3, 2), (3, 700)])
 def test_thin_stripes_leave_no_gap(axis: int, thickness: int) -> None:
     white, shown = torch.ones(1, 3, 1500, 900), []
