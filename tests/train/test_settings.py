@@ -19,6 +19,8 @@ CAME_LATER = {
         "teacher_test",
         "generator.networks.train_encoder",
         "generator.networks.continue_realistic",
+        "generator.networks.start_fidelity",
+        "generator.networks.start_base",
         "generator.losses.latent",
     }
 }
@@ -61,11 +63,15 @@ def test_a_resume_compares_everything_but_what_changes_no_weight(script, loops, 
         "--teacher_test=true",
         "--generator.networks.train_encoder=false",
         "--generator.networks.continue_realistic=true",
+        "--generator.networks.start_fidelity=0.5",
+        "--generator.networks.start_base=base",
         "--generator.losses.latent=1",
     ],
 )
 def test_a_setting_that_came_later_is_compared_once_it_leaves_its_default(flag, monkeypatch):
-    kind, basis = load_script("distill", monkeypatch).Config, ["--run=a", "--generator.networks.start=generator.st"]
+    weights = "whole" if "start_" in flag else "lora"
+    basis = ["--run=a", "--generator.networks.start=generator.st", f"--generator.networks.weights={weights}"]
+    kind = load_script("distill", monkeypatch).Config
     old, new = (compared_settings(parse_config(kind, [*basis, *flags])) for flags in ([], [flag]))
     assert names(new) - names(old) == {flag.removeprefix("--").split("=")[0]}
     assert all(names(new) >= {name} for name in names(old))

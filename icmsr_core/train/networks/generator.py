@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...backbone.prediction import Prediction
 from ...errors import IcmsrError
 from ...runtime.latents import decode_latent, encode_picture
+from ...weights.fidelity import check_fidelity
 from ...weights.generator_file import Generator, PartWeights
 from ...weights.merging import merge_into
 from ..settings import ADDED
@@ -38,11 +39,18 @@ class NetworksConfig:
     auxiliary_rank: int = 4
     """LoRA rank of the auxiliary."""
     start: str = ""
-    """Generator file to begin from (of two sets of weights the faithful one). Whole weights go on from it. LoRA is laid
-    on top of it, and exported as the realistic set of a file whose faithful set is this one."""
+    """Generator file to begin from, of two sets of weights the faithful one (see `start_fidelity`). Whole weights go on
+    from it. LoRA is laid on top of it, and exported as the realistic set of a file whose faithful set is this one.
+    """
     continue_realistic: bool = field(default=False, metadata=ADDED)
     """With lora and `start`: go on from the realistic set of that file, whose LoRA must have this rank. False: a new
     realistic set begins."""
+    start_fidelity: float = field(default=0.0, metadata=ADDED)
+    """With whole weights: how much of the realistic set of `start` is merged before they go on, 0 to 2; 0 is its
+    faithful set alone."""
+    start_base: str = field(default="", metadata=ADDED)
+    """With whole weights and residual prediction: base folder that `start` was trained on, where the base's latent was
+    normalised since (normalise_latent in train/prior.py). The start is moved into the new latent."""
     train_encoder: bool = field(default=True, metadata=ADDED)
     """Train the VAE's encoder too. False: the generator's input is encoded as the truth is, by the base's own encoder,
     and the VAE is frozen."""
@@ -68,6 +76,10 @@ class NetworksConfig:
         for name in ("train_decoder", "zero_output"):
             if self.weights == "lora" and getattr(self, name):
                 raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
+        for name in ("start_fidelity", "start_base"):
+            if getattr(self, name) and (self.weights != "whole" or not self.start):
+                raise IcmsrError(f"networks.{name} is for networks.weights whole that go on from networks.start")
+        check_fidelity(self.start_fidelity)
         if self.continue_realistic and (self.weights != "lora" or not self.start):
             raise IcmsrError(
                 "networks.continue_realistic goes on from the realistic set of networks.start: set networks.weights to "
@@ -96,8 +108,9 @@ class GeneratorNetworks(nn.Module):
         if whole or start is not None:  # networks of its own, next to the teacher's
             self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
         if start is not None:
+            chosen = start.at_fidelity(config.start_fidelity) if config.start_fidelity else start.faithful()
             for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):
-                merge_into(network, start.faithful(), part)
+                merge_into(network, chosen, part)
         judges: dict[Role, int] = {"auxiliary": config.auxiliary_rank} if auxiliary else {}
         own: dict[Role, int] = {} if whole else {"generator": config.rank}
         shared = self.generator_unet is unet

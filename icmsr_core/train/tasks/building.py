@@ -21,6 +21,7 @@ from ..networks.bases import BaseNetworks
 from ..networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from ..networks.decoders import in_decoder
 from ..networks.generator import BASE_DTYPES, GeneratorNetworks
+from ..networks.latent_scales import change_latent, latent_change
 from .adapter import AdapterConfig, AdapterTask
 from .generator import GeneratorTask
 from .generator_config import GeneratorConfig
@@ -129,6 +130,13 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
                 f"generator.{name} is {getattr(config, name)}, networks.start {path} was trained with "
                 f"{getattr(info, name)}: set it to that"
             )
+    if config.networks.start_base and config.prediction != "residual":
+        raise IcmsrError(
+            f"networks.start_base moves generators with residual prediction only, generator.prediction is "
+            f"{config.prediction}: leave it empty"
+        )
+    if config.networks.start_fidelity:
+        start.at_fidelity(config.networks.start_fidelity)  # raises for a file with one set
     rank = config.networks.rank
     if config.networks.continue_realistic and info.realistic_rank != rank:
         has = f"LoRA of rank {info.realistic_rank}" if info.realistic_rank else "no realistic set as LoRA"
@@ -158,6 +166,9 @@ def build_generator_task(
     start = load_generator(Path(config.networks.start)) if config.networks.start else None
     networks = _networks(base, config.networks.base_dtype, loading)
     made = GeneratorNetworks(networks, config.networks, judged, start)
+    if config.networks.start_base and loading is not None:
+        before = build_networks(open_base(Path(config.networks.start_base)))[1]
+        change_latent(made.generator_unet, *latent_change(before, made.vae))
     features = None
     if judged and condition.names:
         features = _features(base, condition, loading)
