@@ -1,6 +1,7 @@
 """The documents name files that exist, and link to pages and headings that exist."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +120,11 @@ def test_the_architecture_page_has_every_room_on_its_floor() -> None:
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
     shown = {(int(number), room) for number, cell in rows for room in re.findall(r"`([\w/]+?)(?:/|\.py)`", cell)}
     assert shown == {(number, room.replace(".", "/")) for number, floor in enumerate(FLOORS, start=1) for room in floor}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_notes_of_templates_have_no_code_spans(path: Path):
+    """ComfyUI's Nodes 2.0 shows them in dark blue on light blue, which cannot be read on a note's brown."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    assert [note for note in notes if "`" in note] == []
