@@ -66,16 +66,9 @@ def commands(photographs: Path) -> dict[str, list[str]]:
     }
 
 
-def test_every_script_starts_its_processes_from_nothing(tmp_path):
-    """In a folder with space, umlaut and a name that cp1252 lacks. The ablation has the collapse's kind of jobs."""
-    folder, photographs = tmp_path / "Läufe 图", tmp_path / "photos"
+def run_in(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Runs scripts, one after another, in the new `folder`."""
     folder.mkdir()
-    photographs.mkdir()
-    for number in range(8):
-        picture = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(photographs / f"{number}.png")
-    runs = commands(photographs)
-    assert {path.name for path in (ROOT / "train").glob("*.py")} - STARTING_NONE - {"ablation.py"} == set(runs)
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
         input=json.dumps([[str(ROOT / "train" / script), *flags] for script, flags in runs.items()]).encode(),
@@ -87,6 +80,29 @@ def test_every_script_starts_its_processes_from_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr.decode("cp1252")[-4000:]
     assert load_generator(folder / "generator" / "generator.safetensors").info.timestep == 200
+
+
+def test_distillation_starts_its_processes_from_nothing(tmp_path):
+    """In a folder with space, umlaut and a name that cp1252 lacks."""
+    flags = ["--run", "generator", "--data.synthetic=1", "--data.crop=32", "--data.folders=[]", *loop_flags("loop")]
+    flags += ["--condition.kind=none", "--generator.timestep=200", "--generator.prediction=residual"]
+    run_in(
+        tmp_path / "Läufe 图",
+        {"distill.py": [*flags, "--generator.networks.weights=whole", "--generator.losses.icm=0"]},
+    )
+
+
+@pytest.mark.slow
+def test_every_script_starts_its_processes_from_nothing(tmp_path):
+    """Those of the others are the loader's, too, and the jobs of the ablation and the collapse: of one kind."""
+    folder, photographs = tmp_path / "Läufe 图", tmp_path / "photos"
+    photographs.mkdir()
+    for number in range(8):
+        picture = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(photographs / f"{number}.png")
+    runs = commands(photographs)
+    assert {path.name for path in (ROOT / "train").glob("*.py")} - STARTING_NONE - {"ablation.py"} == set(runs)
+    run_in(folder, runs)
     assert (folder / "collapse" / "report" / "collapse.md").is_file()
 
 
