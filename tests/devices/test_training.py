@@ -23,7 +23,7 @@ from tests.support.device_trace import Trace
 from tests.support.places import ROOT
 from tests.support.platform_rules import PLATFORMS, Platform
 from tests.support.pretend_device import pretend_device
-from tests.support.script_process import leave_out_plots
+from tests.support.script_process import shorten_checkpoints
 
 pytestmark = pytest.mark.long
 
@@ -93,7 +93,7 @@ def train_everywhere(run: str, folder: Path) -> list[Trace]:
     script, flags, _ = RUNS[run]
     # Where a gradient is hardly more than its rounding error, the usual 1e-8 makes a full step of that error.
     torch.optim.AdamW = partial(torch.optim.AdamW, eps=1e-3)
-    leave_out_plots()
+    shorten_checkpoints()
     with pretend_device("cuda") as device:
         run_script(script, folder / "cpu", "cpu", flags)
         with noted_steps(device.trace) as steps:

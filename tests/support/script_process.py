@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,9 @@ import torch
 from tests.support.places import ROOT
 
 SCRIPTS = ROOT / "train"
+INTERRUPTED = (130, -signal.SIGINT)
+"""How a command ends after Ctrl-C; a shell shows 130 for both. Python chooses the second when the signal met code that
+is made at run time (`exec` of a text, as in a dataclass that is being imported), even if the interrupt was handled."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -44,11 +48,16 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def leave_out_plots() -> None:
-    """Trainings in this process draw no plots, which take longer than a toy's steps. test_training.py has them once."""
+def shorten_checkpoints() -> None:
+    """Checkpoints of trainings in this process draw no plots and ask the teacher about one sample, not about eight.
+
+    Both take longer than a toy's steps. test_training.py has the plots once, test_latent_stage.py the samples.
+    """
     from icmsr_core.train.run import loop  # the server's list has no module of ours
+    from icmsr_core.train.tasks import generator
 
     loop.plot_run = lambda run: []
+    generator.TEACHER_SAMPLES = 1
 
 
 def _stall_fsync(at: int, mark: str) -> None:
@@ -73,7 +82,7 @@ def _run(
     stall: tuple[int, str] | None = None,
     groups: bool = True,
 ) -> None:
-    leave_out_plots()
+    shorten_checkpoints()
     os.setsid()
     if not groups:
         del os.setpgrp

@@ -97,7 +97,7 @@ def run_rank(environment: dict[str, str], before: Callable[[], None] | None, wor
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    script_process.leave_out_plots()
+    script_process.shorten_checkpoints()
     sys.argv = [str(SCRIPT), *words]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
@@ -237,6 +237,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(parts, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_a_launcher_starts_the_ranks_and_hands_the_signal_on(parts, tmp_path):
     """As a user types it; --multi_gpu on a CPU too, because `accelerate launch --cpu` would start one process alone."""
     launcher = [

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.long
 
 RUN_ALL = """
 import json, multiprocessing, runpy, sys
-from tests.support.script_process import leave_out_plots
+from tests.support.script_process import shorten_checkpoints
 multiprocessing.set_start_method("spawn")
-leave_out_plots()
+shorten_checkpoints()
 for script, *flags in json.loads(sys.stdin.read()):
     sys.argv = [script, *flags]
     try:
