@@ -159,6 +159,7 @@ def write_screenshot(frontend: Any, path: Path) -> None:
     frontend.use_vue_nodes(True)
     frontend.load(workflow_of(frontend, template))
     frontend.run()
+    frontend.evaluate("() => new Promise((done) => setTimeout(done, 10000))")  # until "Job completed" is gone
     frontend.screenshot(path)
 
 

@@ -155,6 +155,10 @@ class Server:
     def __init__(self, python: Path, comfyui: Path, base: Path, archive: Path | None = None) -> None:
         self.base = base
         make_base_directory(base, archive)
+        # Not the first start, which lays the gallery of templates over the page.
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), encoding="utf-8")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
