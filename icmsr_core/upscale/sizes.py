@@ -18,10 +18,16 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     if image.shape[-2:] == (height, width):
         return image.clamp(0, 1)
     try:
-        enlarged = F.interpolate(image, (height, width), mode="bicubic", antialias=True)
+        enlarged = _antialiased(image, height, width)
     except NotImplementedError:  # MPS has it in newer versions of torch only
-        enlarged = F.interpolate(image.cpu(), (height, width), mode="bicubic", antialias=True).to(image.device)
+        enlarged = _antialiased(image.cpu(), height, width).to(image.device)
     return enlarged.clamp_(0, 1)
+
+
+def _antialiased(image: Tensor, height: int, width: int) -> Tensor:
+    if width == 1:  # torch (2.11, CPU) mixes up the pixels of a picture that becomes one pixel wide, but not high
+        return F.interpolate(image.mT, (width, height), mode="bicubic", antialias=True).mT
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True)
 
 
 def at_work_size(image: Tensor, frame: Framing, kernel: str) -> Tensor:
@@ -35,7 +41,7 @@ def at_work_size(image: Tensor, frame: Framing, kernel: str) -> Tensor:
         return resize(part, *frame.work)
     plain = frame.scaled if frame.work > frame.scaled else frame.work
     larger = F.interpolate(part, plain, mode="bicubic", align_corners=False)
-    return larger if plain == frame.work else F.interpolate(larger, frame.work, mode="bicubic", antialias=True)
+    return larger if plain == frame.work else _antialiased(larger, *frame.work)
 
 
 def cut(image: Tensor, frame: Framing) -> Tensor:

@@ -345,7 +345,8 @@ def start_comfyui(base: Path) -> Iterator[Server]:
     models.mkdir(parents=True)
     for number, name in enumerate(MODELS[1:]):
         write_generator(models / name, embedded_base(), seed=number)
-    server = Server(prepare_python(comfyui), comfyui, base)
+    # By default core keeps the results of every graph until memory is short, which would look like a leak.
+    server = Server(prepare_python(comfyui), comfyui, base, options=["--cache-classic"])
     try:
         server.wait_until_ready()
         yield server

@@ -22,7 +22,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -152,7 +152,10 @@ def run_script(python: Path, comfyui: Path, name: str, job: Path, timeout: float
 class Server:
     """A ComfyUI server on a free port. It ends with the test process, however that ends."""
 
-    def __init__(self, python: Path, comfyui: Path, base: Path, archive: Path | None = None) -> None:
+    def __init__(
+        self, python: Path, comfyui: Path, base: Path, archive: Path | None = None, options: Sequence[str] = ()
+    ) -> None:
+        """`options` are more of ComfyUI's own; `archive` as in `make_base_directory`."""
         self.base = base
         make_base_directory(base, archive)
         # Not the first start, which lays the gallery of templates over the page.
@@ -166,7 +169,7 @@ class Server:
         self.log_path = base / "server.log"
         command = [str(python), str(SCRIPTS / "serve.py"), str(comfyui), "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", "sqlite:///:memory:"]
+        command += ["--database-url", "sqlite:///:memory:", *options]
         # A second place for weights, as users have it in extra_model_paths.yaml.
         self.elsewhere = base / "elsewhere" / "generators"
         self.elsewhere.mkdir(parents=True)

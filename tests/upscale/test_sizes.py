@@ -14,12 +14,17 @@ from icmsr_core.upscale.sizes import pad_to_multiple, resize
 from tests.support.pictures import photo, random_picture
 
 
-@pytest.mark.parametrize("size", [(300, 217), (100, 96), (64, 48)])
-def test_resize_is_pillows_bicubic(size: tuple[int, int]) -> None:
-    """Pillow's float mode to rounding, its 8-bit mode to one grey level."""
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "one channel"])
+@pytest.mark.parametrize("size", [(300, 217), (100, 96), (64, 48), (40, 1), (300, 1), (1, 48), (9, 2)])
+def test_resize_is_pillows_bicubic(size: tuple[int, int], layout: str) -> None:
+    """Pillow's float mode to rounding, its 8-bit mode to one grey level; an IMAGE of ComfyUI is channels last."""
     image, (height, width) = photo(128, 96), size
+    if layout == "channels last":
+        image = image.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "one channel":
+        image = image[:, :1].contiguous()
     result = resize(image, height, width)
-    for channel in range(3):
+    for channel in range(image.shape[1]):
         pixels = image[0, channel].numpy()
         exact = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
         assert exact.mode == "F"
