@@ -23,7 +23,7 @@ from .native.backbone import ComfyBackbone
 from .native.condition import Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
 from .native.description import ModelDescription, describe
-from .native.sockets import check_image, check_values, to_image, to_pictures
+from .native.sockets import check_image, check_sockets, check_values, to_image, to_pictures
 
 if TYPE_CHECKING:
     from ..icmsr_core.pictures.files import FloatArray
@@ -124,6 +124,7 @@ class InspectManifold(io.ComfyNode):
     ) -> io.NodeOutput:
         check_image("image", image)
         check_values("image", image)
+        check_sockets(model=model, vae=vae)
         levels = NoiseLevels(parse_timesteps(timesteps), seed)
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
         description = describe(model)

@@ -25,6 +25,7 @@ from .native.generator_patches import apply_generator
 from .native.keys import native_layout
 from .native.models import load_unet, load_vae
 from .native.prompt import embed
+from .native.sockets import check_sockets
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class ApplyGenerator(io.ComfyNode):
         coeff_t: int = -1,
         save_converted: bool = False,
     ) -> io.NodeOutput:
+        check_sockets(model=model, vae=vae, clip=clip)
         if prompt and clip is None:
             raise IcmsrError(
                 f"the prompt {prompt!r} needs a text encoder: connect CLIP of Load Checkpoint to clip, or clear prompt"

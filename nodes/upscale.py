@@ -25,7 +25,7 @@ from .category import CATEGORY
 from .native.backbone import ComfyBackbone
 from .native.condition import AdapterFeatures, Condition, condition_inputs
 from .native.core_objects import Conditioning, Model, Vae
-from .native.sockets import check_image, check_values, to_image, visible_picture
+from .native.sockets import check_image, check_sockets, check_values, to_image, visible_picture
 from .sizes import size_inputs, size_settings
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class Upscale(io.ComfyNode):
             **size_settings(longest, shortest, megapixels, width, height, fit),
         )
         check_image("image", image)
+        check_sockets(model=model, vae=vae, mask=mask)
         maps = None if mask is None else checked_mask(mask, image.shape[0])
         condition = Condition.connected(control_net, hint, strength, image.shape[0])
         if strength == 0:

@@ -14,6 +14,27 @@ ALPHA = 3
 """Index of the fourth channel of an IMAGE: opacity, 1 opaque."""
 
 
+SOCKETS = {
+    "model": ("MODEL", "model_options"),
+    "vae": ("VAE", "patcher"),
+    "clip": ("CLIP", "tokenize"),
+    "mask": ("MASK", "movedim"),
+}
+"""For each input its kind, and an attribute by which an object of that kind is known. Images have `check_image`, and
+`Condition.connected` looks at its own two."""
+
+
+def check_sockets(**inputs: object) -> None:
+    """Raises `IcmsrError` unless each input, if it is there, is of its kind in `SOCKETS`.
+
+    Core looks at the kinds of links only: a prompt that is posted with a number in the place of a link gets here.
+    """
+    for name, value in inputs.items():
+        kind, attribute = SOCKETS[name]
+        if value is not None and not hasattr(value, attribute):
+            raise IcmsrError(f"{name}: must be a {kind}, got {type(value).__name__}: connect a node's {kind} output")
+
+
 def check_image(name: str, image: object) -> None:
     """Raises `IcmsrError`, which says the input's `name`, unless `image` is an IMAGE.
 

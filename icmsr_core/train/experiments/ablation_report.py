@@ -39,6 +39,8 @@ TITLES = {PAIRS: "Real pairs", PHOTOGRAPHS: "Held-out photographs"}
 ARM_COLOURS = dict(zip(ARMS, ("#444444", "#1b6ca8", "#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93")))
 BASELINE = "reconstruction"
 UNCONDITIONED = "none"
+DETAILS = ("dss", "hf", "fsim")
+"""Measures of detail that are plotted against PSNR."""
 CROP, CROPS = 112, 3
 """Side and number of the crops shown."""
 
@@ -139,10 +141,15 @@ def markdown(results: AblationResults) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _details(results: AblationResults) -> list[str]:
+    """The measures of detail that were taken; none where there is no PSNR to set against them."""
+    taken = summary(results)[picture_sets(results)[0]][START]
+    return [name for name in DETAILS if name in taken and "psnr" in taken]
+
+
 def tradeoff_figure(results: AblationResults) -> Figure:
     """Detail against fidelity: a row for each set of pictures; small marks are runs, large ones the arms' means."""
-    sets, table = picture_sets(results), summary(results)
-    shown = [name for name in ("dss", "hf", "fsim") if name in table[sets[0]][START]]
+    sets, shown, table = picture_sets(results), _details(results), summary(results)
     figure = Figure(
         figsize=(4.8 * len(shown) + 0.6, 3.9 * len(sets)), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12)
     )
@@ -250,16 +257,17 @@ def detailed_crop(picture: FloatArray) -> tuple[int, int, int]:
 
 
 def write_report(results: AblationResults, config: AblationConfig) -> list[Path]:
-    """``ablation.md`` (the tables), ``ablation.json`` (every value), two plots and the crops, in RUN/report."""
+    """``ablation.md`` (the tables), ``ablation.json`` (every value), the plots and the crops, in RUN/report.
+
+    Without PSNR, or without a measure of detail (`DETAILS`), there is no plot of one against the other.
+    """
     folder = config.folder("report")
     files = [folder / "ablation.md", folder / "ablation.json"]
     replace_file(files[0], (markdown(results) + "\n").encode())
     replace_file(files[1], (json.dumps(results, allow_nan=False) + "\n").encode())
-    figures = {
-        "tradeoff": tradeoff_figure(results),
-        "curves": curves_figure(results),
-        "crops": crops_figure(config),
-    }
+    figures = {"curves": curves_figure(results), "crops": crops_figure(config)}
+    if _details(results):
+        figures["tradeoff"] = tradeoff_figure(results)
     for name, figure in figures.items():
         files.append(folder / f"ablation_{name}.png")
         write_figure(figure, files[-1])

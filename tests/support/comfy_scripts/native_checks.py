@@ -216,6 +216,11 @@ with torch.inference_mode():
     error_of("integers to inspect", part("nodes.inspect_manifold").InspectManifold.execute, model, vae, integers)
     error_of("no picture", upscaled, model_a, vae_a, picture[:0])
     error_of("a mask", upscaled, model_a, vae_a, picture[..., 0])
+    error_of("a number as model", upscaled, 1.0, vae_a)
+    error_of("a number as vae", part("nodes.loaders").ApplyGenerator.execute, model, 1.0, "a.safetensors")
+    error_of("a number as clip", part("nodes.loaders").ApplyGenerator.execute, model, vae, "a.safetensors", clip=1)
+    error_of("a number as mask", upscaled, model_a, vae_a, mask=1.0)
+    error_of("a text as vae", part("nodes.inspect_manifold").InspectManifold.execute, model, "vae", picture)
     prompt = torch.zeros(1, 77, 32)
     for name, found in (
         ("empty conditioning", []),

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from icmsr_core.errors import IcmsrError
 from icmsr_core.measures.metrics import psnr_y
+from icmsr_core.train.experiments import ablation_report
 from icmsr_core.train.experiments.ablation import read_training
 from icmsr_core.train.experiments.ablation_pictures import pairs_of
 from icmsr_core.train.experiments.ablation_report import (
@@ -101,6 +103,28 @@ def made(place: Path) -> Path:
 
 def results_of(run: Path) -> dict:
     return json.loads((run / "report" / "ablation.json").read_text())
+
+
+@pytest.mark.long
+def test_a_report_without_a_measure_of_detail_has_no_plot_of_it(made, tmp_path, monkeypatch):
+    def psnr_alone(values):
+        if not isinstance(values, dict):
+            return values
+        kept = {"psnr": values["psnr"]} if "psnr" in values else values
+        return {name: psnr_alone(value) for name, value in kept.items()}
+
+    results = results_of(made)
+    for kind in ("arms", "references"):
+        results[kind] = psnr_alone(results[kind])
+    monkeypatch.setattr(ablation_report, "crops_figure", lambda config: ablation_report.Figure())
+    files = ablation_report.write_report(results, SimpleNamespace(folder=lambda name: tmp_path / name))
+    assert sorted(file.name for file in files) == [
+        "ablation.json",
+        "ablation.md",
+        "ablation_crops.png",
+        "ablation_curves.png",
+    ]
+    assert "PSNR" in files[0].read_text("utf-8")
 
 
 @pytest.mark.long
