@@ -354,33 +354,37 @@ def start_comfyui(base: Path) -> Iterator[Server]:
         server.stop()
 
 
-def run_graphs(graphs: int, prompts: int, seed: int, minutes: float, side: int, say: Callable[[str], None]) -> Report:
-    """The campaign: `graphs` and `prompts` on one server, within `minutes`."""
+def run_graphs(
+    graphs: int, prompts: int, seed: int, minutes: float, side: int, say: Callable[[str], None], distinct: int = 0
+) -> Report:
+    """The campaign: `graphs` and `prompts` on one server, within `minutes`; `distinct` graphs differ, 0 for all."""
     silence_diffusers()
     with tempfile.TemporaryDirectory(prefix="icmsr-graphs-") as place, start_comfyui(Path(place) / "comfy") as server:
         ends = time.monotonic() + 60 * minutes  # a busy machine needs minutes for the start
         campaign = Campaign(server, server.base / "models" / "icmsr", seed)
-        _run_all(campaign, graphs, prompts, side, ends, say)
+        _run_all(campaign, (graphs, distinct or graphs), prompts, side, ends, say)
     return campaign.report
 
 
-def _run_all(campaign: Campaign, graphs: int, prompts: int, side: int, ends: float, say: Callable[[str], None]) -> None:
-    random, report = Random(campaign.seed), campaign.report
-    planned = [random_graph(random, number, side) for number in range(graphs)]
+def _run_all(
+    campaign: Campaign, numbers: tuple[int, int], prompts: int, side: int, ends: float, say: Callable[[str], None]
+) -> None:
+    random, report, (graphs, distinct) = Random(campaign.seed), campaign.report, numbers
+    planned = [random_graph(random, number, side) for number in range(distinct)]
     first = [replace(graph, kind="plain", errors=0) for graph in planned[:FIRST]]
     results = []
     for graph in first:
         results.append(campaign.run(graph))
         report.first.append(report.memory[-1])
     say(f"{len(first)} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
-    for graph in planned[FIRST:]:
+    for number in range(FIRST, graphs):
         if time.monotonic() > ends or not campaign.server.alive:
             break
-        campaign.run(graph)
+        campaign.run(planned[number % distinct], repeated=number >= distinct)
         if random.random() < prompts / max(1, graphs):
             campaign.post_damaged(random)
-        if graph.number % 10 == 0:
-            say(f"{graph.number} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
+        if number % 10 == 0:
+            say(f"{number} graphs, {len(report.findings)} findings, {report.memory[-1] / 1e6:.0f} MB")
     half = report.memory[len(report.memory) // 2 :]
     if not campaign.server.alive:
         report.findings.append({"finding": f"the process ended: {campaign.server.log()[-3000:]}"})
@@ -402,6 +406,9 @@ def main() -> int:
     """The command line; 0 without findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=500)
+    parser.add_argument(
+        "--distinct", type=int, default=0, help="of the graphs, how many differ: the others repeat them (default: all)"
+    )
     parser.add_argument("--prompts", type=int, default=500, help="damaged prompts in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=110, help="no new graph after this long")
@@ -415,7 +422,8 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    report = run_graphs(options.graphs, options.prompts, options.seed, options.minutes, options.side, say)
+    sizes = (options.graphs, options.prompts, options.seed, options.minutes, options.side)
+    report = run_graphs(*sizes, say, options.distinct)
     for finding in report.findings:
         print(json.dumps(finding))
     for kind, count in sorted(report.counts.items()):
