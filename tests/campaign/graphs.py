@@ -10,7 +10,9 @@ end; another patch, option or hook on MODEL or VAE than before; a lack of memory
 while a plan was left to try; an interrupted run that ends otherwise; a prompt that is answered with anything but an id
 or a refusal, or in which one of our nodes ends in another error than one in words; an end of the process; the first ten
 graphs, run again at the end, with other results or over 50 MB more memory than at first; memory that grows by over
-50 MB over the last half of the runs.
+50 MB over the last half of the runs. Torch keeps kernels of its own for every new size of a map, so memory does grow
+with the number of graphs that differ. With `--distinct 12` the others repeat twelve, and it must not grow; nor must it,
+whatever the number, under ONEDNN_PRIMITIVE_CACHE_CAPACITY=4 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=65536.
 """
 
 import argparse
