@@ -267,7 +267,9 @@ def _why_unknown(data: bytes) -> str:
         kind, way = ("AVIF", "update Pillow to 11.3, or ") if data[8:12].startswith(b"av") else ("HEIC", "")
         return f"{kind} cannot be read here: {way}pip install pillow-heif, or convert it to PNG"
     if data[:4] in (b"II*\0", b"MM\0*"):
-        samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        samples = None
+        with suppress(cv2.error):  # of sizes that it refuses
+            samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if samples is not None and samples.dtype.kind == "f":
             return (
                 f"{samples.dtype.itemsize * 8}-bit floating-point samples have no defined black and white: convert the "

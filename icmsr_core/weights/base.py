@@ -197,7 +197,7 @@ class BaseFolder:
         else.
         """
         if generator is not None:
-            check_family(generator.info, self.info.family, f"the base {self.info.name!r}")
+            check_family(generator, self.info.family, f"the base {self.info.name!r}")
             where = f"the base {self.info.name!r}"
             if self.path.is_file():
                 where += ", as its metadata says or its weights suggest; its diffusers folder states it"

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import IcmsrError
-from .generator_file import Generator, GeneratorInfo
+from .generator_file import Generator
 from .sd_families import SD_HUB_IDS
 
 
-def check_family(info: GeneratorInfo, family: str, where: str) -> None:
+def check_family(generator: Generator, family: str, where: str) -> None:
     """Raises `IcmsrError` unless the generator is for `family`; `where` names the base."""
+    info = generator.info
     if info.family != family:
         hub = f" (--base {SD_HUB_IDS[info.family]}, say)" if info.family in SD_HUB_IDS else ""
         raise IcmsrError(
-            f"the generator is for the family {info.family!r}, {where} is {family!r}: choose files of one family{hub}"
+            f"{generator.name}: the generator is for the family {info.family!r}, {where} is {family!r}: choose files "
+            f"of one family{hub}"
         )
 
 

@@ -127,7 +127,7 @@ def commands(stock: Path) -> list[Command]:
             (
                 f"--config={ROOT / 'train' / 'configs' / 'ablation.yaml'}",
                 *(f"--{name}={value}" for name, value in ablation.items()),
-                *(flag for loop in ("adapter", "start", "loop") for flag in _loop(loop, 8, save_every=4)),
+                *(flag for loop in ("adapter", "start", "loop") for flag in _loop(loop, 8, save_every=4, log_every=4)),
             ),
         ),
         Command("folder", "icmsr", (*upscaled, "--skip-existing", "--device", "cpu")),

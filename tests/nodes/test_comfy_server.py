@@ -231,7 +231,7 @@ def needs_files(path: Path) -> bool:
     return {"CheckpointLoaderSimple", "ICMSR_ApplyGenerator"} <= types
 
 
-@pytest.mark.parametrize("path", filter(needs_files, WORKFLOWS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list(filter(needs_files, WORKFLOWS)), ids=lambda path: path.stem)
 def test_a_workflow_for_foreign_weights_validates_once_its_files_are_in_place(comfy_server, object_info, path: Path):
     """Without them ComfyUI names each; with files of their names it runs, and the base is the first that it reads."""
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), object_info)

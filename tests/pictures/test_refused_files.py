@@ -292,3 +292,14 @@ def test_a_format_that_needs_a_package_says_which(tmp_path: Path, monkeypatch: p
 def test_floating_point_tiff_in_colour_is_refused_with_the_reason(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.tif"), np.random.default_rng(0).random((8, 9, 3), np.float32))
     assert_refused(tmp_path / "a.tif", "32-bit floating-point samples have no defined black and white")
+
+
+def test_a_tiff_of_a_size_that_opencv_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow does not know colours in floating point, so OpenCV is asked for the reason; of some sizes it raises."""
+    cv2.imwrite(str(tmp_path / "a.tif"), np.random.default_rng(0).random((8, 9, 3), np.float32))
+
+    def refusing(*_: object) -> None:
+        raise cv2.error("static_cast<size_t>(size.height) <= CV_IO_MAX_IMAGE_HEIGHT")
+
+    monkeypatch.setattr(cv2, "imdecode", refusing)
+    assert_refused(tmp_path / "a.tif", "not a picture in a known format")

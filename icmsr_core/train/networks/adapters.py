@@ -21,6 +21,8 @@ from ...weights.generator_file import ADAPTER_FORMAT
 from ...weights.pickles import read_tensor_pickle
 from ...weights.tensor_files import check_finite, open_tensors, read_head, read_tensors, write_tensors
 
+_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
+_MOST = 1 << 16  # channels and the like beyond this are a damaged file
 _FIELDS = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
 _BODY = re.compile(r"^adapter\.body\.(\d+)\.resnets\.(\d+)\.block1\.weight$")
 
@@ -78,9 +80,11 @@ def _checked_config(path: Path, config: Any) -> dict[str, Any]:
     channels = values.get("channels")
     sizes = {"in_channels": 1, "num_res_blocks": 1, "downscale_factor": 0}
     fits = {
-        **{name: type(values.get(name)) is int and values[name] >= least for name, least in sizes.items()},
-        "channels": isinstance(channels, list) and bool(channels) and all(type(one) is int for one in channels),
-        "adapter_type": isinstance(values.get("adapter_type"), str),
+        **{name: type(values.get(name)) is int and least <= values[name] <= _MOST for name, least in sizes.items()},
+        "channels": isinstance(channels, list)
+        and bool(channels)
+        and all(type(one) is int and 1 <= one <= _MOST for one in channels),
+        "adapter_type": values.get("adapter_type") in _TYPES,
     }
     wrong = [name for name in _FIELDS if not fits[name]]
     if wrong:

@@ -109,7 +109,9 @@ def parse_config(kind: type[Config], arguments: list[str] | None = None) -> Conf
         # Named instantiate_classes before jsonargparse 4.49.
         instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
         config: Config = kind(**vars(instantiate(values)))
-    except (TypeError, OverflowError, RecursionError) as error:  # jsonargparse does not expect every value
+    except IcmsrError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # jsonargparse does not expect every value
         reason = " ".join(str(error).split())
         parser.error(f"a value cannot be read ({reason}): compare the file with those in train/configs")
     return config

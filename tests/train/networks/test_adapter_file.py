@@ -230,7 +230,16 @@ def test_damaged_weights_are_refused_by_name(saved, form, damage, words):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_res_blocks": "2"}, {"downscale_factor": None}, {"channels": []}, {"channels": 32}, {"in_channels": 0}],
+    [
+        {"num_res_blocks": "2"},
+        {"downscale_factor": None},
+        {"channels": []},
+        {"channels": 32},
+        {"channels": [2**70]},
+        {"in_channels": 0},
+        {"in_channels": 2**70},
+        {"adapter_type": "../../etc/passwd"},
+    ],
 )
 @pytest.mark.parametrize("form", [0, 1])
 def test_a_configuration_that_makes_no_adapter_is_refused(saved, form, changes):

@@ -26,7 +26,7 @@ class Settings:
     """Training."""
 
 
-@pytest.mark.parametrize("text", ["loop: 1.5", "loop: true", f"loop: {{clip: {10**400}}}"])
+@pytest.mark.parametrize("text", ["loop: 1.5", "loop: true", f"loop: {{clip: {10**400}}}", 'loop: "a\\0b"'])
 def test_a_value_that_the_parser_does_not_expect_is_wrong_usage(tmp_path, capsys, text):
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
