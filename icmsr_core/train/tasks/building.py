@@ -135,6 +135,8 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
             f"networks.start_base moves generators with residual prediction only, generator.prediction is "
             f"{config.prediction}: leave it empty"
         )
+    if config.networks.start_base:
+        open_base(Path(config.networks.start_base))  # raises where there is none
     if config.networks.start_fidelity:
         start.at_fidelity(config.networks.start_fidelity)  # raises for a file with one set
     rank = config.networks.rank

@@ -115,6 +115,12 @@ def test_settings_that_cannot_be_are_refused(networks, words):
         settings(**networks)
 
 
+def test_a_start_base_that_is_not_there_is_refused_before_anything_is_built():
+    config = settings(start=str(embedded_generator()), start_base="nowhere")
+    with pytest.raises(IcmsrError, match="nowhere"):
+        check_generator(open_base(embedded_base()), config, CONDITION)
+
+
 def test_a_start_with_one_set_has_no_fidelity(tmp_path: Path):
     build(embedded_base(), zero_output=True).export(tmp_path, {})
     with pytest.raises(IcmsrError, match="single set"):
