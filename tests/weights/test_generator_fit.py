@@ -47,6 +47,8 @@ def test_a_residual_is_for_eps_unless_this_very_base_is_named(tmp_path, narrow: 
 
 
 def test_another_family_is_told_where_its_base_is(narrow: Path) -> None:
-    generator = lora_everywhere(open_base(narrow))
-    with pytest.raises(IcmsrError, match=rf"family 'sd21', the base 'nano-2' is 'nano': .*--base {HUB_ID}"):
+    generator = replace(lora_everywhere(open_base(narrow)), name="folder/mine.safetensors")
+    with pytest.raises(
+        IcmsrError, match=rf"^folder/mine.safetensors: .*family 'sd21', the base 'nano-2' is 'nano': .*--base {HUB_ID}"
+    ):
         load_backbone(Recipe(generator=generator))

@@ -94,7 +94,7 @@ def test_distillation_starts_its_processes_from_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_every_script_starts_its_processes_from_nothing(tmp_path):
-    """Those of the others are the loader's, too, and the jobs of the ablation and the collapse: of one kind."""
+    """The ablation is left out: its jobs are of the same kind as those of the collapse."""
     folder, photographs = tmp_path / "Läufe 图", tmp_path / "photos"
     photographs.mkdir()
     for number in range(8):
