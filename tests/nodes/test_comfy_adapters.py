@@ -372,9 +372,9 @@ def test_importing_the_pack_loads_no_module_that_needs_opencv(outcome):
 
 
 @pytest.mark.comfy
-def test_importing_the_pack_takes_a_moment(outcome):
-    """Next to torch and core it is nothing: .07 s of processor time where this was written, .1 s is the aim."""
-    assert outcome.report["import seconds"] < 0.3  # for slower machines; torch or OpenCV alone would take more
+def test_importing_the_pack_loads_no_package_that_core_has_not(outcome):
+    """So it delays ComfyUI's start by its own few modules alone: torch, diffusers or OpenCV would take seconds."""
+    assert outcome.report["new packages"] == []
 
 
 @pytest.mark.comfy

@@ -22,7 +22,7 @@ inputs = load_file(job / "inputs.safetensors")
 wanted = json.loads((job / "wanted.json").read_text())
 results: dict[str, torch.Tensor] = {}
 report: dict = {"errors": {}, "loaded": {}, "modules at import": comfy_process.loaded_modules(pack)}
-report["import seconds"] = comfy_process.import_seconds
+report["new packages"] = comfy_process.new_packages
 
 part = comfy_process.parts_of(pack)
 error_of = partial(comfy_process.note_error, report["errors"])

@@ -4,13 +4,12 @@ import argparse
 import asyncio
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import_seconds = 0.0
-"""Processor time that `start` took to import the pack into a process that had core loaded."""
+new_packages: list[str] = []
+"""Packages from elsewhere that importing the pack has loaded, in `start`, into a process that had core loaded."""
 
 
 def arguments() -> argparse.Namespace:
@@ -32,11 +31,19 @@ def start(options: argparse.Namespace):
 
     import nodes
 
-    global import_seconds
-    started = time.process_time()
+    before = installed_packages()
     assert asyncio.run(nodes.load_custom_node(str(options.pack))), "the pack did not load"
-    import_seconds = time.process_time() - started
+    new_packages.extend(sorted(installed_packages() - before))
     return nodes, sys.modules[str(options.pack).replace(".", "_x_")]
+
+
+def installed_packages() -> set[str]:
+    """Top-level names of the loaded modules that lie in site-packages."""
+    return {
+        name.partition(".")[0]
+        for name, module in list(sys.modules.items())
+        if "site-packages" in (getattr(module, "__file__", None) or "")
+    }
 
 
 def find_support(options: argparse.Namespace) -> None:
