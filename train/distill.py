@@ -20,6 +20,7 @@ from icmsr_core.train.data.latents import weights_hash
 from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.data.samples import Samples, last_samples
 from icmsr_core.train.networks.conditioning import ConditionConfig
+from icmsr_core.train.precision import autocast, lay_out
 from icmsr_core.train.run.launch import Stage, Training, run_script, run_training
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.plan import PlannedStage
@@ -100,13 +101,16 @@ class Distillation(Training):
         """What the generator is trained on: pairs of pictures, or of latents."""
         if not self.config.latents.pairs:
             return self.pairs
-        networks, device = task.networks, processes.device
+        networks, device, precision = task.networks, processes.device, self.config.loop.precision
 
         def encode(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return task.latents_of({name: value.to(device) for name, value in batch.items()})
+            with autocast(device, precision):
+                return task.latents_of({name: value.to(device) for name, value in batch.items()})
 
         def latent_pairs() -> LatentPairs:
+            lay_out(networks, precision)
             encoders = weights_hash(networks.generator_vae) + weights_hash(networks.vae)
+            encoders += "" if precision == "fp32" else precision
             file = Path(self.config.run) / "latents" / "pairs.safetensors"
             workers = self.config.loop.workers
             return LatentPairs(self.pairs, self.config.latents.pairs, file, encode, encoders, workers)

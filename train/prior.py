@@ -170,10 +170,11 @@ class PriorTraining(Training):
         if not config.latents.enabled:
             return self.pairs, None
         parts = (config.data, config.latents, config.prior.seed, vae)
-        samples = CachedLatents(*parts, folder / "training.safetensors")
+        precision = config.prior.precision
+        samples = CachedLatents(*parts, folder / "training.safetensors", precision=precision)
         if not config.data.hold_out:
             return samples, None
-        kept = CachedLatents(*parts, folder / "held_out.safetensors", held_out=True)
+        kept = CachedLatents(*parts, folder / "held_out.safetensors", held_out=True, precision=precision)
         return samples, torch.stack([kept[number]["latent"] for number in range(HELD_OUT_CROPS)])
 
 

@@ -26,6 +26,7 @@ from ...errors import IcmsrError
 from ...pictures.ranges import bytes_to_signed
 from ...runtime.latents import encode_picture
 from ...weights.tensor_files import open_tensors, write_tensors
+from ..precision import autocast, lay_out
 from .cached_file import CachedSamples
 from .data_config import DataConfig, find_photographs
 from .sources import Pixels, read_photograph
@@ -64,7 +65,8 @@ class CachedLatents(CachedSamples):
     - ``latent`` float32 [C, crop / factor, crop / factor]: the posterior's mode times the scaling factor;
     - ``index``, ``caption``, ``events`` and ``unreadable`` as in `TrainingPairs`.
 
-    `file` is written if it is missing, or if it holds something else than `config`, `cache` and `vae` ask for.
+    `file` is written if it is missing, or if it holds something else than `config`, `cache`, `vae` and the encoder's
+    `precision` (fp32 or bf16) ask for.
     Raises IcmsrError for sources that are missing or malformed, and where no photograph can be used.
     """
 
@@ -76,6 +78,7 @@ class CachedLatents(CachedSamples):
         vae: AutoencoderKL,
         file: Path,
         held_out: bool = False,
+        precision: str = "fp32",
     ) -> None:
         self.config, self.seed, self.file = config, seed, file
         self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -93,10 +96,11 @@ class CachedLatents(CachedSamples):
                 "made up": self._made_up > 0,
                 "photographs": [[path.name, path.stat().st_size] for path in self.photographs],
                 **asdict(cache),
+                **({} if precision == "fp32" else {"precision": precision}),
             }
         )
         if not self.holds(description):
-            self._encode(cache, vae, description)
+            self._encode(cache, vae, description, precision)
         self._sizes: dict[str, list[tuple[str, int, int]]] = {}
         with open_tensors(file) as opened:
             for key in sorted(opened.keys()):
@@ -135,13 +139,15 @@ class CachedLatents(CachedSamples):
         )
 
     @torch.no_grad()
-    def _encode(self, cache: LatentCacheConfig, vae: AutoencoderKL, description: str) -> None:
+    def _encode(self, cache: LatentCacheConfig, vae: AutoencoderKL, description: str, precision: str) -> None:
         log.info("encoding %d photographs into %s", len(self.photographs), self.file)
         device = next(vae.parameters()).device
+        lay_out(vae, precision)
         latents: dict[str, Tensor] = {}
         for name, picture in tqdm(self._pictures(cache), unit="picture", desc="encoding", disable=None):
             pixels = rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").to(device)
-            latent = encode_picture(vae, bytes_to_signed(pixels))
+            with autocast(device, precision):
+                latent = encode_picture(vae, bytes_to_signed(pixels))
             latents[name] = latent[0].to("cpu", torch.float16).contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file, latents, {"description": description})

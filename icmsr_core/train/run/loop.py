@@ -27,6 +27,7 @@ from ...transfer import pins_memory
 from ...whole_file import replace_file
 from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
+from ..precision import autocast, lay_out
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, checkpoint_folder, newest_checkpoint, write_checkpoint
@@ -143,6 +144,7 @@ def start_run(
     plain, step = plain_settings(settings), config.batch * config.accumulate * processes.count
     if config.images < step:
         raise IcmsrError(f"loop.images is {config.images}, below one effective batch of {step}")
+    lay_out(task, config.precision)
     model = processes.wrapped(task)
     mark = fingerprint({**compared_settings(settings), "effective batch": step})
     state = RunState(task.players(), config, step, mark)
@@ -261,11 +263,6 @@ def save_grid(run: Run, path: Path) -> None:
     with torch.no_grad(), autocast(device, run.config.precision):
         picture = run.task.grid(batch)
     write_picture(path, Picture(rgb=from_tensor(picture[None].float().cpu().clamp(0, 1))))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The precision of the forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def exchanged(model: nn.Module, now: bool) -> AbstractContextManager[Any]:

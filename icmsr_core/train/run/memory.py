@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ..precision import autocast
 from ..tasks.task import Batch, Task
-from .loop import autocast
 
 
 class LiveStorages(TorchDispatchMode):

@@ -140,6 +140,17 @@ def test_a_second_start_encodes_nothing(samples, photographs, vae, encodings):
     assert torch.equal(again[5]["latent"], samples[5]["latent"])
 
 
+def test_bf16_encodes_again_to_the_same_latents_but_for_rounding(samples, photographs, vae, tmp_path, encodings):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(samples.file.read_bytes())
+    CachedLatents(config(photographs), CACHE, 7, copy.deepcopy(vae), file, precision="bf16")
+    exact, rounded = load_file(samples.file), load_file(file)
+    assert len(encodings) == len(rounded) == len(exact)
+    for key, latent in exact.items():
+        distance = (rounded[key].float() - latent.float()).abs().max()
+        assert 0 < distance < 0.03 * latent.float().abs().max()
+
+
 def other_vae(vae: AutoencoderKL) -> AutoencoderKL:
     changed = copy.deepcopy(vae)
     with torch.no_grad():

@@ -23,14 +23,15 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from icmsr_core.weights.base import open_base
-from icmsr_core.train.run import launch, loop  # everything that a run imports, before the first reading
+from icmsr_core.train.precision import autocast
+from icmsr_core.train.run import launch  # everything that a run imports, before the first reading
 from icmsr_core.train.tasks import building
 from icmsr_core.train.networks.conditioning import ConditionConfig
 from icmsr_core.train.tasks.generator_config import GeneratorConfig
 from icmsr_core.train.networks.generator import NetworksConfig
 
 def peak():
-    fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    fields = dict(line.split(":") for line in open("/proc/self/status", encoding="utf-8") if ":" in line)
     return int(fields["VmHWM"].split()[0]) * 1024
 
 def batch(side):
@@ -49,7 +50,7 @@ averages = [p.detach().clone() for p in task.players()[0].parameters.values()]
 given = batch(side)
 for player in task.players():
     prepared = task.prepare(player.name, given, 0, 0)
-    with loop.autocast(torch.device("cpu"), "bf16"):
+    with autocast(torch.device("cpu"), "bf16"):
         losses, brings = task(player.name, prepared)
     losses["loss"].backward()
     optimizers[player.name].step()

@@ -22,7 +22,7 @@ from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks
 from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
-from icmsr_core.train.run.loop import autocast
+from icmsr_core.train.precision import autocast
 from icmsr_core.train.run.loop_config import LoopConfig, learning_rate
 from icmsr_core.train.run.state import RunState
 from icmsr_core.train.tasks.generator import GeneratorTask, input_of
