@@ -108,7 +108,8 @@ class Distillation(Training):
                 return task.latents_of({name: value.to(device) for name, value in batch.items()})
 
         def latent_pairs() -> LatentPairs:
-            lay_out(networks, precision)
+            for vae in (networks.generator_vae, networks.vae):
+                lay_out(vae, precision)
             encoders = weights_hash(networks.generator_vae) + weights_hash(networks.vae)
             encoders += "" if precision == "fp32" else precision
             file = Path(self.config.run) / "latents" / "pairs.safetensors"

@@ -12,6 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from ..backbone.context import repeated_context
+from ..backbone.narrow_maps import mend_narrow_maps
 from ..backbone.protocol import BackboneDescriptor
 from ..backbone.vae_steps import Pointwise, VaeHalf, VaePart
 from ..errors import IcmsrError
@@ -182,6 +183,7 @@ def _build(base: BaseFolder, parts: Sequence[str], dtype: torch.dtype, generator
         except RuntimeError as error:
             first_lines = " ".join(str(error).split()[:40])
             raise IcmsrError(f"{base.where(part)}: the weights do not fit the configuration: {first_lines}") from error
+        mend_narrow_maps(network)
     return networks
 
 
@@ -196,6 +198,7 @@ def _tiny_vae(tiny: TinyVae, dtype: torch.dtype) -> AutoencoderTiny:
     except RuntimeError as error:
         first_lines = " ".join(str(error).split()[:40])
         raise IcmsrError(f"{tiny.path}: the weights do not fit an AutoencoderTiny: {first_lines}") from error
+    mend_narrow_maps(vae)
     return vae
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.narrow_maps import widened
 from ..backbone.vae_steps import Attention, Sample
 
 
@@ -61,8 +62,9 @@ class StripedConvolution:
         if not self._padded:  # a column of zeros at the right, or a row of them below
             rows = F.pad(rows, (0, 1, 0, 0) if axis == 2 else (0, 0, 0, 1))
         with changed(self._module, self._changes):
-            result: Tensor = self._module(rows)
-        return result
+            wide = widened(self._module, rows)
+            result: Tensor = self._module(rows if wide is None else wide)
+        return result if wide is None else result[..., :1]
 
 
 class StripedAttention:

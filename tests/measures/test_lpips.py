@@ -62,6 +62,19 @@ def test_lpips_runs_in_float32_under_autocast(converted):
         assert torch.equal(measure(noisy(image), image), plain)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lpips_in_bf16_is_the_same_but_for_rounding(converted, autocast):
+    image = picture(32)
+    given = noisy(image).requires_grad_()
+    exact = load_lpips(converted)(given, image)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rounded = load_lpips(converted, bf16=True)(given, image)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded - exact) < 0.02 * exact
+    here, there = (torch.autograd.grad(value, given)[0].flatten() for value in (rounded, exact))
+    assert torch.cosine_similarity(here, there, 0) > 0.9
+
+
 def test_lpips_of_dead_features_has_a_gradient(converted):
     tensors = load_file(converted)
     tensors["features.2.bias"] = torch.full_like(tensors["features.2.bias"], -1e4)

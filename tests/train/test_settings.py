@@ -22,6 +22,7 @@ CAME_LATER = {
         "generator.networks.start_fidelity",
         "generator.networks.start_base",
         "generator.losses.latent",
+        "generator.perceptual.precision",
     }
 }
 NEW_AND_FREE = {"loop.changed_photographs"}

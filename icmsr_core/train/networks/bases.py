@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ...backbone.narrow_maps import mend_narrow_maps
 from ...errors import IcmsrError
 from ...weights.base import PROMPT_FILE, BaseInfo, write_base_info
 from ...weights.diffusers_folder import WEIGHTS_FILE
@@ -84,6 +85,7 @@ def make_vae(config: NetworkConfig) -> AutoencoderKL:
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+    mend_narrow_maps(vae)
     start_as_thumbnail(vae)
     return vae
 
@@ -147,7 +149,7 @@ def _fill(conv: nn.Conv2d, taps: Tensor | None = None) -> None:
 def make_unet(config: NetworkConfig) -> UNet2DConditionModel:
     """A UNet2DConditionModel with random weights, in Stable Diffusion's block layout."""
     attending = len(config.unet_channels) - 1
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
         block_out_channels=config.unet_channels,
@@ -161,6 +163,8 @@ def make_unet(config: NetworkConfig) -> UNet2DConditionModel:
         cross_attention_dim=config.context_width,
         use_linear_projection=True,
     )
+    mend_narrow_maps(unet)
+    return unet
 
 
 def save_base(

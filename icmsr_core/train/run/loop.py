@@ -27,7 +27,7 @@ from ...transfer import pins_memory
 from ...whole_file import replace_file
 from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
-from ..precision import autocast, lay_out
+from ..precision import autocast
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, checkpoint_folder, newest_checkpoint, write_checkpoint
@@ -144,7 +144,6 @@ def start_run(
     plain, step = plain_settings(settings), config.batch * config.accumulate * processes.count
     if config.images < step:
         raise IcmsrError(f"loop.images is {config.images}, below one effective batch of {step}")
-    lay_out(task, config.precision)
     model = processes.wrapped(task)
     mark = fingerprint({**compared_settings(settings), "effective batch": step})
     state = RunState(task.players(), config, step, mark)

@@ -238,6 +238,8 @@ def test_the_configuration_chooses_the_perceptual_loss(nano, converted):
     assert isinstance(decoder, DecoderPerceptual)
     assert len(decoder.features(torch.zeros(1, 8, 4, 4))) == 2
     measure = make_perceptual(PerceptualConfig("lpips", str(converted)), nano, CPU)
+    assert not measure.bf16
+    assert make_perceptual(PerceptualConfig("lpips", str(converted), precision="bf16"), nano, CPU).bf16
     assert isinstance(measure, Lpips)
     assert measure(noisy(picture(32)), picture(32)) > 0
 
@@ -247,6 +249,7 @@ def test_the_configuration_chooses_the_perceptual_loss(nano, converted):
     [
         ({"kind": "vgg"}, "one of none, decoder, lpips, got 'vgg'"),
         ({"levels": 0}, "levels must be 1 or more, got 0"),
+        ({"precision": "fp16"}, r"perceptual\.precision must be fp32 or bf16, got 'fp16'"),
         ({"kind": "lpips"}, r"got '': .*train/metric_weights\.py.*perceptual\.kind=decoder"),
         ({"kind": "lpips", "weights": "/no/such/file"}, r"'/no/such/file' \(no such file\).*kind=decoder"),
     ],
