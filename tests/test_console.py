@@ -59,7 +59,6 @@ def test_the_command_line_finishes_its_work_where_the_console_lacks_a_name(tmp_p
         "conditions|图 α.png|--out|条件",
         "evaluate|--sr|条件|--hr|条件|--json|数.json",
         "export|diffusers|generator.safetensors|导出",
-        "demo|--out|示",
         "inspect|生.safetensors",
     ]
     generator = ROOT / "icmsr_core" / "assets" / "nano" / "generator.safetensors"
@@ -73,7 +72,7 @@ def test_the_command_line_finishes_its_work_where_the_console_lacks_a_name(tmp_p
         check=False,
         timeout=240,
     )
-    assert done.stderr.decode("cp1252").splitlines()[-1] == "codes [0, 0, 0, 0, 0, 0]", done.stderr
+    assert done.stderr.decode("cp1252").splitlines()[-1] == "codes [0, 0, 0, 0, 0]", done.stderr
     assert any((folder / "导出").iterdir())
     written = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}
     assert {"出.png", *(f"条件/图 α_{name}.png" for name in ("colormap", "edges", "hint"))} < written

@@ -114,9 +114,12 @@ def counts(request: pytest.FixtureRequest, stable_diffusion: Recipe) -> dict[str
 
 both_models = pytest.mark.parametrize(
     "counts",
-    [("nano", 1024), ("sd", 512), pytest.param(("sd", 1024), marks=pytest.mark.slow)],
+    [
+        ("nano", 768),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (("nano", 1024), ("sd", 512), ("sd", 1024))),
+    ],
     indirect=True,
-    ids=["nano", "sd", "sd, 1024 px"],
+    ids=["nano, 768 px", "nano, 1024 px", "sd, 512 px", "sd, 1024 px"],
 )
 
 

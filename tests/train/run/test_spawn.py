@@ -82,6 +82,7 @@ def run_in(folder: Path, runs: dict[str, list[str]]) -> None:
     assert load_generator(folder / "generator" / "generator.safetensors").info.timestep == 200
 
 
+@pytest.mark.slow
 def test_distillation_starts_its_processes_from_nothing(tmp_path):
     """In a folder with space, umlaut and a name that cp1252 lacks."""
     flags = ["--run", "generator", "--data.synthetic=1", "--data.crop=32", "--data.folders=[]", *loop_flags("loop")]
