@@ -28,16 +28,18 @@ STABILISER = 1e-6
 class Dists(nn.Module):
     """DISTS of [N, 3, H, W] pictures in [-1, 1], the mean over the batch; frozen, in the precision of its weights.
 
-    Autocast is switched off inside. The weights' precision is float32 as loaded; ``.double()`` works.
+    Autocast is switched off inside. The weights' precision is float32 as loaded; ``.double()`` works. With `bf16` the
+    network's layers compute in bfloat16 all the same, the comparison in float32 (for losses, as in `Lpips`).
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str = "DISTS weights") -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], name: str = "DISTS weights", bf16: bool = False) -> None:
         """`tensors`: as the file holds them. Raises `IcmsrError`, which says `name`, if they do not fit."""
         super().__init__()
         check_weights(name, tensors, dists_shapes())
+        self.bf16 = bf16
         self.features, self._compared = VGG16.layers(_L2Pooling)
         self.alpha = nn.Parameter(torch.empty(sum(CHANNELS), device="meta"))
         self.beta = nn.Parameter(torch.empty(sum(CHANNELS), device="meta"))
@@ -62,9 +64,11 @@ class Dists(nn.Module):
             similarity = _similarity(left, right, *next(weights))
             left, right = (left - self.mean) / self.deviation, (right - self.mean) / self.deviation
             for index, layer in enumerate(self.features):
-                left, right = layer(left), layer(right)
+                with torch.autocast(result.device.type, torch.bfloat16, enabled=self.bf16):
+                    left, right = layer(left), layer(right)
                 if index in self._compared:
-                    similarity = similarity + _similarity(left, right, *next(weights))
+                    compared = left.to(self.mean), right.to(self.mean)
+                    similarity = similarity + _similarity(*compared, *next(weights))
         return (1 - similarity).mean()
 
 
@@ -100,7 +104,10 @@ def dists_shapes() -> dict[str, tuple[int, ...]]:
     return {**VGG16.shapes(), "alpha": (sum(CHANNELS),), "beta": (sum(CHANNELS),)}
 
 
-def load_dists(path: Path) -> Dists:
-    """The DISTS in a converted file, on the CPU. Raises `IcmsrError` for a file that is missing, damaged or another."""
+def load_dists(path: Path, bf16: bool = False) -> Dists:
+    """The DISTS in a converted file, on the CPU; `bf16` as in `Dists`.
+
+    Raises `IcmsrError` for a file that is missing, damaged or another.
+    """
     tensors, _ = read_weight_file(path, DISTS)
-    return Dists(tensors, str(path))
+    return Dists(tensors, str(path), bf16)

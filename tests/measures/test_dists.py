@@ -52,6 +52,16 @@ def test_dists_is_0_for_equal_pictures_and_runs_in_float32_under_autocast(conver
         assert torch.equal(measure(noisy(image), image), plain)
 
 
+def test_dists_in_bf16_is_the_same_but_for_rounding(converted):
+    image = picture(32)
+    given = noisy(image).requires_grad_()
+    exact, rounded = load_dists(converted)(given, image), load_dists(converted, bf16=True)(given, image)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded - exact) < 0.02 * exact
+    here, there = (torch.autograd.grad(value, given)[0].flatten() for value in (rounded, exact))
+    assert torch.cosine_similarity(here, there, 0) > 0.9
+
+
 @pytest.mark.parametrize(("result", "message"), [((1, 3, 32, 48), "one shape"), ((1, 1, 32, 32), "3, H, W")])
 def test_dists_refuses_pictures_it_cannot_take(converted, result, message):
     with pytest.raises(IcmsrError, match=message):

@@ -23,6 +23,8 @@ CAME_LATER = {
         "generator.networks.start_base",
         "generator.losses.latent",
         "generator.perceptual.precision",
+        "generator.perceptual.dists_weights",
+        "generator.losses.dists",
     }
 }
 NEW_AND_FREE = {"loop.changed_photographs"}

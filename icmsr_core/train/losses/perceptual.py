@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...errors import IcmsrError
 from ...measures.lpips import Lpips, load_lpips
-from ...measures.weight_files import LPIPS_VGG
+from ...measures.weight_files import DISTS, LPIPS_VGG
 from ..settings import ADDED
 
 PERCEPTUAL_KINDS = ("none", "decoder", "lpips")
@@ -45,8 +45,10 @@ class PerceptualConfig:
     block. The fine ones reward blur more: see `feature_distance`, whose 48% at 3 levels is 41% at 5."""
 
     precision: str = field(default="fp32", metadata=ADDED)
-    """What LPIPS-VGG's network computes in: fp32, or bf16, which takes less than half the time on a CPU with AMX; the
-    comparison of its features stays in fp32."""
+    """What the networks of LPIPS-VGG and DISTS compute in: fp32, or bf16, which takes less than half the time on a CPU
+    with AMX; the comparison of their features stays in fp32."""
+    dists_weights: str = field(default="", metadata=ADDED)
+    """The file dists.safetensors that train/metric_weights.py makes; for `losses.dists` only."""
 
     def __post_init__(self) -> None:
         if self.kind not in PERCEPTUAL_KINDS:
@@ -62,6 +64,11 @@ class PerceptualConfig:
                 "perceptual.weights must be the path of the converted LPIPS file when perceptual.kind is lpips, got "
                 f"{self.weights!r}{' (no such file)' if self.weights else ''}: make it with `{LPIPS_VGG.command}`, or "
                 "set perceptual.kind=decoder, which needs no download"
+            )
+        if self.dists_weights and not Path(self.dists_weights).is_file():
+            raise IcmsrError(
+                f"perceptual.dists_weights must be the path of the converted DISTS file, got {self.dists_weights!r} "
+                f"(no such file): make it with `{DISTS.command}`"
             )
 
 

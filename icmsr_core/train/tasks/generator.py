@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...backbone.context import repeated_context
 from ...backbone.prediction import check_prediction
+from ...measures.dists import load_dists
 from ...measures.lpips import Lpips
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
@@ -80,6 +81,11 @@ class GeneratorTask(Task):
         self.prediction = check_prediction(config.prediction)
         wanted = config.losses.perceptual > 0
         self.perceptual = make_perceptual(config.perceptual, networks.vae, torch.device("cpu")) if wanted else None
+        self.dists = (
+            load_dists(Path(config.perceptual.dists_weights), config.perceptual.precision == "bf16")
+            if config.losses.dists
+            else None
+        )
         self.register_buffer("constant", contexts.constant, persistent=False)
         self.captions = contexts.captions  # on the CPU: a large data set's are larger than a GPU
         self.register_buffer("negative", contexts.negative, persistent=False)
@@ -273,6 +279,8 @@ class GeneratorTask(Task):
         result = self._corrected(raw, given)
         if isinstance(self.perceptual, Lpips):
             terms["perceptual"] = self.perceptual(result, truth)
+        if self.dists is not None:
+            terms["dists"] = self.dists(result, truth)
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "l2": F.mse_loss,
             "charbonnier": charbonnier,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from ...backbone.prediction import check_prediction
 from ...errors import IcmsrError
+from ...measures.weight_files import DISTS
 from ..data.draws import TimestepConfig
 from ..losses.perceptual import PerceptualConfig
 from ..networks.generator import NetworksConfig
@@ -37,6 +38,8 @@ class LossWeights:
     latent: float = field(default=0.0, metadata=ADDED)
     """L1 distance between the generator's latent and the truth's own, in the base's encoder (ours). It keeps the latent
     in the code that decoder and teacher know. With `latents.pairs` the only term besides ICM."""
+    dists: float = field(default=0.0, metadata=ADDED)
+    """DISTS, the distance in structure and texture (ours; needs `perceptual.dists_weights`)."""
     tone: float = 0.0
     """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
     warmup: dict[str, int] = field(default_factory=dict)
@@ -104,6 +107,11 @@ class GeneratorConfig:
             raise IcmsrError(
                 "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
                 "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
+            )
+        if self.losses.dists and not self.perceptual.dists_weights:
+            raise IcmsrError(
+                "losses.dists needs the weights of DISTS: set perceptual.dists_weights to the file that "
+                f"`{DISTS.command}` makes, or losses.dists to 0"
             )
         if self.losses.autoencoder and not self.networks.train_decoder:
             raise IcmsrError(

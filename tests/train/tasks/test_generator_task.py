@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icmsr_core.measures.dists import load_dists
+from icmsr_core.measures.weight_files import DISTS
+from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.losses.icm import icm_gradient
+from icmsr_core.train.losses.perceptual import PerceptualConfig
 from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks
 from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
@@ -274,6 +278,27 @@ def test_without_the_regulariser_there_is_no_auxiliary(base):
     losses, carried = task("generator", task.prepare("generator", make_batch(), 0, 0))
     assert "icm" not in losses
     assert carried == {}
+
+
+def test_dists_is_measured_of_the_result_and_trains_the_generator(base, metric_weights):
+    loaded = BaseNetworks(*build_networks(base), base.info)
+    losses = LossWeights(l2=0, perceptual=0, icm=0, dists=2)
+    config = GeneratorConfig(losses=losses, perceptual=PerceptualConfig(dists_weights=str(metric_weights / DISTS.name)))
+    networks = GeneratorNetworks(loaded, config.networks, False)
+    task = GeneratorTask(
+        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
+    )
+    batch = task.prepare("generator", make_batch(), 0, 0)
+    found, _ = task("generator", batch)
+    with torch.no_grad():
+        result = task.generate(input_of(batch))[1]
+        wanted = load_dists(metric_weights / DISTS.name)(result, bytes_to_signed(batch["sharp"]))
+    assert found["dists"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found["loss"].item() == pytest.approx(2 * wanted.item(), rel=1e-5)
+    found["loss"].backward()
+    gradients = lora_gradients(task, "generator")
+    assert any(bool(value.abs().max() > 0) for value in gradients.values() if value is not None)
+    assert all(value.grad is None for value in task.dists.parameters())
 
 
 def test_a_base_in_fewer_bits_still_trains_in_float32(base):

@@ -304,6 +304,8 @@ def test_loop_configuration_is_checked(wrong):
         (lambda: NetworksConfig(weights="whole", base_dtype="bf16"), "must be fp32 with whole weights"),
         (lambda: GeneratorConfig(gradient_floor=0), "gradient_floor must be above 0"),
         (lambda: PerceptualConfig(kind="vgg"), "none, decoder, lpips"),
+        (lambda: GeneratorConfig(losses=LossWeights(dists=1)), r"losses\.dists needs .*perceptual\.dists_weights"),
+        (lambda: PerceptualConfig(dists_weights="no.file"), r"dists_weights must be .* 'no\.file'.*metric_weights\.py"),
     ],
 )
 def test_errors_name_the_value(build, words):
