@@ -43,7 +43,6 @@ class PerceptualConfig:
     levels: int = 3
     """Feature maps that kind decoder compares, counted from the latent's resolution up: the middle block, then each up
     block. The fine ones reward blur more: see `feature_distance`, whose 48% at 3 levels is 41% at 5."""
-
     precision: str = field(default="fp32", metadata=ADDED)
     """What the networks of LPIPS-VGG and DISTS compute in: fp32, or bf16, which takes less than half the time on a CPU
     with AMX; the comparison of their features stays in fp32."""
