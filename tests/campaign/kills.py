@@ -142,7 +142,12 @@ def commands(stock: Path) -> list[Command]:
 
 
 def _latents() -> tuple[str, ...]:
-    return ("--generator.losses.icm=0", "--generator.losses.latent=1", "--generator.networks.train_encoder=false")
+    losses = {"l2": 0, "perceptual": 0, "icm": 0, "latent": 1}
+    return (
+        "--latents.pairs=12",
+        *(f"--generator.losses.{name}={weight}" for name, weight in losses.items()),
+        "--generator.networks.train_encoder=false",
+    )
 
 
 def _loop(name: str, images: int, **more: object) -> tuple[str, ...]:
