@@ -189,8 +189,16 @@ def peak_of(layout: str, channels: int, compute: bool) -> int:
 
 @pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize(("channels", "compute"), [(512, False), (16, True)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "channels", "compute"),
+    [
+        *((layout, 512, False) for layout in LAYOUTS),
+        *(
+            pytest.param(layout, 16, True, marks=[pytest.mark.slow] if number else [])
+            for number, layout in enumerate(LAYOUTS)
+        ),
+    ],
+)
 def test_the_attention_of_2048_pixels_takes_less_than_1_gb(layout: str, channels: int, compute: bool) -> None:
     """256 x 256 cells of Stable Diffusion's VAE. Held whole, the scores alone are 17 GB."""
     peak = apart(peak_of, layout, channels, compute)
