@@ -24,6 +24,7 @@ CAME_LATER = {
         "generator.losses.latent",
         "generator.perceptual.precision",
         "generator.perceptual.dists_weights",
+        "generator.perceptual.shift",
         "generator.losses.dists",
     }
 }

@@ -37,6 +37,12 @@ def draw_uniform(seed: int, index: Tensor, purpose: str) -> Tensor:
     return torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
 
 
+def draw_corners(seed: int, index: Tensor, most: int) -> Tensor:
+    """Upper left corners [N, 2] of crops, rows and columns from 0 to `most`, int64 on the CPU."""
+    draws = [draw_uniform(seed, index, f"corner/{axis}") for axis in ("row", "column")]
+    return (torch.stack(draws, 1) * (most + 1)).long()
+
+
 def draw_noising(
     seed: int, index: Tensor, purpose: str, shape: Sequence[int], steps: int, law: TimestepConfig
 ) -> dict[str, Tensor]:

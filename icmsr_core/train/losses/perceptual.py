@@ -46,6 +46,10 @@ class PerceptualConfig:
     precision: str = field(default="fp32", metadata=ADDED)
     """What the networks of LPIPS-VGG and DISTS compute in: fp32, or bf16, which takes less than half the time on a CPU
     with AMX; the comparison of their features stays in fp32."""
+    shift: int = field(default=0, metadata=ADDED)
+    """LPIPS-VGG and DISTS look at each sample from a random corner, up to so many pixels further down and to the right.
+    VGG pools over 2, 4, 8 and 16 pixels, and a VAE's cells are 4 or 8 pixels wide: where the two grids always coincide,
+    a generator can learn patterns of that period which the loss hardly sees (ours). 0: never shifted."""
     dists_weights: str = field(default="", metadata=ADDED)
     """The file dists.safetensors that train/metric_weights.py makes; for `losses.dists` only."""
 
@@ -56,6 +60,8 @@ class PerceptualConfig:
             raise IcmsrError(
                 f"perceptual.levels must be 1 or more, got {self.levels}: to train without, set perceptual.kind to none"
             )
+        if self.shift < 0:
+            raise IcmsrError(f"perceptual.shift must be 0 or more pixels, got {self.shift}")
         if self.precision not in ("fp32", "bf16"):
             raise IcmsrError(f"perceptual.precision must be fp32 or bf16, got {self.precision!r}")
         if self.kind == "lpips" and not (self.weights and Path(self.weights).is_file()):

@@ -25,7 +25,7 @@ from ...measures.lpips import Lpips
 from ...pictures.ranges import bytes_to_signed, unit_to_signed
 from ...weights.base import BaseFolder
 from ...weights.generator_file import Generator, GeneratorInfo, PartWeights, save_generator
-from ..data.draws import all_timesteps, draw_noising
+from ..data.draws import all_timesteps, draw_corners, draw_noising
 from ..losses.agreement import latent_agreement
 from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
@@ -113,6 +113,8 @@ class GeneratorTask(Task):
         added: Batch = {}
         if player == "generator":
             added = {f"weight/{name}": torch.tensor(value) for name, value in config.losses.at(images).items()}
+            if config.perceptual.shift:
+                added["corner"] = draw_corners(self.seed, batch["index"], config.perceptual.shift)
         if config.losses.icm:
             purpose = f"{player}/{turn}"
             law = config.timesteps if player == "generator" else all_timesteps()
@@ -270,17 +272,18 @@ class GeneratorTask(Task):
         terms: dict[str, Tensor] = {}
         raw, wanted = None, None
         if isinstance(self.perceptual, DecoderPerceptual):
-            picture, seen = self.perceptual.decode(latent)
+            picture, features = self.perceptual.decode(latent)
             wanted = self.networks.encode_truth(truth)
-            terms["perceptual"] = self.perceptual.distance(seen, self.perceptual.features(wanted))
+            terms["perceptual"] = self.perceptual.distance(features, self.perceptual.features(wanted))
             raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
         if raw is None:
             raw = self.networks.decode(latent)
         result = self._corrected(raw, given)
+        seen, shown = self._seen(result, batch), self._seen(truth, batch)
         if isinstance(self.perceptual, Lpips):
-            terms["perceptual"] = self.perceptual(result, truth)
+            terms["perceptual"] = self.perceptual(seen, shown)
         if self.dists is not None:
-            terms["dists"] = self.dists(result, truth)
+            terms["dists"] = self.dists(seen, shown)
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "l2": F.mse_loss,
             "charbonnier": charbonnier,
@@ -343,6 +346,15 @@ class GeneratorTask(Task):
     def _text(self, batch: Batch, latent: Tensor) -> Tensor:
         """What teacher and auxiliary see in cross-attention: captions for text, else the constant."""
         return batch["text"].to(latent.dtype) if "text" in batch else repeated_context(self.constant, latent)
+
+    def _seen(self, pictures: Tensor, batch: Batch) -> Tensor:
+        """What the perceptual networks see of `pictures` [N, C, H, W]: with `shift`, so many rows and columns less."""
+        shift = self.config.perceptual.shift
+        if not shift:
+            return pictures
+        height, width = (side - shift for side in pictures.shape[-2:])
+        corners = zip(pictures, batch["corner"].tolist())
+        return torch.stack([picture[:, top : top + height, left : left + width] for picture, (top, left) in corners])
 
     def _corrected(self, raw: Tensor, given: Tensor) -> Tensor:
         return with_low_frequencies(raw, given) if self.config.color_fix else raw

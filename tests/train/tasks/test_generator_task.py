@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icmsr_core.measures.dists import load_dists
-from icmsr_core.measures.weight_files import DISTS
+from icmsr_core.measures.lpips import load_lpips
+from icmsr_core.measures.weight_files import DISTS, LPIPS_VGG
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks
 from icmsr_core.train.losses.icm import icm_gradient
@@ -299,6 +300,28 @@ def test_dists_is_measured_of_the_result_and_trains_the_generator(base, metric_w
     gradients = lora_gradients(task, "generator")
     assert any(bool(value.abs().max() > 0) for value in gradients.values() if value is not None)
     assert all(value.grad is None for value in task.dists.parameters())
+
+
+def test_a_shift_lets_the_perceptual_networks_see_each_sample_from_its_own_corner(base, metric_weights):
+    perceptual = PerceptualConfig("lpips", str(metric_weights / LPIPS_VGG.name), shift=7)
+    config = GeneratorConfig(losses=LossWeights(l2=0, perceptual=1, icm=0), perceptual=perceptual)
+    loaded = BaseNetworks(*build_networks(base), base.info)
+    networks = GeneratorNetworks(loaded, config.networks, False)
+    task = GeneratorTask(
+        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
+    )
+    batch = task.prepare("generator", make_batch(), 0, 0)
+    corners = batch["corner"].tolist()
+    assert len({tuple(corner) for corner in corners}) == 3
+    with torch.no_grad():
+        found = task("generator", batch)[0]["perceptual"]
+        result, truth = task.generate(input_of(batch))[1], bytes_to_signed(batch["sharp"])
+        measure = load_lpips(metric_weights / LPIPS_VGG.name)
+        alone = [
+            measure(*(pictures[n : n + 1, :, top : top + 57, left : left + 57] for pictures in (result, truth)))
+            for n, (top, left) in enumerate(corners)
+        ]
+    assert found.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
 
 
 def test_a_base_in_fewer_bits_still_trains_in_float32(base):

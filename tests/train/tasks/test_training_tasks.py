@@ -14,7 +14,7 @@ from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.train.data.draws import draw_noise, draw_uniform
+from icmsr_core.train.data.draws import draw_corners, draw_noise, draw_uniform
 from icmsr_core.train.losses.perceptual import PerceptualConfig
 from icmsr_core.train.losses.reconstruction import charbonnier, gradient_l1, with_low_frequencies
 from icmsr_core.train.losses.spectra import fourier_l1
@@ -292,6 +292,18 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, middle, e
 def test_loop_configuration_is_checked(wrong):
     with pytest.raises(IcmsrError, match=next(iter(wrong))):
         LoopConfig(**wrong)
+
+
+def test_corners_are_each_sample_s_own_and_reach_every_pixel():
+    index = torch.arange(400)
+    corners = draw_corners(3, index, 7)
+    assert corners.dtype == torch.int64
+    assert {tuple(row) for row in corners.unique(dim=0).tolist()} <= {(y, x) for y in range(8) for x in range(8)}
+    for axis in (0, 1):
+        assert torch.bincount(corners[:, axis], minlength=8).min() > 25  # of 50
+    assert torch.equal(draw_corners(3, index[100:110], 7), corners[100:110])
+    assert not torch.equal(draw_corners(4, index, 7), corners)
+    assert draw_corners(3, index, 0).unique().tolist() == [0]
 
 
 @pytest.mark.parametrize(
