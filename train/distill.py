@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 
 from icmsr_core.errors import IcmsrError
+from icmsr_core.runtime.precision import autocast, lay_out
 from icmsr_core.train.data.data_config import DataConfig
 from icmsr_core.train.data.latent_pairs import LatentPairs, LatentPairsConfig
 from icmsr_core.train.data.latents import weights_hash
 from icmsr_core.train.data.pairs import TrainingPairs
 from icmsr_core.train.data.samples import Samples, last_samples
 from icmsr_core.train.networks.conditioning import ConditionConfig
-from icmsr_core.train.precision import autocast, lay_out
 from icmsr_core.train.run.launch import Stage, Training, run_script, run_training
 from icmsr_core.train.run.loop_config import LoopConfig
 from icmsr_core.train.run.plan import PlannedStage
@@ -101,7 +101,7 @@ class Distillation(Training):
         """What the generator is trained on: pairs of pictures, or of latents."""
         if not self.config.latents.pairs:
             return self.pairs
-        networks, device, precision = task.networks, processes.device, self.config.loop.precision
+        networks, device, precision = task.networks, processes.device, self.config.latents.precision
 
         def encode(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             with autocast(device, precision):

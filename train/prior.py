@@ -170,11 +170,10 @@ class PriorTraining(Training):
         if not config.latents.enabled:
             return self.pairs, None
         parts = (config.data, config.latents, config.prior.seed, vae)
-        precision = config.prior.precision
-        samples = CachedLatents(*parts, folder / "training.safetensors", precision=precision)
+        samples = CachedLatents(*parts, folder / "training.safetensors")
         if not config.data.hold_out:
             return samples, None
-        kept = CachedLatents(*parts, folder / "held_out.safetensors", held_out=True, precision=precision)
+        kept = CachedLatents(*parts, folder / "held_out.safetensors", held_out=True)
         return samples, torch.stack([kept[number]["latent"] for number in range(HELD_OUT_CROPS)])
 
 

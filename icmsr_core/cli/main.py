@@ -24,6 +24,7 @@ from ..foreign.told import Told
 from ..runtime.recipe import Recipe
 from ..upscale.settings import UpscaleSettings
 from ..weights.embedded import embedded_generator
+from ..whole_file import replace_file
 from .arguments import AUTO, make_parser
 from .asked import check_cluster, for_workers, recipe_of, settings_of
 
@@ -245,7 +246,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     with tqdm(unit="picture", leave=False, disable=None) as bar:
         evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar), options.weights_dir)
     if options.json is not None:
-        options.json.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(evaluation.to_json(), indent=2) + "\n"
+        if options.json.exists() and not options.json.is_file():  # a pipe or a device
+            options.json.write_text(text, encoding="utf-8")
+        else:
+            replace_file(options.json, text.encode())
     print(evaluation.table())
     return 0
 

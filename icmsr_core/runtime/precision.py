@@ -61,6 +61,22 @@ def use_full_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The `precision` of a forward pass in training on `device`: bf16, or fp32 for everything as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def lay_out(encoder: nn.Module, precision: str) -> None:
+    """Puts the weights of an `encoder` that does not train into channels_last for bf16; their values stay.
+
+    Matrix units (AMX of a CPU, tensor cores of a card) take convolutions in that layout. Measured on a CPU with AMX:
+    nano's encoder runs twice as fast; a training step of its UNet would be a fifth slower, for the backward pass of
+    group norm is slow in it. For fp32 nothing changes: torch's group norm is less exact in that layout.
+    """
+    if precision == "bf16":
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class GuardedPart:
     """The encoder, the UNet or the decoder: its layers and their present precision."""
 

@@ -26,6 +26,7 @@ from ..backbone.noise_schedule import NoiseSchedule
 from ..backbone.prediction import Prediction, check_prediction
 from ..backbone.protocol import BackboneDescriptor
 from ..errors import IcmsrError
+from ..whole_file import replace_file
 from .descriptions import info_from, read_description, shortened
 from .diffusers_folder import CONFIG_FILE, HALF_FILE, HALF_INDEX_FILE, INDEX_FILE, SCHEDULER_FILE, WEIGHTS_FILE
 from .file_kinds import AGAIN
@@ -330,7 +331,7 @@ def _is_file_name(value: Any) -> bool:
 
 def write_base_info(path: Path, info: BaseInfo) -> None:
     """Writes `icmsr_base.json` into the folder `path`."""
-    (path / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    replace_file(path / INFO_FILE, (json.dumps(asdict(info), indent=2) + "\n").encode())
 
 
 def default_prompt_embedding(tokens: int, width: int) -> Tensor:

@@ -16,6 +16,7 @@ OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
 CAME_LATER = {
     "distill": {
         "latents.pairs",
+        "latents.precision",
         "teacher_test",
         "generator.networks.train_encoder",
         "generator.networks.continue_realistic",
@@ -26,7 +27,8 @@ CAME_LATER = {
         "generator.perceptual.dists_weights",
         "generator.perceptual.shift",
         "generator.losses.dists",
-    }
+    },
+    "prior": {"latents.precision"},
 }
 NEW_AND_FREE = {"loop.changed_photographs"}
 FREE_IN_A_LOOP = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...weights.tensor_files import write_tensors
+from ..settings import ADDED
 from .cached_file import CachedSamples
+from .latents import check_encoder_precision
 from .loader import Resumable, make_loader
 from .pairs import TrainingPairs
 
@@ -40,7 +42,11 @@ class LatentPairsConfig:
     """Pairs that are encoded once, into the run folder, and then trained on again and again. 0: train on pictures, with
     new pairs in every step."""
 
+    precision: str = field(default="fp32", metadata=ADDED)
+    """What the VAE encodes them in: fp32 or bf16, see train/prior.py's."""
+
     def __post_init__(self) -> None:
+        check_encoder_precision(self.precision)
         if self.pairs < 0:
             raise IcmsrError(f"latents.pairs must be 0 or more, got {self.pairs}")
 

@@ -16,7 +16,7 @@ from diffusers import T2IAdapter
 
 from ...errors import IcmsrError
 from ...weights.descriptions import OWN_ENTRY, own_description, read_description, shortened
-from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from ...weights.diffusers_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, write_configuration
 from ...weights.generator_file import ADAPTER_FORMAT
 from ...weights.pickles import read_tensor_pickle
 from ...weights.tensor_files import check_finite, open_tensors, read_head, read_tensors, write_tensors
@@ -42,7 +42,7 @@ def save_adapter(path: Path, adapter: T2IAdapter, description: Mapping[str, Any]
     metadata = {"format": ADAPTER_FORMAT, OWN_ENTRY: json.dumps({"config": config, **description}, sort_keys=True)}
     single = path.with_name(path.name + ".safetensors")
     write_tensors(single, state, metadata)
-    adapter.save_config(path)
+    write_configuration(path, adapter)
     write_tensors(path / WEIGHTS_FILE, state, {**metadata, "format": "pt"})
     return [single, path]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...backbone.narrow_maps import mend_narrow_maps
 from ...errors import IcmsrError
 from ...weights.base import PROMPT_FILE, BaseInfo, write_base_info
-from ...weights.diffusers_folder import WEIGHTS_FILE
+from ...weights.diffusers_folder import WEIGHTS_FILE, write_configuration
 from ...weights.tensor_files import write_tensors
 
 
@@ -178,7 +178,7 @@ def save_base(
     """Writes a base folder (see `base_folder`): diffusers configurations, weights in `dtype`, prompt embedding."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, network in (("unet", unet), ("vae", vae)):
-        network.save_config(folder / part)
+        write_configuration(folder / part, network)
         state = {key: value.detach().to("cpu", dtype) for key, value in network.state_dict().items()}
         write_tensors(folder / part / WEIGHTS_FILE, state, {"format": "pt"})
     embedding = {"prompt_embedding": prompt_embedding.detach().cpu().float()}

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from ...errors import IcmsrError
 from ...pictures.files import Picture, from_tensor, write_picture
+from ...runtime.precision import autocast
 from ...transfer import pins_memory
 from ...whole_file import replace_file
 from ..data.loader import Resumable, make_loader
 from ..data.samples import Samples, Tally, last_samples
-from ..precision import autocast
 from ..settings import compared_settings, plain_settings
 from ..tasks.task import Batch, Player, Task
 from .checkpoint import STATE_FILE, checkpoint_folder, newest_checkpoint, write_checkpoint

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...whole_file import replace_file
 from ..losses.teacher import table
 from .generator import GeneratorTask
 from .task import Batch, Player
@@ -34,6 +35,6 @@ class TeacherTest(GeneratorTask):
         readings = self.readings()
         found = {str(t): vars(reading) for t, reading in readings.items()}
         paths = [folder / "teacher_test.json", folder / "teacher_test.md"]
-        paths[0].write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        paths[1].write_text(table(readings), encoding="utf-8")
+        replace_file(paths[0], (json.dumps(found, indent=2) + "\n").encode())
+        replace_file(paths[1], table(readings).encode())
         return paths

@@ -143,7 +143,7 @@ def test_a_second_start_encodes_nothing(samples, photographs, vae, encodings):
 def test_bf16_encodes_again_to_the_same_latents_but_for_rounding(samples, photographs, vae, tmp_path, encodings):
     file = tmp_path / "a.safetensors"
     file.write_bytes(samples.file.read_bytes())
-    CachedLatents(config(photographs), CACHE, 7, copy.deepcopy(vae), file, precision="bf16")
+    CachedLatents(config(photographs), replace(CACHE, precision="bf16"), 7, copy.deepcopy(vae), file)
     exact, rounded = load_file(samples.file), load_file(file)
     assert len(encodings) == len(rounded) == len(exact)
     for key, latent in exact.items():

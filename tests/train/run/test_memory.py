@@ -23,7 +23,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from icmsr_core.weights.base import open_base
-from icmsr_core.train.precision import autocast
+from icmsr_core.runtime.precision import autocast
 from icmsr_core.train.run import launch  # everything that a run imports, before the first reading
 from icmsr_core.train.tasks import building
 from icmsr_core.train.networks.conditioning import ConditionConfig

@@ -13,6 +13,7 @@ from torch import nn
 from icmsr_core.errors import IcmsrError
 from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
+from icmsr_core.runtime.precision import autocast
 from icmsr_core.runtime.recipe import Recipe
 from icmsr_core.train.data.draws import draw_corners, draw_noise, draw_uniform
 from icmsr_core.train.losses.perceptual import PerceptualConfig
@@ -22,7 +23,6 @@ from icmsr_core.train.networks.adapters import make_adapter
 from icmsr_core.train.networks.bases import BaseNetworks
 from icmsr_core.train.networks.conditioning import ConditionConfig, Contexts, GeneratorConditioning, StructureFeatures
 from icmsr_core.train.networks.generator import GeneratorNetworks, NetworksConfig
-from icmsr_core.train.precision import autocast
 from icmsr_core.train.run.loop_config import LoopConfig, learning_rate
 from icmsr_core.train.run.state import RunState
 from icmsr_core.train.tasks.generator import GeneratorTask, input_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from icmsr_core.train.precision import autocast, lay_out
+from icmsr_core.runtime.precision import autocast, lay_out
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
