@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ from .latents import decode_latent, encode_picture
 from .precision import PRECISIONS, GuardedPart, dtype_name
 from .recipe import Recipe
 from .sliced_attention import slice_attention
+
+_BUILDING = threading.Lock()
+"""Held while networks are built: `init_empty_weights` leaves the parameters of all threads without data."""
 
 
 class DiffusersBackbone:
@@ -153,7 +157,8 @@ def build_networks(
     is read, merged in float32 and cast, so the peak of memory is the two networks and a few tensors. Raises
     `IcmsrError` when a tensor of the base or the generator is missing, unexpected or of another shape.
     """
-    networks = _build(base, PARTS, dtype, generator)
+    with _BUILDING:
+        networks = _build(base, PARTS, dtype, generator)
     return networks["unet"], networks["vae"]
 
 
@@ -228,11 +233,12 @@ def load_backbone(recipe: Recipe) -> DiffusersBackbone:
     """The networks of `recipe`, ready to run. Raises `IcmsrError` as `resolve`, and for weights that do not fit."""
     found = resolve(recipe)
     parts = PARTS if found.tiny_vae is None else ("unet",)
-    networks = _build(found.base, parts, found.dtype, found.generator)
-    vae = networks["vae"] if found.tiny_vae is None else _tiny_vae(found.tiny_vae, found.dtype)
-    backbone = DiffusersBackbone(
-        networks["unet"], vae, found.descriptor, found.prompt_embedding, found.device, found.dtype
-    )
+    with _BUILDING:
+        networks = _build(found.base, parts, found.dtype, found.generator)
+        vae = networks["vae"] if found.tiny_vae is None else _tiny_vae(found.tiny_vae, found.dtype)
+        backbone = DiffusersBackbone(
+            networks["unet"], vae, found.descriptor, found.prompt_embedding, found.device, found.dtype
+        )
     if recipe.compile_unet:
         backbone.compile_unet()
     return backbone

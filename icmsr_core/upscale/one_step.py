@@ -28,6 +28,7 @@ from .preview import Preview
 from .settings import UpscaleSettings
 from .sizes import at_work_size, fitted, pad_to_multiple
 from .tiling import Box, run_tiles
+from .turns import turn_on
 
 ROOM_PER_PIXEL = 2 * 2 * 12
 """Bytes per pixel of the result that must be free for it and the enlarged picture to be kept with the VAE: twice what
@@ -75,8 +76,8 @@ def run_plan(
     equals that of the picture alone. `steps` counts N times `plan.steps`, or fewer with `mask`, and may raise to stop,
     and so may `preview`, which is shown what is finished. `features` are a T2I-Adapter's. `mask` [1 or N, 1, h, w] in
     [0, 1] covers the pictures in any size of its own: 1 where to work, elsewhere the result is the enlarged picture
-    (`masking`); all 0 is as if there were none. Raises `IcmsrError` for an input that is not such a tensor, or not of
-    the plan's size.
+    (`masking`); all 0 is as if there were none. Threads may share a backbone: they take turns (`turns`). Raises
+    `IcmsrError` for an input that is not such a tensor, or not of the plan's size.
     """
     _check_shape(image)
     if not bool(image.isfinite().all()):
@@ -90,9 +91,10 @@ def run_plan(
     each = masks * (count // len(masks))
     run.steps.begin(sum(plan.steps if one is None else one.steps for one in each))
     result = torch.empty((count, 3, *plan.target), dtype=torch.float32, device=image.device)
-    for index, masked in enumerate(each):
-        one = slice(index, index + 1)
-        run.upscale(image[one], result[one], masked)
+    with turn_on(backbone):
+        for index, masked in enumerate(each):
+            one = slice(index, index + 1)
+            run.upscale(image[one], result[one], masked)
     return result
 
 

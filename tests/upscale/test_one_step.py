@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -425,3 +426,20 @@ def test_unusable_inputs_are_refused_before_anything_runs(image: torch.Tensor, t
 def test_a_precision_that_networks_cannot_run_in_is_refused(nano: DiffusersBackbone) -> None:
     with pytest.raises(IcmsrError, match=r"networks run in fp32, bf16, fp16, got float64"):
         DiffusersBackbone(nano.unet, nano.vae, nano.descriptor, torch.zeros(1, 32), torch.device("cpu"), torch.float64)
+
+
+def test_threads_that_share_a_backbone_get_the_pictures_that_they_would_get_alone(nano: DiffusersBackbone) -> None:
+    pictures = [photo(48 + 8 * number, 60) for number in range(4)]
+    wanted = plain(scale=2, tile=64, overlap=16, vae="exact")
+    alone = [upscale(nano, picture, wanted) for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda picture: upscale(nano, picture, wanted), pictures))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together))
+
+
+def test_threads_may_load_backbones_at_the_same_time(base: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_backbone(Recipe(base)), range(4)))
+    picture = photo(16, 16)
+    first, *others = (upscale(backbone, picture) for backbone in loaded)
+    assert all(torch.equal(first, other) for other in others)
