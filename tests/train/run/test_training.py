@@ -84,7 +84,7 @@ def distill(
     ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_prior_then_distill_then_upscale(tmp_path):
     start_server()
     # The one run with a Python of its own, from another folder, as a user types it.
