@@ -33,7 +33,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` by `replacing`; creates the folder."""
+    """Writes `data` to `path` by `replacing`; creates the folder. A pipe or a device is written to as it is."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(data)

@@ -86,14 +86,27 @@ def test_a_link_is_written_through(tmp_path: Path, exists: bool) -> None:
     assert sorted(tmp_path.iterdir()) == [tmp_path / "far", link]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        replace_file(pipe, b"data")
+        assert os.read(reader, 10) == b"data"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 IN_PLACE = re.compile(
     r"\.(write_text|write_bytes|save_config|save_pretrained)\(|json\.dump\(|torch\.save\(|open\(.*[\"'][wx]"
 )
 ALLOWED = {
-    "icmsr_core/whole_file.py": "the temporary file",
+    "icmsr_core/whole_file.py": "the temporary file, a pipe or a device",
     "icmsr_core/pictures/files.py": "a storage, whose objects appear whole",
     "icmsr_core/pictures/storage.py": "a trial of whether the folder can be written",
-    "icmsr_core/cli/main.py": "a pipe or a device",
     "icmsr_core/train/run/run_lock.py": "says who holds the lock",
     "train/pack_photographs.py": "a new folder",
 }

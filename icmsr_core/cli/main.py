@@ -246,11 +246,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     with tqdm(unit="picture", leave=False, disable=None) as bar:
         evaluation = evaluate_folders(options.sr, options.hr, options.lq, names, bar_steps(bar), options.weights_dir)
     if options.json is not None:
-        text = json.dumps(evaluation.to_json(), indent=2) + "\n"
-        if options.json.exists() and not options.json.is_file():  # a pipe or a device
-            options.json.write_text(text, encoding="utf-8")
-        else:
-            replace_file(options.json, text.encode())
+        replace_file(options.json, (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
     print(evaluation.table())
     return 0
 
