@@ -29,6 +29,8 @@ from ...measures.lpips import Lpips, load_lpips
 from ...measures.weight_files import DISTS, LPIPS_VGG
 from ..settings import ADDED
 
+LARGEST_SHIFT = 15
+"""All places within the 16 pixels over which VGG pools at most."""
 PERCEPTUAL_KINDS = ("none", "decoder", "lpips")
 
 
@@ -44,8 +46,8 @@ class PerceptualConfig:
     """Feature maps that kind decoder compares, counted from the latent's resolution up: the middle block, then each up
     block. The fine ones reward blur more: see `feature_distance`, whose 48% at 3 levels is 41% at 5."""
     precision: str = field(default="fp32", metadata=ADDED)
-    """What the networks of LPIPS-VGG and DISTS compute in: fp32, or bf16, which takes less than half the time on a CPU
-    with AMX; the comparison of their features stays in fp32."""
+    """What the networks of LPIPS-VGG and DISTS compute in: fp32, or bf16, which is faster on cards and on CPUs with
+    instructions for it; the comparison of their features stays in fp32."""
     shift: int = field(default=0, metadata=ADDED)
     """LPIPS-VGG and DISTS look at each sample from a random corner, up to so many pixels further down and to the right.
     VGG pools over 2, 4, 8 and 16 pixels, and a VAE's cells are 4 or 8 pixels wide: where the two grids always coincide,
@@ -60,8 +62,8 @@ class PerceptualConfig:
             raise IcmsrError(
                 f"perceptual.levels must be 1 or more, got {self.levels}: to train without, set perceptual.kind to none"
             )
-        if self.shift < 0:
-            raise IcmsrError(f"perceptual.shift must be 0 or more pixels, got {self.shift}")
+        if not 0 <= self.shift <= LARGEST_SHIFT:
+            raise IcmsrError(f"perceptual.shift must be 0 to {LARGEST_SHIFT} pixels, got {self.shift}")
         if self.precision not in ("fp32", "bf16"):
             raise IcmsrError(f"perceptual.precision must be fp32 or bf16, got {self.precision!r}")
         if self.kind == "lpips" and not (self.weights and Path(self.weights).is_file()):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...backbone.context import repeated_context
@@ -352,9 +353,13 @@ class GeneratorTask(Task):
         shift = self.config.perceptual.shift
         if not shift:
             return pictures
-        height, width = (side - shift for side in pictures.shape[-2:])
-        corners = zip(pictures, batch["corner"].tolist())
-        return torch.stack([picture[:, top : top + height, left : left + width] for picture, (top, left) in corners])
+        # By index, on the device: corners as Python's numbers would make the program wait for them in every step.
+        rows, columns = (
+            corner[:, None] + torch.arange(side - shift, device=pictures.device)
+            for corner, side in zip(batch["corner"].unbind(1), pictures.shape[-2:])
+        )
+        samples = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+        return rearrange(pictures[samples, :, rows[:, :, None], columns[:, None]], "n h w c -> n c h w")
 
     def _corrected(self, raw: Tensor, given: Tensor) -> Tensor:
         return with_low_frequencies(raw, given) if self.config.color_fix else raw

@@ -249,7 +249,8 @@ def test_the_configuration_chooses_the_perceptual_loss(nano, converted):
     [
         ({"kind": "vgg"}, "one of none, decoder, lpips, got 'vgg'"),
         ({"levels": 0}, "levels must be 1 or more, got 0"),
-        ({"shift": -1}, r"perceptual\.shift must be 0 or more pixels, got -1"),
+        ({"shift": -1}, r"perceptual\.shift must be 0 to 15 pixels, got -1"),
+        ({"shift": 16}, r"perceptual\.shift must be 0 to 15 pixels, got 16"),
         ({"precision": "fp16"}, r"perceptual\.precision must be fp32 or bf16, got 'fp16'"),
         ({"kind": "lpips"}, r"got '': .*train/metric_weights\.py.*perceptual\.kind=decoder"),
         ({"kind": "lpips", "weights": "/no/such/file"}, r"'/no/such/file' \(no such file\).*kind=decoder"),
