@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from icmsr_core.backbone.narrow_maps import mend_narrow_maps, widened
+from icmsr_core.tiled_vae.striped_layers import StripedConvolution
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -33,6 +34,29 @@ def test_a_convolution_with_a_stride_is_right_in_every_map(layout, padding, widt
         assert error(rounded(given.bfloat16()), wanted) < 0.02
         with torch.autocast("cpu", torch.bfloat16):
             assert error(mended(given), wanted) < 0.02
+
+
+class Faulty(nn.Conv2d):
+    """As on a CPU with AMX in bfloat16: a result of one column is none."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        result = super().forward(given)
+        return torch.full_like(result, float("nan")) if result.shape[-1] == 1 else result
+
+
+@torch.inference_mode()
+def test_the_fault_is_mended_in_networks_and_in_stripes():
+    torch.manual_seed(0)
+    whole, faulty = nn.Conv2d(4, 4, 3, stride=2), Faulty(4, 4, 3, stride=2)
+    faulty.load_state_dict(whole.state_dict())
+    given = torch.randn(1, 4, 10, 6)
+    layer = StripedConvolution(faulty, 2, 3, 6, False)
+    columns = [found for stripe in given.split(2, 3) if (found := layer.feed(stripe)) is not None]
+    assert [column.shape[-1] for column in columns] == [1, 2]
+    assert error(torch.cat(columns, 3), whole(nn.functional.pad(given, (0, 1, 0, 1)))) < 1e-6
+    assert faulty(given[..., :3]).isnan().all()
+    mend_narrow_maps(faulty)
+    assert error(faulty(given[..., :3]), whole(given[..., :3])) < 1e-6
 
 
 def test_gradients_of_a_narrow_map_are_those_of_float32():
