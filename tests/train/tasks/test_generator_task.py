@@ -63,6 +63,12 @@ def make_task(base: BaseFolder, kind: str = "icm", guidance: float = 1.0, **more
     return GeneratorTask(networks, GeneratorConditioning(condition, contexts, features), base, config, 0)
 
 
+def task_without_icm(base: BaseFolder, config: GeneratorConfig) -> GeneratorTask:
+    networks = GeneratorNetworks(BaseNetworks(*build_networks(base), base.info), config.networks, False)
+    conditioning = GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding()))
+    return GeneratorTask(networks, conditioning, base, config, 0)
+
+
 def make_batch(count: int = 3) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(7)
     return {
@@ -268,27 +274,18 @@ def test_both_turns_have_noise_of_their_own_and_share_the_latent(base):
 
 
 def test_without_the_regulariser_there_is_no_auxiliary(base):
-    loaded = BaseNetworks(*build_networks(base), base.info)
-    config = GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=0))
-    networks = GeneratorNetworks(loaded, config.networks, False)
-    task = GeneratorTask(
-        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
-    )
+    task = task_without_icm(base, GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=0)))
     assert [player.name for player in task.players()] == ["generator"]
-    assert not networks.trained("auxiliary")
+    assert not task.networks.trained("auxiliary")
     losses, carried = task("generator", task.prepare("generator", make_batch(), 0, 0))
     assert "icm" not in losses
     assert carried == {}
 
 
 def test_dists_is_measured_of_the_result_and_trains_the_generator(base, metric_weights):
-    loaded = BaseNetworks(*build_networks(base), base.info)
     losses = LossWeights(l2=0, perceptual=0, icm=0, dists=2)
     config = GeneratorConfig(losses=losses, perceptual=PerceptualConfig(dists_weights=str(metric_weights / DISTS.name)))
-    networks = GeneratorNetworks(loaded, config.networks, False)
-    task = GeneratorTask(
-        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
-    )
+    task = task_without_icm(base, config)
     batch = task.prepare("generator", make_batch(), 0, 0)
     found, _ = task("generator", batch)
     with torch.no_grad():
@@ -305,11 +302,7 @@ def test_dists_is_measured_of_the_result_and_trains_the_generator(base, metric_w
 def test_a_shift_lets_the_perceptual_networks_see_each_sample_from_its_own_corner(base, metric_weights):
     perceptual = PerceptualConfig("lpips", str(metric_weights / LPIPS_VGG.name), shift=7)
     config = GeneratorConfig(losses=LossWeights(l2=0, perceptual=1, icm=0), perceptual=perceptual)
-    loaded = BaseNetworks(*build_networks(base), base.info)
-    networks = GeneratorNetworks(loaded, config.networks, False)
-    task = GeneratorTask(
-        networks, GeneratorConditioning(ConditionConfig(), Contexts(base.prompt_embedding())), base, config, 0
-    )
+    task = task_without_icm(base, config)
     batch = task.prepare("generator", make_batch(), 0, 0)
     corners = batch["corner"].tolist()
     assert len({tuple(corner) for corner in corners}) == 3
