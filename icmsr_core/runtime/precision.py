@@ -69,9 +69,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def lay_out(encoder: nn.Module, precision: str) -> None:
     """Puts the weights of an `encoder` that does not train into channels_last for bf16; their values stay.
 
-    Matrix units (AMX of a CPU, tensor cores of a card) take convolutions in that layout. Measured on a CPU with AMX:
-    nano's encoder runs twice as fast; a training step of its UNet would be a fifth slower, for the backward pass of
-    group norm is slow in it. For fp32 nothing changes: torch's group norm is less exact in that layout.
+    Matrix units (AMX of a CPU, tensor cores of a card) take convolutions in that layout. Not for networks that train:
+    on a CPU the backward pass of group norm is slow in it. For fp32 nothing changes: torch's group norm is less exact
+    in that layout.
     """
     if precision == "bf16":
         encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -54,8 +54,8 @@ class LatentCacheConfig:
     made_up: int = 256
     """Number of made-up pictures that data.synthetic draws from, twice data.crop wide and high."""
     precision: str = field(default="fp32", metadata=ADDED)
-    """What the VAE encodes in: fp32, or bf16, in which nano's is three times as fast on a CPU with AMX; the latents are
-    then rounded to 8 bits."""
+    """What the VAE encodes in: fp32, or bf16, which is faster on cards and on CPUs with instructions for it. The
+    latents are then rounded to 8 bits."""
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
