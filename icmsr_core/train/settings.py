@@ -15,7 +15,17 @@ UNRECORDED = MappingProxyType({"unrecorded": True})
 ADDED = MappingProxyType({"added": True})
 """Metadata of a dataclass field that came after runs existed: a resume does not compare it while it has its default, so
 that a run begun before the field goes on."""
-PATH_KEYS = ("base", "start", "folders", "lists", "captions", "adapters", "weights")
+PATH_KEYS = (
+    "adapters",
+    "base",
+    "captions",
+    "dists_weights",
+    "folders",
+    "lists",
+    "start",
+    "start_base",
+    "weights",
+)
 """Settings that may hold paths."""
 
 

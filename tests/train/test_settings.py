@@ -1,15 +1,21 @@
 """A run's settings: what a resume compares, what files keep, and what an exported file tells others."""
 
+import importlib
 import json
+import pkgutil
+import re
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from safetensors import safe_open
 
+import icmsr_core.train
 from icmsr_core.train.run.launch import parse_config
 from icmsr_core.train.run.state import fingerprint
-from icmsr_core.train.settings import compared_settings, plain_settings, shareable
+from icmsr_core.train.settings import PATH_KEYS, compared_settings, plain_settings, shareable
 from tests.support.script_process import load_script
 
 OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
@@ -126,3 +132,25 @@ def test_an_exported_file_carries_no_paths_of_this_machine():
         "data": {"folders": ["photos"], "captions": ""},
         "condition": {"prompt": "a photo/scan"},
     }
+
+
+NO_PATHS = {
+    *("base_dtype", "degradations", "kind", "law", "licence", "negative_prompt", "precision", "prediction", "prompt"),
+    *("schedule", "small", "source", "warmup"),
+}
+"""Settings that hold text, but no path."""
+
+
+def test_every_setting_that_may_hold_a_path_is_known_as_one():
+    """Of those that weight files carry; a new setting with text in it has to be named here or there."""
+    texts = set()
+    for found in pkgutil.walk_packages(icmsr_core.train.__path__, "icmsr_core.train."):
+        if ".experiments" in found.name:
+            continue
+        for settings in vars(importlib.import_module(found.name)).values():
+            own = isinstance(settings, type) and settings.__module__ == found.name
+            if own and is_dataclass(settings) and settings.__name__.endswith(("Config", "Weights")):
+                hints = get_type_hints(settings)
+                texts |= {field.name for field in fields(settings) if re.search(r"\bstr\b", str(hints[field.name]))}
+    assert {"dists_weights", "start_base", "folders"} < texts
+    assert texts == NO_PATHS | (set(PATH_KEYS) - {"base"})
