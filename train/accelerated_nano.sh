@@ -68,7 +68,8 @@ run "${LATENTS_SECONDS:-90}" loop distill.py --config train/configs/nano_latents
 kept "$out/runs/latents" generator.safetensors "$out/latents.safetensors"
 
 run "${LPIPS_SECONDS:-150}" loop distill.py --config train/configs/nano_lpips.yaml "--run=$out/runs/lpips" \
-    "--base=$out/base" "--generator.networks.start=$out/latents.safetensors" "--generator.losses.icm=0.3" \
+    "--base=$out/base" "--generator.networks.start=$out/latents.safetensors" "--generator.networks.weights=lora" \
+    "--generator.networks.rank=32" "--generator.losses.icm=0.3" \
     "--condition.kind=icm" "--condition.cells=2" "--condition.adapters=['$out/adapter']" \
     "--generator.perceptual.kind=lpips" "--generator.perceptual.weights=$lpips" "--loop.batch=$((batch / 2))" \
     "--loop.warmup_images=$((batch * 10))" "--loop.average_images=$((batch * 50))"
