@@ -46,7 +46,15 @@ def three_steps(name: str = "loop") -> list[str]:
     return [f"--{name}.{key}={value}" for key, value in values.items()]
 
 
-LOSSES = {"perceptual": 1, "charbonnier": 0.1, "gradient": 0.1, "fourier": 0.1, "spectrum": 0.1, "tone": 0.1}
+LOSSES = {
+    "perceptual": 1,
+    "charbonnier": 0.1,
+    "gradient": 0.1,
+    "fourier": 0.1,
+    "spectrum": 0.1,
+    "lattice": 0.1,
+    "tone": 0.1,
+}
 DISTILL = [
     *DATA,
     *three_steps(),

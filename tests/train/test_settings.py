@@ -33,6 +33,7 @@ CAME_LATER = {
         "generator.perceptual.dists_weights",
         "generator.perceptual.shift",
         "generator.losses.dists",
+        "generator.losses.lattice",
     },
     "prior": {"latents.precision"},
 }

@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..data.draws import all_timesteps, draw_corners, draw_noising
 from ..losses.agreement import latent_agreement
 from ..losses.diagnostics import BinnedMeans, diagnostics, saturation, variety
 from ..losses.icm import auxiliary_loss, guided, icm_gradient, icm_loss
+from ..losses.lattice import lattice_l1
 from ..losses.perceptual import DecoderPerceptual, make_perceptual
 from ..losses.reconstruction import charbonnier, gradient_l1, psnr, with_low_frequencies
 from ..losses.spectra import fourier_l1, local_spectrum
@@ -291,6 +293,7 @@ class GeneratorTask(Task):
             "gradient": gradient_l1,
             "fourier": fourier_l1,
             "spectrum": local_spectrum,
+            "lattice": partial(lattice_l1, period=self.base.descriptor().latent_factor),
         }
         if weights["latent"]:
             terms["latent"] = F.l1_loss(latent, self.networks.encode_truth(truth) if wanted is None else wanted)

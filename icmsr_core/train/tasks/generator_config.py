@@ -40,6 +40,9 @@ class LossWeights:
     in the code that decoder and teacher know. With `latents.pairs` the only term besides ICM."""
     dists: float = field(default=0.0, metadata=ADDED)
     """DISTS, the distance in structure and texture (ours; needs `perceptual.dists_weights`)."""
+    lattice: float = field(default=0.0, metadata=ADDED)
+    """L1 distance between the shares of a cell's positions in the contrast (ours; `lattice.lattice_l1`): against weaves
+    with the period of the latent's cells and staircases on slanted edges."""
     tone: float = 0.0
     """Charbonnier distance before the colour correction, with `GeneratorConfig.color_fix`: ties the tone loosely."""
     warmup: dict[str, int] = field(default_factory=dict)
