@@ -66,6 +66,32 @@ def averaged(generators: Sequence[Generator], weights: Sequence[float], base: Ba
     return Generator(info, parts["unet"], parts["vae"], first.prompt_embedding, name="average")
 
 
+def with_realistic(faithful: Generator, other: Generator, strength: float = 1.0) -> Generator:
+    """`faithful`, which has one set of weights, with the realistic set of `other` on top, `strength` times as strong.
+
+    Between generators of which one was trained on from the other, the difference that a realistic set makes can be
+    carried over (task arithmetic, arXiv 2212.04089).
+
+    Raises `IcmsrError` unless `faithful` has one set and `other` a realistic set of LoRA, both for the same base,
+    timestep and prediction, and for a strength that is not above 0.
+    """
+    if faithful.has_two_sets:
+        raise IcmsrError(f"{faithful.name} has a realistic set already: take its faithful set")
+    if not other.has_two_sets or any(entry.tensors for entry in other.realistic.values()):
+        raise IcmsrError(f"{other.name} has no realistic set of LoRA: name a file that `icmsr inspect` says has one")
+    if not 0 < strength < math.inf:
+        raise IcmsrError(f"the strength of the realistic set must be above 0, got {strength}")
+    _check_same(faithful, other)
+    info = replace(
+        faithful.info,
+        realistic_rank=other.info.realistic_rank,
+        realistic_alpha=strength * other.info.realistic_alpha,
+        realistic_training=other.info.realistic_training,
+        realistic_default=1.0,
+    )
+    return replace(faithful, info=info, realistic=other.realistic)
+
+
 def _check_same(first: Generator, other: Generator) -> None:
     for name in _SAME:
         here, there = getattr(first.info, name), getattr(other.info, name)

@@ -9,9 +9,9 @@ import torch
 from icmsr_core.errors import IcmsrError
 from icmsr_core.runtime.diffusers_backbone import load_backbone
 from icmsr_core.runtime.recipe import Recipe
-from icmsr_core.weights.averaging import averaged
+from icmsr_core.weights.averaging import averaged, with_realistic
 from icmsr_core.weights.base import open_base
-from icmsr_core.weights.generator_file import load_generator, save_generator
+from icmsr_core.weights.generator_file import Generator, load_generator, save_generator
 from tests.support.model_files import random_generator, write_base, write_generator
 from tests.support.script_process import ScriptProcess
 
@@ -85,6 +85,43 @@ def test_another_prompt_is_refused(small_base) -> None:
             averaged([one, replace(one, prompt_embedding=embedding)], [0.5, 0.5], open_base(small_base))
 
 
+def lora_on_top(base: Path, seed: int) -> Generator:
+    """A generator whose realistic set holds LoRA alone."""
+    generator = random_generator(base, seed=seed, two_sets=True)
+    realistic = {part: replace(weights, tensors={}) for part, weights in generator.realistic.items()}
+    return replace(generator, realistic=realistic)
+
+
+def test_a_realistic_set_is_carried_over_at_its_strength(small_base, tmp_path) -> None:
+    one, other = random_generator(small_base, seed=1), lora_on_top(small_base, seed=2)
+    made = with_realistic(averaged([one, one], [0.5, 0.5], open_base(small_base)), other, 0.5)
+    files = {"made": made, "one": one, "other": other}
+    for name, generator in files.items():
+        save_generator(tmp_path / f"{name}.safetensors", generator, torch.float32)
+    at = {
+        (name, fidelity): parameters(small_base, tmp_path / f"{name}.safetensors", fidelity)
+        for name, fidelity in (("made", 0.0), ("made", 1.0), ("one", None), ("other", 0.0), ("other", 1.0))
+    }
+    for name, value in at["made", 1.0].items():
+        added = 0.5 * (at["other", 1.0][name] - at["other", 0.0][name])
+        torch.testing.assert_close(value, at["one", None][name] + added, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(at["made", 0.0][name], at["one", None][name], rtol=0, atol=1e-6, msg=name)
+    assert made.info.realistic_training == {"loss": "icm"}
+
+
+def test_a_realistic_set_that_cannot_be_carried_over_is_refused(small_base) -> None:
+    one, other = random_generator(small_base), lora_on_top(small_base, seed=2)
+    for faithful, realistic, strength, message in (
+        (other, other, 1.0, "has a realistic set already"),
+        (one, one, 1.0, "no realistic set of LoRA"),
+        (one, random_generator(small_base, two_sets=True), 1.0, "no realistic set of LoRA"),
+        (one, other, 0.0, "above 0"),
+        (one, replace(other, info=replace(other.info, timestep=3)), 1.0, "their timestep"),
+    ):
+        with pytest.raises(IcmsrError, match=message):
+            with_realistic(faithful, realistic, strength)
+
+
 def test_the_script_writes_a_generator_and_replaces_none(small_base, tmp_path) -> None:
     files = [str(write_generator(tmp_path / f"{seed}.safetensors", small_base, seed=seed)) for seed in (1, 2)]
     made = tmp_path / "made.safetensors"
@@ -92,6 +129,9 @@ def test_the_script_writes_a_generator_and_replaces_none(small_base, tmp_path) -
     script = ScriptProcess("average.py", *flags, folder=tmp_path)
     assert script.wait() == 0, script.output()
     assert [entry["weight"] for entry in load_generator(made).info.training["average"]] == [0.5, 0.5]
+    wrong = ScriptProcess("average.py", *flags[1:], f"--out={made}2", "--fidelities=[0.5]", folder=tmp_path)
+    assert wrong.wait() != 0
+    assert "one value for each file with two sets, 0" in wrong.output()
     again = ScriptProcess("average.py", *flags, folder=tmp_path)
     assert again.wait() != 0
     assert "is there already" in again.output()
