@@ -59,6 +59,8 @@ def main() -> None:
         raise IcmsrError(f"{out} is there already: name another file")
     if len(config.files) < 2:
         raise IcmsrError(f"files needs two or more generator files, got {list(config.files)}")
+    if config.strength != 1 and not config.realistic:
+        raise IcmsrError(f"strength is for a realistic set, got {config.strength}: name its file with --realistic")
     generators = at_fidelities([load_generator(Path(file)) for file in config.files], config.fidelities)
     weights = config.weights or (1 / len(generators),) * len(generators)
     made = averaged(generators, weights, training_base(config.base))

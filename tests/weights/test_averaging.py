@@ -129,9 +129,13 @@ def test_the_script_writes_a_generator_and_replaces_none(small_base, tmp_path) -
     script = ScriptProcess("average.py", *flags, folder=tmp_path)
     assert script.wait() == 0, script.output()
     assert [entry["weight"] for entry in load_generator(made).info.training["average"]] == [0.5, 0.5]
-    wrong = ScriptProcess("average.py", *flags[1:], f"--out={made}2", "--fidelities=[0.5]", folder=tmp_path)
-    assert wrong.wait() != 0
-    assert "one value for each file with two sets, 0" in wrong.output()
+    for flag, message in (
+        ("--fidelities=[0.5]", "one value for each file with two sets, 0"),
+        ("--strength=0.5", "name its file with --realistic"),
+    ):
+        wrong = ScriptProcess("average.py", *flags[1:], f"--out={made}2", flag, folder=tmp_path)
+        assert wrong.wait() != 0
+        assert message in wrong.output()
     again = ScriptProcess("average.py", *flags, folder=tmp_path)
     assert again.wait() != 0
     assert "is there already" in again.output()
