@@ -89,6 +89,7 @@ class GeneratorTask(Task):
             if config.losses.dists
             else None
         )
+        self.lattice = partial(lattice_l1, period=base.descriptor().latent_factor)
         self.register_buffer("constant", contexts.constant, persistent=False)
         self.captions = contexts.captions  # on the CPU: a large data set's are larger than a GPU
         self.register_buffer("negative", contexts.negative, persistent=False)
@@ -293,7 +294,7 @@ class GeneratorTask(Task):
             "gradient": gradient_l1,
             "fourier": fourier_l1,
             "spectrum": local_spectrum,
-            "lattice": partial(lattice_l1, period=self.base.descriptor().latent_factor),
+            "lattice": self.lattice,
         }
         if weights["latent"]:
             terms["latent"] = F.l1_loss(latent, self.networks.encode_truth(truth) if wanted is None else wanted)

@@ -48,7 +48,7 @@ def test_it_is_the_same_sum_in_float64(period, size) -> None:
 
 
 def test_a_weave_costs_and_its_descent_removes_it() -> None:
-    """In a texture, where an L1 and a weave have little to do with each other."""
+    """A stronger weave costs more, and the gradient points to a weaker one."""
     texture = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 0.1
     costs = [float(lattice_l1(texture + weave(amplitude), texture, period=4)) for amplitude in (0, 0.05, 0.1, 0.2)]
     assert costs[0] == 0

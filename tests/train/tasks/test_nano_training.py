@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from scipy.fft import dctn
 
 from icmsr_core.errors import IcmsrError
+from icmsr_core.pictures.ranges import bytes_to_signed
 from icmsr_core.runtime.diffusers_backbone import build_networks, load_backbone
 from icmsr_core.runtime.recipe import Recipe
+from icmsr_core.train.losses.lattice import lattice_l1
+from icmsr_core.train.losses.reconstruction import with_low_frequencies
 from icmsr_core.train.losses.spectra import local_spectrum
 from icmsr_core.train.networks.bases import NetworkConfig, make_vae
 from icmsr_core.train.networks.conditioning import ConditionConfig
@@ -251,6 +254,19 @@ def test_a_start_with_its_own_decoder_is_refused_for_icm(base, tmp_path):
 def test_the_autoencoder_term_needs_a_decoder_that_trains():
     with pytest.raises(IcmsrError, match="train_decoder to true"):
         config(LossWeights(icm=0, perceptual=0, autoencoder=1), weights="whole")
+
+
+def test_the_lattice_term_has_the_period_of_the_latent_s_cells(base):
+    task = build(base, config(LossWeights(l2=0, perceptual=0, icm=0, lattice=2), weights="whole"))
+    batch = task.prepare("generator", BATCH, 1000, 0)
+    with torch.no_grad():
+        terms, _ = task("generator", batch)
+        given = input_of(batch)
+        result = with_low_frequencies(task.networks.decode(task.denoised(task.networks.encode(given))), given)
+    expected = lattice_l1(result, bytes_to_signed(batch["sharp"]), open_base(base).descriptor().latent_factor)
+    torch.testing.assert_close(terms["lattice"], expected)
+    torch.testing.assert_close(terms["loss"], 2 * expected)
+    assert expected > 0.01
 
 
 def test_the_local_spectrum_is_that_of_scipy_in_float64():
