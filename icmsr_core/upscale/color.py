@@ -62,13 +62,16 @@ def adain_color_fix(result: Tensor, reference: Tensor, *, out: Tensor | None = N
     Source: adaptive instance normalisation (arXiv 1703.06868), as in StableSR and OSEDiff.
     """
     output = _check(result, reference, out)
-    dtype = _work_dtype(result)
+    # One buffer for all stripes: the allocator may keep what each stripe would free, four stripes' worth and more.
+    height, width = result.shape[2:]
+    buffer = torch.empty((min(height, STRIPE_ROWS), width), dtype=_work_dtype(result), device=result.device)
     for target, mine, right in zip(output.flatten(0, 1), result.flatten(0, 1), reference.flatten(0, 1)):
-        (right_mean, right_var), (mine_mean, mine_var) = _moments(right), _moments(mine)
+        (right_mean, right_var), (mine_mean, mine_var) = _moments(right, buffer), _moments(mine, buffer)
         # 1e-5 is about one grey level squared (1/255 = 3.9e-3): it keeps a flat result from becoming amplified noise.
         gain = ((right_var + 1e-5) / (mine_var + 1e-5)) ** 0.5
-        for first, last in _stripes(mine.shape[0], STRIPE_ROWS):
-            target[first:last].copy_(mine[first:last].to(dtype).sub(mine_mean).mul_(gain).add_(right_mean))
+        for first, last in _stripes(height, STRIPE_ROWS):
+            own = buffer[: last - first].copy_(mine[first:last])
+            target[first:last].copy_(own.sub_(mine_mean).mul_(gain).add_(right_mean))
     return output
 
 
@@ -109,12 +112,12 @@ def _stripes(height: int, rows: int) -> Iterator[tuple[int, int]]:
         yield first, min(height, first + rows)
 
 
-def _moments(plane: Tensor) -> tuple[float, float]:
-    """Mean and variance of `plane` [H, W]."""
+def _moments(plane: Tensor, buffer: Tensor) -> tuple[float, float]:
+    """Mean and variance of `plane` [H, W], computed in `buffer`, which holds a stripe of it in the type of the work."""
     stripes = list(_stripes(plane.shape[0], STRIPE_ROWS))
-    found = torch.empty(len(stripes), 2, dtype=_work_dtype(plane), device=plane.device)
+    found = buffer.new_empty(len(stripes), 2)
     for index, (first, last) in enumerate(stripes):
-        part = plane[first:last].to(found.dtype).contiguous()
+        part = buffer[: last - first].copy_(plane[first:last])
         found[index] = torch.stack(torch.var_mean(part, correction=0))
     count, mean, squares = 0, 0.0, 0.0
     for (first, last), (variance, middle) in zip(stripes, found.tolist()):  # one copy from the device
