@@ -21,6 +21,7 @@ from tests.support.script_process import load_script
 OLD_RUN = Path(__file__).parent / "run" / "data" / "run_of_2026_11_28"
 CAME_LATER = {
     "distill": {
+        "data.enlarge",
         "latents.pairs",
         "latents.precision",
         "teacher_test",
@@ -35,7 +36,8 @@ CAME_LATER = {
         "generator.losses.dists",
         "generator.losses.lattice",
     },
-    "prior": {"latents.precision"},
+    "adapter": {"data.enlarge"},
+    "prior": {"data.enlarge", "latents.precision"},
 }
 NEW_AND_FREE = {"loop.changed_photographs"}
 FREE_IN_A_LOOP = {
@@ -72,6 +74,7 @@ def test_a_resume_compares_everything_but_what_changes_no_weight(script, loops, 
 @pytest.mark.parametrize(
     "flag",
     [
+        "--data.enlarge=2",
         "--latents.pairs=8",
         "--teacher_test=true",
         "--generator.networks.train_encoder=false",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ...errors import IcmsrError
-from ..settings import FREE
+from ..settings import ADDED, FREE
 from .presets import PRESETS
 from .sources import Photographs, folder_source, list_source, read_captions
 
@@ -36,6 +36,10 @@ class DataConfig:
     """Side of the sharp crop in pixels, a multiple of 32."""
     shrink: float = 2.0
     """Photographs are first shrunk by a random factor from 1 to this: it hides their own JPEG and lens blur."""
+    enlarge: float = field(default=1.0, metadata=ADDED)
+    """Photographs may also be enlarged, by a random factor up to this: a camera's pictures at full size are softer than
+    reduced ones, and a generator that saw crisp originals alone over-sharpens them. Above 1, the factor from
+    1/enlarge to shrink is drawn evenly on a logarithmic scale."""
     degradations: tuple[str, ...] = ("light", "realesrgan")
     """Presets of the degradation (see `icmsr_core.train.data.presets.PRESETS`), all of the same scale."""
     degradation_weights: tuple[float, ...] = (0.7, 0.3)
@@ -50,6 +54,8 @@ class DataConfig:
             raise IcmsrError(f"data.hold_out must be at least 0 and below 1, got {self.hold_out}: try 0.02")
         if not 1 <= self.shrink < math.inf:
             raise IcmsrError(f"data.shrink must be a number from 1 up, got {self.shrink}")
+        if not 1 <= self.enlarge <= 8:
+            raise IcmsrError(f"data.enlarge must be a number from 1 to 8, got {self.enlarge}")
         if self.small not in ("skip", "upscale"):
             raise IcmsrError(f"data.small must be skip or upscale, got {self.small!r}")
         if self.cache_mb < 0:

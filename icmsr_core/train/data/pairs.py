@@ -6,6 +6,7 @@ in memory, and not on where a run was stopped and taken up again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import cv2
@@ -118,18 +119,26 @@ class TrainingPairs(Samples):
                 top, left = (int(rng.integers(length - side + 1)) for length in size)
                 square = picture[top : top + side, left : left + side]
                 return number, _resized(square, crop, cv2.INTER_CUBIC)
-            factor = float(rng.uniform(1.0, min(self.config.shrink, room)))
+            factor = self._factor(room, rng)
             height, width = (max(crop, round(length / factor)) for length in size)
-            # Crop before shrinking: the same pixels at a fraction of the work.
+            # Crop before resizing: the same pixels at a fraction of the work.
             top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
             y0, y1 = (int(edge * size[0] / height) for edge in (top, top + crop))
             x0, x1 = (int(edge * size[1] / width) for edge in (left, left + crop))
-            return number, _resized(picture[y0:y1, x0:x1], crop, cv2.INTER_AREA)
+            how = cv2.INTER_AREA if factor >= 1 else cv2.INTER_CUBIC
+            return number, _resized(picture[y0:y1, x0:x1], crop, how)
         raise IcmsrError(
             f"{_ATTEMPTS} photographs in a row cannot be used: {met.small} are smaller than {crop} px and "
             f"{len(met.unreadable)} unreadable, the last one {self.photographs[number]}: set a smaller data.crop, "
             "set data.small to upscale, or sort them out"
         )
+
+    def _factor(self, room: float, rng: np.random.Generator) -> float:
+        """A random factor by which a photograph of `room` crops is shrunk; below 1 it is enlarged."""
+        enlarge, shrink = self.config.enlarge, min(self.config.shrink, room)
+        if enlarge == 1:
+            return float(rng.uniform(1.0, shrink))
+        return math.exp(rng.uniform(-math.log(enlarge), math.log(shrink)))
 
     def _read(self, number: int) -> Pixels | None:
         """Photograph `number` as uint8 [H, W, 3], or None if it cannot be read; each such file is tried once."""

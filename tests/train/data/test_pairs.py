@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,23 @@ def test_a_sample_holds_both_pictures_its_number_and_its_caption(tmp_path):
     assert batch["unreadable"].unique().tolist() == [-1]
     assert pairs.captions == ("",)
     assert "low" not in TrainingPairs(pairs.config, 3, degraded=False)[0]
+
+
+def test_photographs_are_enlarged_as_often_as_shrunk(tmp_path):
+    """On a ramp that climbs by 1 a pixel, a crop climbs by the factor by which it was shrunk."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 256, axis=0).repeat(3, axis=2)
+    cv2.imwrite(str(tmp_path / "ramp.png"), ramp)
+    config = DataConfig((str(tmp_path),), synthetic=0, crop=64, shrink=2, enlarge=2)
+    pairs = TrainingPairs(config, 3, degraded=False)
+    factors = []
+    for index in range(60):
+        picture = pairs[index]["sharp"][0].double()
+        slopes = [float((picture[-1] - picture[0]).abs().mean()), float((picture[:, -1] - picture[:, 0]).abs().mean())]
+        assert min(slopes) == 0  # turned by right angles
+        factors.append(max(slopes) / 63)
+    assert 0.48 < min(factors) < 0.6
+    assert 1.7 < max(factors) < 2.05
+    assert 0.8 < np.exp(np.mean(np.log(factors))) < 1.25
 
 
 def test_samples_depend_on_seed_and_number_alone(tmp_path):

@@ -94,6 +94,8 @@ def test_wrong_sources_are_found_at_construction(tmp_path, changes, words):
         ({"crop": 33}, ["data.crop", "multiple of 32", "33"]),
         ({"crop": 0}, ["data.crop", "0"]),
         ({"synthetic": 1.5}, ["data.synthetic", "1.5"]),
+        ({"enlarge": 0.5}, ["data.enlarge", "0.5"]),
+        ({"enlarge": float("nan")}, ["data.enlarge", "nan"]),
         ({"shrink": 0.5}, ["data.shrink", "0.5"]),
         ({"shrink": float("nan")}, ["data.shrink", "nan"]),
         ({"small": "stretch"}, ["data.small", "skip", "upscale", "stretch"]),
