@@ -33,6 +33,7 @@ CAME_LATER = {
         "generator.perceptual.precision",
         "generator.perceptual.dists_weights",
         "generator.perceptual.shift",
+        "generator.perceptual.split",
         "generator.losses.dists",
         "generator.losses.lattice",
     },

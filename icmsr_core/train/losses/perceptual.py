@@ -52,6 +52,9 @@ class PerceptualConfig:
     """LPIPS-VGG and DISTS look at each sample from a random corner, up to so many pixels further down and to the right.
     VGG pools over 2, 4, 8 and 16 pixels, and a VAE's cells are 4 or 8 pixels wide: where the two grids always coincide,
     a generator can learn patterns of that period which the loss hardly sees (ours). 0: never shifted."""
+    split: bool = field(default=False, metadata=ADDED)
+    """LPIPS-VGG looks at every second sample of a batch, DISTS at the others: each pass through VGG costs more than
+    everything else, and one network for a sample gives more samples an hour than two. For batches of two and more."""
     dists_weights: str = field(default="", metadata=ADDED)
     """The file dists.safetensors that train/metric_weights.py makes; for `losses.dists` only."""
 

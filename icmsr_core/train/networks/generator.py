@@ -1,7 +1,8 @@
 """The networks of a distillation: who encodes, who denoises, who judges, over one base model.
 
 With ``weights: lora`` one UNet and one VAE serve every role (`roles.Roles`). With ``weights: whole``, for small bases,
-the generator is a copy of its own, trained in every tensor; the base stays the teacher, the auxiliary LoRA on it.
+the generator is a copy of its own, trained in every tensor; the base stays the teacher, the auxiliary LoRA on it. With
+``weights: decoder`` only the decoder of that copy is trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .bases import BaseNetworks
 from .decoders import DECODER_PARTS
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
-WEIGHTS = ("lora", "whole")
+WEIGHTS = ("lora", "whole", "decoder")
 BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -33,21 +34,24 @@ class NetworksConfig:
     """Which weights the generator and the auxiliary train."""
 
     weights: str = "lora"
-    """lora: low-rank updates of the UNet and the VAE's encoder. whole: every tensor, for small bases (nano)."""
+    """lora: low-rank updates of the UNet and the VAE's encoder. whole: every tensor, for small bases (nano). decoder:
+    the VAE's decoder alone, for the finished generator `start`, whose latents and two sets of weights stay as they
+    are."""
     rank: int = 4
     """LoRA rank of the generator, in the UNet and in the VAE's encoder; alpha equals it."""
     auxiliary_rank: int = 4
     """LoRA rank of the auxiliary."""
     start: str = ""
     """Generator file to begin from, of two sets of weights the faithful one (see `start_fidelity`). Whole weights go on
-    from it. LoRA is laid on top of it, and exported as the realistic set of a file whose faithful set is this one.
+    from it, and so does the decoder. LoRA is laid on top of it, and exported as the realistic set of a file whose
+    faithful set is this one.
     """
     continue_realistic: bool = field(default=False, metadata=ADDED)
     """With lora and `start`: go on from the realistic set of that file, whose LoRA must have this rank. False: a new
     realistic set begins."""
     start_fidelity: float = field(default=0.0, metadata=ADDED)
     """With whole weights: how much of the realistic set of `start` is merged before they go on, 0 to 2; 0 is its
-    faithful set alone."""
+    faithful set alone. With decoder: the fidelity at which it is trained."""
     start_base: str = field(default="", metadata=ADDED)
     """With whole weights and residual prediction: base folder that `start` was trained on, where the base's latent was
     normalised since (normalise_latent in train/prior.py). The start is moved into the new latent."""
@@ -71,14 +75,24 @@ class NetworksConfig:
         for name in ("rank", "auxiliary_rank"):
             if getattr(self, name) < 1:
                 raise IcmsrError(f"networks.{name} must be at least 1, got {getattr(self, name)}")
-        if self.weights == "whole" and self.base_dtype != "fp32":
-            raise IcmsrError("networks.base_dtype must be fp32 with whole weights: they are what is trained")
+        if self.weights != "lora" and self.base_dtype != "fp32":
+            raise IcmsrError(
+                f"networks.base_dtype must be fp32 with whole weights and with decoder, which are trained in it, got "
+                f"{self.base_dtype} with {self.weights}"
+            )
         for name in ("train_decoder", "zero_output"):
-            if self.weights == "lora" and getattr(self, name):
-                raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with lora")
-        for name in ("start_fidelity", "start_base"):
-            if getattr(self, name) and (self.weights != "whole" or not self.start):
-                raise IcmsrError(f"networks.{name} is for networks.weights whole that go on from networks.start")
+            if self.weights != "whole" and getattr(self, name):
+                raise IcmsrError(f"networks.{name} is for networks.weights whole, got it with {self.weights}")
+        if self.weights == "decoder" and not self.start:
+            raise IcmsrError(
+                "networks.weights decoder trains the decoder of a finished generator: set networks.start to its file"
+            )
+        for name, kinds in (("start_fidelity", ("whole", "decoder")), ("start_base", ("whole",))):
+            if getattr(self, name) and (self.weights not in kinds or not self.start):
+                raise IcmsrError(
+                    f"networks.{name} is for networks.weights {' or '.join(kinds)} and goes with networks.start, got "
+                    f"weights {self.weights} and start {self.start!r}"
+                )
         check_fidelity(self.start_fidelity)
         if self.continue_realistic and (self.weights != "lora" or not self.start):
             raise IcmsrError(
@@ -104,7 +118,7 @@ class GeneratorNetworks(nn.Module):
         self.unet, self.vae = unet, vae
         self.schedule, self.prior, self.config = base.info.schedule, base.info.prediction, config
         self.generator_unet, self.generator_vae, self.start = unet, vae, start
-        whole = config.weights == "whole"
+        whole = config.weights != "lora"
         if whole or start is not None:  # networks of its own, next to the teacher's
             self.generator_unet, self.generator_vae = copy.deepcopy(unet), copy.deepcopy(vae)
         if start is not None:
@@ -151,21 +165,19 @@ class GeneratorNetworks(nn.Module):
         return {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
 
     def generator_weights(self) -> dict[str, PartWeights]:
-        """What the generator changes in ``unet`` and ``vae``, as a generator file holds it."""
+        """What the generator changes in ``unet`` and ``vae``, as a generator file holds it; of two sets the one that is
+        trained."""
         if self.config.weights == "lora":
             roles = {"unet": self.generator_roles, "vae": self.vae_roles}
             return {part: PartWeights(lora=entry.lora("generator")) for part, entry in roles.items()}
-        trained = self.trained("generator")
-        return {
-            part: PartWeights(
-                tensors={
-                    name.removeprefix(f"{part}."): value.detach().clone()
-                    for name, value in trained.items()
-                    if name.startswith(f"{part}.")
-                }
-            )
-            for part in ("unet", "vae")
-        }
+        tensors: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}}
+        for name, value in self.trained("generator").items():
+            part, parameter = name.split(".", 1)
+            tensors[part][parameter] = value.detach().clone()
+        if self.config.weights == "decoder" and self.start is not None:
+            faithful = self.start.vae
+            return {"unet": self.start.unet, "vae": PartWeights(faithful.lora, {**faithful.tensors, **tensors["vae"]})}
+        return {part: PartWeights(tensors=changed) for part, changed in tensors.items()}
 
     def encode(self, picture: Tensor) -> Tensor:
         """The generator's latent of `picture` [N, 3, H, W]: the mode of its own encoder's posterior."""
@@ -199,10 +211,11 @@ class GeneratorNetworks(nn.Module):
         return self.schedule.eps_from_output(self.prior, noisy, output, t)
 
     def _train_whole(self) -> None:
-        self.generator_unet.requires_grad_(True)
+        decoder = self.config.weights == "decoder"
+        self.generator_unet.requires_grad_(not decoder)
         self.generator_vae.requires_grad_(False)
-        encoder = ("encoder", "quant_conv") if self.config.train_encoder else ()
-        parts = (*encoder, *(DECODER_PARTS if self.config.train_decoder else ()))
+        encoder = ("encoder", "quant_conv") if self.config.train_encoder and not decoder else ()
+        parts = (*encoder, *(DECODER_PARTS if self.config.train_decoder or decoder else ()))
         for part in parts:
             module = getattr(self.generator_vae, part)
             if module is not None:  # a VAE may lack quant_conv

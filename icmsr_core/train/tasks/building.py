@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ...runtime.diffusers_backbone import build_networks
 from ...runtime.prompts import check_prompts, constant_prompt, embed_prompts
 from ...weights.base import BaseFolder, open_base
 from ...weights.embedded import embedded_base
-from ...weights.generator_file import load_generator
+from ...weights.generator_file import PartWeights, load_generator
 from ..data.data_config import DataConfig
 from ..networks.adapters import make_adapter, read_adapter_config
 from ..networks.bases import BaseNetworks
@@ -147,11 +148,29 @@ def _check_start(base: BaseFolder, config: GeneratorConfig) -> None:
             "set networks.rank to that, or continue_realistic to false"
         )
     changed = [*start.vae.tensors, *start.vae.lora]
-    if config.losses.icm and any(map(in_decoder, changed)):
+    # Where the decoder was trained alone, or under a loss on the latents, these are still the base's.
+    left = not info.training or _decoder_left_the_code(info.training)
+    if config.losses.icm and any(map(in_decoder, changed)) and left:
         raise IcmsrError(
             f"networks.start {path} has a decoder of its own, but losses.icm judges latents of the base's "
             "decoder: use the base that was exported with it, or set losses.icm to 0"
         )
+    realistic = start.realistic.get("vae", PartWeights())
+    if config.networks.weights == "decoder" and any(map(in_decoder, (*realistic.tensors, *realistic.lora))):
+        raise IcmsrError(
+            f"the realistic set of networks.start {path} changes the decoder, which would then be changed twice: "
+            "average the two sets into one with train/average.py first"
+        )
+
+
+def _decoder_left_the_code(record: object) -> bool:
+    """Whether a file's record has a run that trained the decoder with the UNet and without a loss on the latents."""
+    if isinstance(record, Mapping):
+        networks, losses = record.get("networks"), record.get("losses")
+        if isinstance(networks, Mapping) and networks.get("train_decoder"):
+            return not (isinstance(losses, Mapping) and losses.get("latent"))
+        return any(map(_decoder_left_the_code, record.values()))
+    return isinstance(record, (list, tuple)) and any(map(_decoder_left_the_code, record))
 
 
 def build_generator_task(

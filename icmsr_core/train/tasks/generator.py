@@ -239,7 +239,13 @@ class GeneratorTask(Task):
             vae.load_state_dict({**vae.state_dict(), **decoder})
             save_base(folder / "base", self.networks.unet, vae, embedding, self.base.info)
             written.append(folder / "base")
-        if lora and start is not None:  # a second set, on top of the one that it began from
+        if networks.weights == "decoder" and start is not None:  # both sets as they were, in front of a new decoder
+            training = {"decoder": info.training, "before": start.info.training}
+            info = replace(
+                start.info, base=info.base, base_hash=info.base_hash, licence=config.licence, training=training
+            )
+            generator = Generator(info, weights["unet"], weights["vae"], embedding, realistic=start.realistic)
+        elif lora and start is not None:  # a second set, on top of the one that it began from
             info = replace(
                 start.info,
                 base=info.base,
@@ -284,10 +290,12 @@ class GeneratorTask(Task):
             raw = self.networks.decode(latent)
         result = self._corrected(raw, given)
         seen, shown = self._seen(result, batch), self._seen(truth, batch)
+        split = self.config.perceptual.split and len(seen) > 1
+        for_lpips, for_dists = (slice(0, None, 2), slice(1, None, 2)) if split else (slice(None), slice(None))
         if isinstance(self.perceptual, Lpips):
-            terms["perceptual"] = self.perceptual(seen, shown)
+            terms["perceptual"] = self.perceptual(seen[for_lpips], shown[for_lpips])
         if self.dists is not None:
-            terms["dists"] = self.dists(seen, shown)
+            terms["dists"] = self.dists(seen[for_dists], shown[for_dists])
         distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "l2": F.mse_loss,
             "charbonnier": charbonnier,

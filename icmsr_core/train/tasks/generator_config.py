@@ -111,6 +111,16 @@ class GeneratorConfig:
                 "losses.icm needs a frozen decoder: the teacher judges latents of the base, and a decoder that is "
                 "trained moves away from them: set networks.train_decoder to false, or losses.icm to 0"
             )
+        if self.networks.weights == "decoder" and (self.losses.icm or self.losses.latent):
+            raise IcmsrError(
+                "losses.icm and losses.latent have nothing to train with networks.weights decoder, for the latents "
+                f"stay as they are: set both to 0, got {self.losses.icm} and {self.losses.latent}"
+            )
+        if self.perceptual.split and (self.perceptual.kind != "lpips" or not self.losses.dists):
+            raise IcmsrError(
+                "perceptual.split shares the samples between LPIPS-VGG and DISTS: set perceptual.kind to lpips and "
+                "losses.dists above 0, or perceptual.split to false"
+            )
         if self.losses.dists and not self.perceptual.dists_weights:
             raise IcmsrError(
                 "losses.dists needs the weights of DISTS: set perceptual.dists_weights to the file that "

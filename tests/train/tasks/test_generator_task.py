@@ -273,6 +273,25 @@ def test_both_turns_have_noise_of_their_own_and_share_the_latent(base):
     assert int(auxiliary.max()) >= 980
 
 
+def test_each_network_looks_at_half_of_a_batch_when_it_is_split(base, metric_weights):
+    files = {"weights": str(metric_weights / LPIPS_VGG.name), "dists_weights": str(metric_weights / DISTS.name)}
+    losses = LossWeights(l2=0, perceptual=1, icm=0, dists=1)
+    config = GeneratorConfig(losses=losses, perceptual=PerceptualConfig(kind="lpips", split=True, **files))
+    task = task_without_icm(base, config)
+    distances = load_lpips(metric_weights / LPIPS_VGG.name), load_dists(metric_weights / DISTS.name)
+    batch = task.prepare("generator", make_batch(), 0, 0)
+    assert len(batch["sharp"]) > 1
+    for some in (slice(None), slice(1)):  # a batch of one is looked at by both
+        small = {name: value if name.startswith("weight/") else value[some] for name, value in batch.items()}
+        single = len(small["sharp"]) == 1
+        with torch.no_grad():
+            found, _ = task("generator", small)
+            result, truth = task.generate(input_of(small))[1], bytes_to_signed(small["sharp"])
+            for name, distance, first in zip(("perceptual", "dists"), distances, (0, 0 if single else 1)):
+                wanted = distance(result[first::2], truth[first::2])
+                assert found[name].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_without_the_regulariser_there_is_no_auxiliary(base):
     task = task_without_icm(base, GeneratorConfig(losses=LossWeights(l2=1, perceptual=0, icm=0)))
     assert [player.name for player in task.players()] == ["generator"]

@@ -24,7 +24,7 @@ from icmsr_core.train.tasks.building import Loading, build_generator_task, check
 from icmsr_core.train.tasks.generator import input_of
 from icmsr_core.train.tasks.generator_config import GeneratorConfig, LossWeights
 from icmsr_core.weights.base import open_base
-from icmsr_core.weights.generator_file import load_generator, save_generator
+from icmsr_core.weights.generator_file import PartWeights, load_generator, save_generator
 from tests.support.model_files import TINY, write_base
 from tests.support.script_process import ScriptProcess
 
@@ -249,6 +249,99 @@ def test_a_start_with_its_own_decoder_is_refused_for_icm(base, tmp_path):
     settings = config(LossWeights(perceptual=0), weights="whole", start=str(tmp_path / "generator.safetensors"))
     with pytest.raises(IcmsrError, match="decoder of its own"):
         check_generator(open_base(base), settings, CONDITION)
+
+
+@pytest.fixture(scope="module")
+def two_sets(base, tmp_path_factory):
+    """A generator file with two sets of weights, in the code of the base."""
+    folder = tmp_path_factory.mktemp("two_sets")
+    frozen = {"train_encoder": False}
+    task = build(base, config(LossWeights(l2=1, perceptual=0, icm=0), weights="whole", **frozen))
+    step(task)
+    task.export(folder, {"generator": {"networks": {"train_decoder": False}}})
+    start = str(folder / "generator.safetensors")
+    task = build(base, config(LossWeights(l2=1, perceptual=0, icm=0), weights="lora", rank=2, start=start, **frozen))
+    for _ in range(3):
+        step(task)
+    return task.export(folder / "both", {})[0]
+
+
+def test_the_decoder_alone_is_trained_and_both_sets_stay(base, two_sets, tmp_path):
+    settings = config(
+        LossWeights(l2=1, perceptual=0, icm=0), weights="decoder", start=str(two_sets), start_fidelity=0.5
+    )
+    task = build(base, settings)
+    trained = task.networks.trained("generator")
+    assert trained
+    assert all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in trained)
+    with torch.no_grad():
+        latent, before = task.generate(input_of(BATCH))
+    step(task)
+    with torch.no_grad():
+        same, after = task.generate(input_of(BATCH))
+    assert torch.equal(latent, same)
+    assert (after - before).abs().max() > 1e-3
+    (path,) = task.export(tmp_path, {"seed": 5})
+    start, written = load_generator(two_sets), load_generator(path)
+    for one, other in ((start.unet, written.unet), (start.realistic["unet"], written.realistic["unet"])):
+        assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+        assert all(
+            torch.equal(value, other.lora[name][part])
+            for name, pair in one.lora.items()
+            for part, value in enumerate(pair)
+        )
+        assert one.parameters() == other.parameters()
+    assert set(written.vae.tensors) == {name.removeprefix("vae.") for name in trained}
+    assert written.info.training == {"decoder": {"seed": 5}, "before": start.info.training}
+    assert written.info.realistic_alpha == start.info.realistic_alpha
+    backbone = load_backbone(Recipe(base, path, fidelity=0.5))
+    with torch.no_grad():
+        assert (backbone.decode(same) - after).abs().max() < 1e-2  # the file holds half precision
+
+
+def test_icm_goes_on_from_a_generator_whose_latents_are_the_base_s(base, two_sets, tmp_path):
+    """Its decoder was trained alone, or with a loss on the latents; else they may be anything."""
+    start = {"weights": "decoder", "start": str(two_sets)}
+    task = build(base, config(LossWeights(l2=1, perceptual=0, icm=0), **start))
+    for name, record, refused in (
+        ("alone", {"generator": {"networks": {"train_decoder": False}}}, False),
+        ("held", {"generator": {"networks": {"train_decoder": True}, "losses": {"latent": 0.1}}}, False),
+        ("along", {"generator": {"networks": {"train_decoder": True}, "losses": {"latent": 0}}}, True),
+    ):
+        (path,) = task.export(tmp_path / name, record)
+        settings = config(LossWeights(perceptual=0), weights="lora", start=str(path))
+        if refused:
+            with pytest.raises(IcmsrError, match="decoder of its own"):
+                check_generator(open_base(base), settings, CONDITION)
+        else:
+            check_generator(open_base(base), settings, CONDITION)
+
+
+def test_a_realistic_set_that_changes_the_decoder_is_refused(base, two_sets, tmp_path):
+    generator = load_generator(two_sets)
+    name = "decoder.conv_out.bias"
+    changed = {**generator.realistic, "vae": PartWeights(tensors={name: torch.zeros(3)})}
+    save_generator(tmp_path / "g.safetensors", replace(generator, realistic=changed))
+    settings = config(LossWeights(l2=1, perceptual=0, icm=0), weights="decoder", start=str(tmp_path / "g.safetensors"))
+    with pytest.raises(IcmsrError, match="changes the decoder, which would then be changed twice"):
+        check_generator(open_base(base), settings, CONDITION)
+
+
+@pytest.mark.parametrize(
+    ("losses", "networks", "words"),
+    [
+        ({"icm": 0}, {"start": ""}, "set networks.start to its file"),
+        ({"icm": 1}, {}, "have nothing to train with networks.weights decoder"),
+        ({"icm": 0, "latent": 0.1}, {}, "have nothing to train with networks.weights decoder"),
+        ({"icm": 0}, {"train_decoder": True}, "is for networks.weights whole, got it with decoder"),
+        ({"icm": 0}, {"base_dtype": "bf16"}, "base_dtype must be fp32 .* got bf16 with decoder"),
+        ({"icm": 0}, {"start_base": "base"}, "start_base is for networks.weights whole"),
+        ({"icm": 0, "autoencoder": 1}, {}, "set networks.train_decoder to true"),
+    ],
+)
+def test_what_the_decoder_alone_cannot_do_is_said(losses, networks, words):
+    with pytest.raises(IcmsrError, match=words):
+        config(LossWeights(**losses), **{"weights": "decoder", "start": "generator.safetensors", **networks})
 
 
 def test_the_autoencoder_term_needs_a_decoder_that_trains():

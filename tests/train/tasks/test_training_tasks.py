@@ -317,6 +317,7 @@ def test_corners_are_each_sample_s_own_and_reach_every_pixel():
         (lambda: GeneratorConfig(gradient_floor=0), "gradient_floor must be above 0"),
         (lambda: PerceptualConfig(kind="vgg"), "none, decoder, lpips"),
         (lambda: GeneratorConfig(losses=LossWeights(dists=1)), r"losses\.dists needs .*perceptual\.dists_weights"),
+        (lambda: GeneratorConfig(perceptual=PerceptualConfig(split=True)), r"split shares .* between LPIPS-VGG and"),
         (lambda: PerceptualConfig(dists_weights="no.file"), r"dists_weights must be .* 'no\.file'.*metric_weights\.py"),
     ],
 )
