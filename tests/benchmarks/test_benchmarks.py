@@ -361,6 +361,40 @@ def test_help_lists_the_flags_and_ends_with_0(load_benchmark, name: str, capsys:
     assert "--clock" in capsys.readouterr().out
 
 
+def test_pair_spectra_tell_soft_pairs_from_crisp_ones(load_benchmark, tmp_path, capsys) -> None:
+    """A wave with a period of 20 pixels lies in the first band, and an input of a quarter of the size keeps it; noise
+    is spread over all of them, by their area, and an input without contrast keeps nothing."""
+    wave = 127 + 100 * np.sin(2 * np.pi * np.arange(320) / 20)
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320))
+    for name, sharp, low in (
+        ("wave", np.tile(wave, (320, 1)), np.tile(wave.reshape(80, 4).mean(1), (80, 1))),
+        ("noise", noise, np.full((80, 80), 127)),
+    ):
+        for part, picture in (("hr", sharp), ("lr", low)):
+            folder = tmp_path / name / part
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "a.png"), np.rint(picture).astype(np.uint8).repeat(3).reshape(*picture.shape, 3))
+    cv2.imwrite(str(tmp_path / "photo.png"), np.random.default_rng(1).integers(0, 256, (600, 600, 3), np.uint8))
+    benchmark = load_benchmark("pair_spectra")
+
+    def values(*arguments: str) -> list[dict[str, float]]:
+        assert benchmark.main(arguments) == 0
+        lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+        return [dict(zip(benchmark.COLUMNS[1:], map(float, line[1:]))) for line in lines]
+
+    (one,) = values("--real", str(tmp_path / "wave"))
+    assert one["original, 0.02 to 0.06"] > 0.99
+    assert one["input / original, 0.02 to 0.06"] == pytest.approx(1, abs=0.15)
+    (other,) = values("--real", str(tmp_path / "noise"))
+    area = (0.5**2 - 0.3**2) / (0.5**2 - 0.02**2)
+    assert other["original, 0.3 to 0.5"] == pytest.approx(area, abs=0.03)
+    assert other["input / original, 0.3 to 0.5"] == 0
+    crisp, soft = values("--photos", str(tmp_path), "--pairs", "6", "camera:1:1", "lens:1:4")
+    assert soft["original, 0.3 to 0.5"] < 0.6 * crisp["original, 0.3 to 0.5"]
+    assert benchmark.main(["lens:1", "--photos", str(tmp_path)]) == 1
+    assert "PRESET:SHRINK:ENLARGE such as lens:1:2.5, got 'lens:1'" in capsys.readouterr().err
+
+
 def test_autoencoder_prints_what_comes_back(load_benchmark, tmp_path, capsys) -> None:
     """An untrained thumbnail codec knows plain colours and coarse shapes, and no fine ones."""
     torch.manual_seed(0)
