@@ -22,7 +22,7 @@ from ...weights.generator_file import Generator, PartWeights
 from ...weights.merging import merge_into
 from ..settings import ADDED
 from .bases import BaseNetworks
-from .decoders import DECODER_PARTS
+from .decoders import DECODER_PARTS, in_decoder
 from .roles import UNET_TARGETS, VAE_ENCODER_TARGETS, Role, Roles, predict
 
 WEIGHTS = ("lora", "whole", "decoder")
@@ -125,6 +125,9 @@ class GeneratorNetworks(nn.Module):
             chosen = start.at_fidelity(config.start_fidelity) if config.start_fidelity else start.faithful()
             for part, network in (("unet", self.generator_unet), ("vae", self.generator_vae)):
                 merge_into(network, chosen, part)
+        changed = () if start is None else (*start.vae.tensors, *start.vae.lora)
+        self.own_decoder = config.train_decoder or config.weights == "decoder" or any(map(in_decoder, changed))
+        """Whether the generator's decoder is, or becomes, another than the base's."""
         judges: dict[Role, int] = {"auxiliary": config.auxiliary_rank} if auxiliary else {}
         own: dict[Role, int] = {} if whole else {"generator": config.rank}
         shared = self.generator_unet is unet

@@ -285,7 +285,7 @@ class GeneratorTask(Task):
             picture, features = self.perceptual.decode(latent)
             wanted = self.networks.encode_truth(truth)
             terms["perceptual"] = self.perceptual.distance(features, self.perceptual.features(wanted))
-            raw = None if self.config.networks.train_decoder else picture  # one pass for both where the decoder is one
+            raw = None if self.networks.own_decoder else picture  # one pass for both where the decoder is one
         if raw is None:
             raw = self.networks.decode(latent)
         result = self._corrected(raw, given)

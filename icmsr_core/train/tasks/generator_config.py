@@ -116,10 +116,16 @@ class GeneratorConfig:
                 "losses.icm and losses.latent have nothing to train with networks.weights decoder, for the latents "
                 f"stay as they are: set both to 0, got {self.losses.icm} and {self.losses.latent}"
             )
-        if self.perceptual.split and (self.perceptual.kind != "lpips" or not self.losses.dists):
+        if self.networks.weights == "decoder" and self.losses.perceptual and self.perceptual.kind == "decoder":
+            raise IcmsrError(
+                "perceptual.kind decoder compares latents, which stay as they are with networks.weights decoder: set "
+                "it to lpips or none, or losses.perceptual to 0"
+            )
+        both = self.perceptual.kind == "lpips" and self.losses.perceptual and self.losses.dists
+        if self.perceptual.split and not both:
             raise IcmsrError(
                 "perceptual.split shares the samples between LPIPS-VGG and DISTS: set perceptual.kind to lpips and "
-                "losses.dists above 0, or perceptual.split to false"
+                "losses.perceptual and losses.dists above 0, or perceptual.split to false"
             )
         if self.losses.dists and not self.perceptual.dists_weights:
             raise IcmsrError(

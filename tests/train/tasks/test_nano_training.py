@@ -317,6 +317,25 @@ def test_icm_goes_on_from_a_generator_whose_latents_are_the_base_s(base, two_set
             check_generator(open_base(base), settings, CONDITION)
 
 
+def test_the_picture_comes_from_the_start_s_own_decoder(base, two_sets, tmp_path):
+    """Not from the base's, whose features the perceptual distance compares."""
+    task = build(base, config(LossWeights(perceptual=0, icm=0), weights="decoder", start=str(two_sets)))
+    step(task, rate=0.05)
+    (path,) = task.export(tmp_path, {})
+    task = build(base, config(LossWeights(l2=1, perceptual=1, icm=0), weights="lora", start=str(path)))
+    with torch.no_grad():
+        terms, _ = task("generator", task.prepare("generator", BATCH, 1000, 0))
+        given = input_of(BATCH)
+        latent, picture = task.generate(given)
+        truth = bytes_to_signed(BATCH["sharp"])
+        wanted, other = (
+            F.mse_loss(with_low_frequencies(shown, given), truth)
+            for shown in (picture, task.perceptual.decode(latent)[0])
+        )
+    assert (wanted - other).abs() > 1e-3
+    assert terms["l2"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_a_realistic_set_that_changes_the_decoder_is_refused(base, two_sets, tmp_path):
     generator = load_generator(two_sets)
     name = "decoder.conv_out.bias"
@@ -333,6 +352,7 @@ def test_a_realistic_set_that_changes_the_decoder_is_refused(base, two_sets, tmp
         ({"icm": 0}, {"start": ""}, "set networks.start to its file"),
         ({"icm": 1}, {}, "have nothing to train with networks.weights decoder"),
         ({"icm": 0, "latent": 0.1}, {}, "have nothing to train with networks.weights decoder"),
+        ({"icm": 0, "perceptual": 2}, {}, "perceptual.kind decoder compares latents, which stay as they are"),
         ({"icm": 0}, {"train_decoder": True}, "is for networks.weights whole, got it with decoder"),
         ({"icm": 0}, {"base_dtype": "bf16"}, "base_dtype must be fp32 .* got bf16 with decoder"),
         ({"icm": 0}, {"start_base": "base"}, "start_base is for networks.weights whole"),
@@ -341,7 +361,10 @@ def test_a_realistic_set_that_changes_the_decoder_is_refused(base, two_sets, tmp
 )
 def test_what_the_decoder_alone_cannot_do_is_said(losses, networks, words):
     with pytest.raises(IcmsrError, match=words):
-        config(LossWeights(**losses), **{"weights": "decoder", "start": "generator.safetensors", **networks})
+        config(
+            LossWeights(**{"perceptual": 0, **losses}),
+            **{"weights": "decoder", "start": "generator.safetensors", **networks},
+        )
 
 
 def test_the_autoencoder_term_needs_a_decoder_that_trains():
