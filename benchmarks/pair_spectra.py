@@ -81,7 +81,8 @@ def made_pairs(kind: str, photos: Sequence[str], number: int) -> Iterator[tuple[
     )
     pairs = TrainingPairs(config, 0)
     for index in range(number):
-        sharp, low = (pairs[index][name].permute(1, 2, 0).contiguous().numpy() for name in ("sharp", "low"))
+        sample = pairs[index]
+        sharp, low = (sample[name].permute(1, 2, 0).contiguous().numpy() for name in ("sharp", "low"))
         yield sharp, low
 
 
