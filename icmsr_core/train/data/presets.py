@@ -159,6 +159,14 @@ def _one_shrinking_round(**stage: Any) -> DegradationConfig:
     return DegradationConfig(first=first, second_stage_prob=0.0, final_sinc_prob=0.0)
 
 
+_CAMERA: dict[str, Any] = {
+    "kernel_probs": (0.7, 0.3, 0.0, 0.0, 0.0, 0.0),
+    "noise_prob": 0.7,
+    "gaussian_prob": 0.5,
+    "jpeg_prob": 0.3,
+    "jpeg_quality": (85, 100),
+}
+"""What `camera` and `lens` have in common."""
 PRESETS: dict[str, DegradationConfig] = {
     "realesrgan": DegradationConfig(),
     "light": _one_shrinking_round(
@@ -169,25 +177,8 @@ PRESETS: dict[str, DegradationConfig] = {
         jpeg_prob=0.75,
         jpeg_quality=(40, 95),
     ),
-    "camera": _one_shrinking_round(
-        kernel_probs=(0.7, 0.3, 0.0, 0.0, 0.0, 0.0),
-        noise_prob=0.7,
-        gaussian_prob=0.5,
-        gaussian_sigma=(0.0, 3.0),
-        poisson_scale=(0.0, 0.1),
-        jpeg_prob=0.3,
-        jpeg_quality=(85, 100),
-    ),
-    "lens": _one_shrinking_round(
-        kernel_probs=(0.7, 0.3, 0.0, 0.0, 0.0, 0.0),
-        sigma=(1.2, 3.5),
-        noise_prob=0.7,
-        gaussian_prob=0.5,
-        gaussian_sigma=(0.0, 2.0),
-        poisson_scale=(0.0, 0.05),
-        jpeg_prob=0.3,
-        jpeg_quality=(85, 100),
-    ),
+    "camera": _one_shrinking_round(gaussian_sigma=(0.0, 3.0), poisson_scale=(0.0, 0.1), **_CAMERA),
+    "lens": _one_shrinking_round(sigma=(1.2, 3.5), gaussian_sigma=(0.0, 2.0), poisson_scale=(0.0, 0.05), **_CAMERA),
     "jpeg": _one_round(jpeg_prob=1.0, jpeg_quality=(5, 40)),
     "denoise": _one_round(noise_prob=1.0, gaussian_sigma=(10.0, 50.0), poisson_scale=(0.9, 3.1)),
     "deblur": _one_round(
@@ -207,7 +198,7 @@ PRESETS: dict[str, DegradationConfig] = {
 real cameras: blur, x1/scale with a random filter, a little noise on two thirds, JPEG on three quarters. `camera` (ours)
 is milder still, so that a network learns to keep the faint texture of a clean picture: Gaussian noise of at most 3 in
 1/255 or Poisson noise of at most 1.2 at mid-grey, and JPEG at quality 85 to 100 on a third. `lens` (ours) is the same
-with half of the noise and never without blur: its inputs are as soft as a camera's pictures at full size (measured on
+with less noise and always a visible blur: its inputs are as soft as a camera's pictures at full size (measured on
 RealSR), above all of originals that are enlarged (`DataConfig.enlarge`).
 
 Other tasks at the same size (ours): `jpeg` compresses at quality 5 to 40. `denoise` adds Gaussian noise of 10 to 50 in
