@@ -138,7 +138,16 @@ def _round(image: FloatArray, output: tuple[int, int], stage: StageConfig, rng: 
     if rng.random() < stage.blur_prob:
         image = _blur(image, draw_blur_kernel(stage, rng))
     image = _random_resize(image, output, stage, rng)
-    return _noise(image, stage, rng) if rng.random() < stage.noise_prob else image
+    if rng.random() < stage.noise_prob:
+        image = _noise(image, stage, rng)
+    # Where it is 0, nothing is drawn (see `draw_blur_kernel`).
+    return _sharpen(image, stage, rng) if stage.sharpen_prob and rng.random() < stage.sharpen_prob else image
+
+
+def _sharpen(image: FloatArray, stage: StageConfig, rng: np.random.Generator) -> FloatArray:
+    amount = np.float32(_uniform(stage.sharpen_amount, rng))
+    removed = image - cv2.GaussianBlur(image, (0, 0), _uniform(stage.sharpen_sigma, rng))
+    return np.asarray(np.clip(image + amount * removed, 0.0, 1.0), dtype=np.float32)
 
 
 def _covered(image: FloatArray, bounds: Range, rng: np.random.Generator) -> FloatArray:

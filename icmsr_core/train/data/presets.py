@@ -70,6 +70,12 @@ class StageConfig:
     """Strength of Poisson noise: 1 is that of a sensor counting one photon per grey level."""
     gray_prob: float = 0.4
     """Probability that the noise is equal in the three channels."""
+    sharpen_prob: float = 0.0
+    """Probability of the sharpening that cameras apply (ours; Real-ESRGAN has none), an unsharp mask after noise."""
+    sharpen_amount: Range = (0.0, 1.0)
+    """How much of what its Gaussian removes the mask adds."""
+    sharpen_sigma: Range = (0.6, 1.5)
+    """Standard deviation of the mask's Gaussian in pixels of the resized picture."""
     jpeg_prob: float = 1.0
     """Probability of JPEG compression."""
     jpeg_quality: tuple[int, int] = (30, 95)
@@ -83,6 +89,7 @@ class StageConfig:
             "noise_prob",
             "gaussian_prob",
             "gray_prob",
+            "sharpen_prob",
             "jpeg_prob",
         ):
             _check_prob(name, getattr(self, name))
@@ -99,6 +106,8 @@ class StageConfig:
             raise IcmsrError(f"resize_of must be 'picture' or 'output', got {self.resize_of!r}")
         _check_range("gaussian_sigma", self.gaussian_sigma, 0.0, 255.0)
         _check_range("poisson_scale", self.poisson_scale, 0.0, 100.0)
+        _check_range("sharpen_amount", self.sharpen_amount, 0.0, 10.0)
+        _check_range("sharpen_sigma", self.sharpen_sigma, 0.05, 20.0)
         _check_range("jpeg_quality", self.jpeg_quality, 1, 100)
 
 
@@ -178,7 +187,15 @@ PRESETS: dict[str, DegradationConfig] = {
         jpeg_quality=(40, 95),
     ),
     "camera": _one_shrinking_round(gaussian_sigma=(0.0, 3.0), poisson_scale=(0.0, 0.1), **_CAMERA),
-    "lens": _one_shrinking_round(sigma=(1.2, 3.5), gaussian_sigma=(0.0, 2.0), poisson_scale=(0.0, 0.05), **_CAMERA),
+    "lens": _one_shrinking_round(
+        sigma=(2.0, 4.0),
+        gaussian_sigma=(0.0, 2.0),
+        poisson_scale=(0.0, 0.05),
+        sharpen_prob=0.9,
+        sharpen_amount=(0.3, 1.9),
+        sharpen_sigma=(0.8, 1.5),
+        **_CAMERA,
+    ),
     "jpeg": _one_round(jpeg_prob=1.0, jpeg_quality=(5, 40)),
     "denoise": _one_round(noise_prob=1.0, gaussian_sigma=(10.0, 50.0), poisson_scale=(0.9, 3.1)),
     "deblur": _one_round(
@@ -198,8 +215,8 @@ PRESETS: dict[str, DegradationConfig] = {
 real cameras: blur, x1/scale with a random filter, a little noise on two thirds, JPEG on three quarters. `camera` (ours)
 is milder still, so that a network learns to keep the faint texture of a clean picture: Gaussian noise of at most 3 in
 1/255 or Poisson noise of at most 1.2 at mid-grey, and JPEG at quality 85 to 100 on a third. `lens` (ours) is the same
-with less noise and always a visible blur: its inputs are as soft as a camera's pictures at full size (measured on
-RealSR), above all of originals that are enlarged (`DataConfig.enlarge`).
+with less noise, always a visible blur, and mostly the sharpening that cameras apply: of originals that are enlarged
+(`DataConfig.enlarge`), its inputs keep as much of each frequency as RealSR's do (`benchmarks/pair_spectra.py`).
 
 Other tasks at the same size (ours): `jpeg` compresses at quality 5 to 40. `denoise` adds Gaussian noise of 10 to 50 in
 1/255, or Poisson noise of 10 to 35 at mid-grey (up to twice that in a picture of few grey levels). `deblur` blurs with

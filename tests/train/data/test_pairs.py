@@ -64,6 +64,21 @@ def test_photographs_are_enlarged_as_often_as_shrunk(tmp_path):
     assert 0.8 < np.exp(np.mean(np.log(factors))) < 1.25
 
 
+@pytest.mark.parametrize("how", ["enlarge", "small"])
+def test_enlarged_originals_have_no_halos(tmp_path, how):
+    """A step stays within its two sides (a cubic kernel leaves them by 7 to 11% of the step), and gets wider."""
+    side = 128 if how == "enlarge" else 40
+    step = np.full((side, side, 3), 60, dtype=np.uint8)
+    step[:, side // 2 :] = 180
+    cv2.imwrite(str(tmp_path / "step.png"), step)
+    more = {"enlarge": 2.0} if how == "enlarge" else {"small": "upscale"}
+    pairs = TrainingPairs(DataConfig((str(tmp_path),), synthetic=0, crop=64, shrink=1, **more), 3, degraded=False)
+    pictures = torch.stack([pairs[index]["sharp"] for index in range(30)])
+    assert (int(pictures.min()), int(pictures.max())) == (60, 180)
+    between = ((pictures > 60) & (pictures < 180))[:, 0].sum(dim=(1, 2)) / 64
+    assert 1 <= between[between > 0].mean() < 12
+
+
 def test_samples_depend_on_seed_and_number_alone(tmp_path):
     config = dataclasses.replace(plain(awkward(tmp_path / "a")), synthetic=0.3)
     whole = batches(TrainingPairs(config, 3))
