@@ -217,6 +217,7 @@ def test_tile_memory_grows_with_tile_and_batch(load_benchmark, capsys: pytest.Ca
     assert float(rows[3]["bytes per cell"]) == pytest.approx(16 * float(rows[3]["bytes per pixel"]), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.comfy
 def test_node_overhead_compares_the_node_with_the_library_on_the_same_result(
     load_benchmark, comfyui: Path, comfy_python: Path, capsys: pytest.CaptureFixture[str]

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ("flags", "tried"),
     [
         ([], [(512, "auto"), (256, "auto"), (128, "auto"), (512, "bounded")]),
-        (["--tile", "256", "--overlap", "32"], [(256, "auto"), (256, "bounded")]),
+        pytest.param(["--tile", "256", "--overlap", "32"], [(256, "auto"), (256, "bounded")], marks=pytest.mark.slow),
         (["--vae-mode", "exact"], [(512, "exact"), (256, "exact"), (128, "exact")]),
     ],
 )

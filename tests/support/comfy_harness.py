@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -100,13 +101,19 @@ def make_base_directory(folder: Path, archive: Path | None = None) -> Path:
     return pack
 
 
+@cache
+def _bytecode() -> tempfile.TemporaryDirectory[str]:
+    """Where ComfyUI's processes keep compiled files: they leave none in the checkouts, and compile each file once."""
+    return tempfile.TemporaryDirectory(prefix="icmsr-bytecode-", ignore_cleanup_errors=True)
+
+
 def _environment() -> dict[str, str]:
     # One thread: with more, a machine that is busy otherwise spends its time in barriers. The encoding is that of a
     # console under Windows once its output goes to a file.
     own = {
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPYCACHEPREFIX": _bytecode().name,
         "PYTHONIOENCODING": "cp1252",
     }
     return {**os.environ, **own}

@@ -207,6 +207,7 @@ def test_the_split_of_a_batch_does_not_matter(parts, whole, tmp_path, count, bat
     assert apart(found, whole, "average", "generator") < TOLERANCE["average"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "lost"), [(forget_one_player, ["auxiliary"]), (go_past_the_wrapper, ["generator", "auxiliary"])]
 )

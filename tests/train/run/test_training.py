@@ -136,7 +136,7 @@ def test_what_the_toy_configurations_train_upscales_a_picture(toy_run, tmp_path)
     assert toy.shape == (80, 120, 3)
     assert np.abs(toy - nano).max() > 2
     rows = read_metrics(toy_run / "toy_distill" / "metrics.jsonl")
-    assert [row["images"] for row in rows[-2:]] == [128, 128]
+    assert [row["images"] for row in rows[-2:]] == [64, 64]
     assert rows[-2]["loss/generator/psnr"] > 12
     assert rows[-1]["latent/error/0"] < 1.1
     pairs = TrainingPairs(DataConfig(synthetic=1, crop=64), 5)
@@ -183,7 +183,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kill", "workers"),
-    [(signal.SIGTERM, 0), (signal.SIGINT, 2), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow)],
+    [
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninterrupted, kill, workers):
     arguments = distill(base, "run", adapter=adapter, workers=workers)
@@ -198,7 +202,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, base, adapter, uninte
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells files by /proc")
-@pytest.mark.parametrize("flush", [1, pytest.param(2, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("flush", [1, *(pytest.param(flush, marks=pytest.mark.slow) for flush in (2, 6))])
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_one_that_was_not(
     tmp_path, base, adapter, uninterrupted, flush
 ):
@@ -227,7 +231,14 @@ def test_checkpoints_are_pruned_and_hold_a_generator(uninterrupted, base):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kill", "groups"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("kill", "groups"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill, groups):
     """As `timeout`, a scheduler or Ctrl-C sends it: the data workers get it as well and must outlive the loop.
 
@@ -244,6 +255,7 @@ def test_a_signal_to_the_whole_group_saves_the_state_too(tmp_path, base, kill, g
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_a_prior_stopped_in_both_halves_ends_like_one_that_was_not(tmp_path):
     # A log without lines, because the plots of one take longer than the training; so many images, to stop in time.
     loops = (flag for half in ("autoencoder", "prior") for flag in loop_flags(half, 48, log_every=100))
