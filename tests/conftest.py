@@ -44,7 +44,7 @@ def pytest_configure() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [strict, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONWARNDEFAULTENCODING"] = "1"
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    # Containers often forbid compiled files. Then each of many processes compiles torch and diffusers anew: 20 s, not 8.
+    # Containers often forbid compiled files, and then each of many processes compiles torch anew: 20 s, not 8.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 
