@@ -90,6 +90,7 @@ def test_the_report_means_over_levels_and_spreads_over_seeds():
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_the_script_measures_resumes_and_reports(tmp_path):
     photographs = tmp_path / "photos"
     photographs.mkdir()

@@ -218,6 +218,7 @@ def test_an_unsynchronised_player_would_be_seen(parts, whole, tmp_path, before, 
         assert min(apart_by.values()) > 0.1, (player, apart_by)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(parts, tmp_path):
     """The same command ends, bit for bit, where a run that nobody stopped ends."""
 
