@@ -216,7 +216,8 @@ real cameras: blur, x1/scale with a random filter, a little noise on two thirds,
 is milder still, so that a network learns to keep the faint texture of a clean picture: Gaussian noise of at most 3 in
 1/255 or Poisson noise of at most 1.2 at mid-grey, and JPEG at quality 85 to 100 on a third. `lens` (ours) is the same
 with less noise, always a visible blur, and mostly the sharpening that cameras apply: of originals that are enlarged
-(`DataConfig.enlarge`), its inputs keep as much of each frequency as RealSR's do (`benchmarks/pair_spectra.py`).
+(`DataConfig.enlarge`), its inputs keep as much as RealSR's do of each frequency up to .2 cycles a pixel
+(`benchmarks/pair_spectra.py`).
 
 Other tasks at the same size (ours): `jpeg` compresses at quality 5 to 40. `denoise` adds Gaussian noise of 10 to 50 in
 1/255, or Poisson noise of 10 to 35 at mid-grey (up to twice that in a picture of few grey levels). `deblur` blurs with
